@@ -1,0 +1,1 @@
+"""Reading source models, and the compressed format."""

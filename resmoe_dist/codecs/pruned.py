@@ -1,0 +1,105 @@
+"""`pruned`: an unstructured mask as a bitmap, the kept values in row order, one offset per row.
+
+Paper 001, section 4.3: the entries of the residual with the largest magnitude are kept. In bf16 an
+entry costs 1 + 16·keep bits (and 32 bits per row for the offset).
+
+Legend: I rows, R rows held here, D columns, P = ⌈D/8⌉ bytes of bitmap per row, V kept values.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resmoe_dist.codecs.base import EncodedResidual, TensorReader
+from resmoe_dist.ops.bitmap import bytes_per_row, pack_bitmap, unpack_bitmap
+
+
+def largest_entries(residual_ID: Tensor, keep: float) -> Tensor:
+    """Boolean mask [I, D] of the ⌊keep·I·D⌋ entries of largest magnitude."""
+    count = int(keep * residual_ID.numel())
+    mask = torch.zeros(residual_ID.numel(), dtype=torch.bool, device=residual_ID.device)
+    if count:
+        mask[residual_ID.abs().flatten().topk(count, sorted=False).indices] = True
+    return mask.view_as(residual_ID)
+
+
+class PrunedResidual(EncodedResidual):
+    """bitmap [R, P] uint8, values [V], row_offsets [R+1] int32: values of row i lie at
+    [row_offsets[i], row_offsets[i+1])."""
+
+    name = "pruned"
+    chooses_entries = True
+
+    bitmap: Tensor
+    values: Tensor
+    row_offsets: Tensor
+
+    @classmethod
+    def encode(
+        cls, residual_ID: Tensor, *, keep: float, dtype: torch.dtype, mask_ID: Tensor | None = None
+    ) -> PrunedResidual:
+        """Keep the entries of `mask_ID` where given, else the share `keep` of largest magnitude."""
+        if mask_ID is None:
+            mask_ID = largest_entries(residual_ID, keep)
+        counts_I = mask_ID.sum(1)
+        row_offsets = torch.zeros(mask_ID.shape[0] + 1, dtype=torch.int64, device=mask_ID.device)
+        torch.cumsum(counts_I, 0, out=row_offsets[1:])
+        if int(row_offsets[-1]) < 2**31:
+            row_offsets = row_offsets.int()
+        return cls(
+            residual_ID.shape[1],
+            {
+                "bitmap": pack_bitmap(mask_ID),
+                "values": residual_ID[mask_ID].to(dtype),
+                "row_offsets": row_offsets,
+            },
+        )
+
+    @classmethod
+    def read(cls, read: TensorReader, columns: int, start: int, stop: int) -> PrunedResidual:
+        row_offsets = read("row_offsets", start, stop + 1)
+        first, last = int(row_offsets[0]), int(row_offsets[-1])
+        bitmap = read("bitmap", start, stop)
+        if not torch.equal(_popcount(bitmap).sum(1), row_offsets.diff().long()):
+            raise ValueError("the bitmap and the row offsets disagree")
+        values = read("values", first, last)
+        if values.shape[0] != last - first:
+            raise ValueError(f"{values.shape[0]} values where the offsets promise {last - first}")
+        return cls(
+            columns, {"bitmap": bitmap, "values": values, "row_offsets": row_offsets - first}
+        )
+
+    @classmethod
+    def expected_tensors(cls, rows: int, columns: int) -> dict[str, tuple[int | None, ...]]:
+        return {
+            "bitmap": (rows, bytes_per_row(columns)),
+            "values": (None,),
+            "row_offsets": (rows + 1,),
+        }
+
+    @property
+    def rows(self) -> int:
+        return self.bitmap.shape[0]
+
+    def decode(self) -> Tensor:
+        dense_RD = self.values.new_zeros(self.rows, self.columns)
+        return dense_RD.masked_scatter_(unpack_bitmap(self.bitmap, self.columns), self.values)
+
+    def slice_rows(self, start: int, stop: int) -> PrunedResidual:
+        first, last = int(self.row_offsets[start]), int(self.row_offsets[stop])
+        return PrunedResidual(
+            self.columns,
+            {
+                "bitmap": self.bitmap[start:stop],
+                "values": self.values[first:last],
+                "row_offsets": self.row_offsets[start : stop + 1] - first,
+            },
+        )
+
+
+def _popcount(bytes_RP: Tensor) -> Tensor:
+    """Set bits of each byte, by halves (no table, no widening)."""
+    pairs = bytes_RP - (bytes_RP.bitwise_right_shift(1) & 0x55)
+    nibbles = (pairs & 0x33) + (pairs.bitwise_right_shift(2) & 0x33)
+    return (nibbles + nibbles.bitwise_right_shift(4)) & 0x0F

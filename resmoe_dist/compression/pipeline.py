@@ -1,0 +1,383 @@
+"""Source checkpoint to compressed checkpoint: one (layer, group) at a time, one file each.
+
+The run writes into `OUTPUT.partial` and renames it to OUTPUT when all is done, so OUTPUT is whole
+or absent. Each file appears there at once, under its final name; a resumed run keeps those.
+
+Legend: N experts of the group, I rows, D columns.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from resmoe_dist import __version__
+from resmoe_dist.checkpoints.compressed import (
+    FORMAT_VERSION,
+    INDEX_FILE,
+    QUANT_METHOD,
+    STORED_DTYPES,
+    CheckpointIndex,
+    CompressionSettings,
+    FileEntry,
+    GroupEntry,
+    LayerEntry,
+    group_file_name,
+    group_tensors,
+    read_index,
+)
+from resmoe_dist.checkpoints.source import SHARD_INDEX, SourceCheckpoint
+from resmoe_dist.checkpoints.tensor_files import (
+    TensorFile,
+    copy_file,
+    sha256_of,
+    tensor_bytes,
+    write_json,
+    write_tensors,
+)
+from resmoe_dist.codecs import DenseResidual, EncodedResidual, codec_named
+from resmoe_dist.compression.assignment import Alignment, align
+from resmoe_dist.compression.center import encode_group
+from resmoe_dist.compression.scheduling import SingleWorker, Workers
+from resmoe_dist.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_SETTINGS_FILE = "settings.json"
+_FAILURE_MARKER = "failed"
+# What a model folder holds besides weights and config: tokenizer, templates, generation defaults.
+_COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+_RECORD = "resmoe_record"
+
+
+def parse_layers(text: str, count: int) -> list[int]:
+    """Positions among `count` MoE layers named by `all`, `last:N`, `A-B` (inclusive) or `A,B,…`.
+
+    Raises UserError for anything else, or a position that does not exist.
+    """
+    if text == "all":
+        return list(range(count))
+    if match := re.fullmatch(r"last:(\d+)", text):
+        chosen = list(range(count - int(match[1]), count))
+    elif match := re.fullmatch(r"(\d+)-(\d+)", text):
+        chosen = list(range(int(match[1]), int(match[2]) + 1))
+    elif re.fullmatch(r"\d+(,\d+)*", text):
+        chosen = sorted({int(part) for part in text.split(",")})
+    else:
+        raise UserError(f"--layers {text}: not understood; write all, last:24, 8-31 or 0,2")
+    if not chosen or chosen[0] < 0 or chosen[-1] >= count:
+        raise UserError(f"--layers {text}: this model has {count} MoE layers, 0 to {count - 1}")
+    return chosen
+
+
+@dataclass(frozen=True)
+class _GroupTask:
+    layer: int
+    group: int
+
+
+@dataclass(frozen=True)
+class _CopyTask:
+    """Tensors of one source file that are no expert's, to be written as shard `shard` of `shards`."""
+
+    names: tuple[str, ...]
+    shard: int
+    shards: int
+
+
+class Compression:
+    """One run of `resmoe-dist compress`.
+
+    Raises UserError for whatever the user can mend: see `SourceCheckpoint`, and experts that do not
+    divide into groups, or an output folder that exists.
+    """
+
+    def __init__(
+        self,
+        source: SourceCheckpoint,
+        output: Path,
+        settings: CompressionSettings,
+        workers: Workers | None = None,
+    ) -> None:
+        self.source, self.output, self.settings = source, output, settings
+        self.workers = workers or SingleWorker()
+        self.staging = output.with_name(f"{output.name}.partial")
+        for site in source.sites:
+            if site.num_experts % settings.groups:
+                raise UserError(
+                    f"--ep {settings.groups}: {site.module} has {site.num_experts} experts, which "
+                    f"do not divide into {settings.groups} groups; choose a divisor"
+                )
+
+    def run(self, *, resume: bool = False) -> CheckpointIndex:
+        """Compress everything and return the index, on every rank.
+
+        A mistake in the input, or a full disk, leaves nothing behind unless `resume` is set; an
+        interrupted run leaves `OUTPUT.partial`, from which `resume` continues.
+        """
+        if self._prepare(resume) == "complete":
+            return read_index(self.output)
+        tasks = self._tasks()
+        mine = tasks[self.workers.rank :: self.workers.size]
+        entries: dict[_GroupTask | _CopyTask, GroupEntry | FileEntry] = {}
+        failure = None
+        progress = tqdm(mine, desc="compressing", unit="task", disable=self._quiet)
+        for task in progress:
+            # A rank that fails tells the others here, so that none works on for nothing.
+            if (self.staging / _FAILURE_MARKER).exists():
+                break
+            try:
+                entries[task] = self._do(task)
+            except UserError as error:
+                failure = str(error)
+                (self.staging / _FAILURE_MARKER).touch()
+                break
+        self._raise_if_any(failure, clean=not resume)
+
+        merged = {}
+        for part in self.workers.gather(entries):
+            merged |= part
+        failure = None
+        if self.workers.rank == 0:
+            try:
+                self._finish(merged)
+            except UserError as error:
+                failure = str(error)
+        self._raise_if_any(failure, clean=not resume)
+        return read_index(self.output)
+
+    @property
+    def _quiet(self) -> bool | None:
+        # None lets tqdm decide: no bar where standard error is no terminal.
+        return True if self.workers.rank else None
+
+    def _prepare(self, resume: bool) -> str:
+        """Make the staging folder on rank 0; say whether there is work, on every rank."""
+        state, failure = "work", None
+        if self.workers.rank == 0:
+            try:
+                state = self._make_staging(resume)
+            except UserError as error:
+                failure = str(error)
+        self._raise_if_any(failure, clean=False)
+        return self.workers.gather(state)[0]
+
+    def _make_staging(self, resume: bool) -> str:
+        if self.output.exists():
+            if not resume:
+                raise UserError(f"{self.output}: exists already; remove it or choose another folder")
+            if read_index(self.output).settings != self.settings:
+                raise UserError(
+                    f"{self.output}: was made with other options; choose another folder"
+                )
+            return "complete"
+        wanted = self.settings.model_dump() | {"source": str(self.source.folder.resolve())}
+        if self.staging.exists():
+            if not resume:
+                raise UserError(
+                    f"{self.staging}: an unfinished run is here; continue it with --resume or "
+                    "remove it"
+                )
+            settings_file = self.staging / _SETTINGS_FILE
+            if not settings_file.is_file() or json.loads(settings_file.read_text()) != wanted:
+                raise UserError(
+                    f"{self.staging}: the unfinished run had other options; remove it to start anew"
+                )
+            (self.staging / _FAILURE_MARKER).unlink(missing_ok=True)
+            return "work"
+        try:
+            self.staging.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"{self.staging}: cannot be made ({error.strerror})") from error
+        try:
+            write_json(self.staging / _SETTINGS_FILE, wanted)
+        except UserError:
+            self.staging.rmdir()
+            raise
+        return "work"
+
+    def _raise_if_any(self, failure: str | None, *, clean: bool) -> None:
+        """Raise the first failure of any rank, on every rank, after clearing up once."""
+        failures = [text for text in self.workers.gather(failure) if text]
+        if not failures:
+            return
+        if clean and self.workers.rank == 0:
+            shutil.rmtree(self.staging, ignore_errors=True)
+        raise UserError(failures[0])
+
+    def _tasks(self) -> list[_GroupTask | _CopyTask]:
+        tasks: list[_GroupTask | _CopyTask] = [
+            _GroupTask(layer, group)
+            for layer in range(len(self.source.sites))
+            for group in range(self.settings.groups)
+        ]
+        by_file: dict[str, list[str]] = {}
+        for name in self.source.other_names:
+            by_file.setdefault(self.source.files.locations[name], []).append(name)
+        shards = [tuple(sorted(names)) for _, names in sorted(by_file.items())]
+        tasks += [_CopyTask(names, i, len(shards)) for i, names in enumerate(shards)]
+        return tasks
+
+    def _do(self, task: _GroupTask | _CopyTask) -> GroupEntry | FileEntry:
+        if isinstance(task, _CopyTask):
+            return self._copy(task)
+        return self._compress_group(task)
+
+    def _copy(self, task: _CopyTask) -> FileEntry:
+        path = self.staging / _shard_name(task)
+        if not path.exists():
+            files = self.source.files
+            tensors = {name: files.holding(name).read(name) for name in task.names}
+            write_tensors(path, tensors, {})
+        return _file_entry(path)
+
+    def _compress_group(self, task: _GroupTask) -> GroupEntry:
+        path = self.staging / group_file_name(task.layer, len(self.source.sites), task.group)
+        if path.exists():
+            return _recorded_entry(path)
+        site = self.source.sites[task.layer]
+        size = site.num_experts // self.settings.groups
+        experts = list(range(task.group * size, (task.group + 1) * size))
+        dtype = self._stored_dtype(task.layer)
+
+        matrices, output_biases, source_bytes = [], {}, 0
+        for k in experts:
+            matrix_ID, bias_H = self.source.read_expert(task.layer, k)
+            source_bytes += matrix_ID.nbytes
+            matrices.append(matrix_ID.float())
+            if bias_H is not None:
+                source_bytes += bias_H.nbytes
+                output_biases[k] = bias_H.to(dtype)
+        experts_NID = torch.stack(matrices)
+        del matrices
+
+        codec = self._codec(task.layer)
+        if codec.uses_center:
+            alignment = align(experts_NID, self.settings.align)
+            aligned_NID = alignment.apply(experts_NID)
+        else:
+            alignment, aligned_NID = Alignment(torch.empty(0), 0.0), experts_NID
+        del experts_NID
+        encoded = encode_group(
+            aligned_NID,
+            codec,
+            center=self.settings.center,
+            keep=self.settings.keep,
+            dtype=dtype,
+        )
+        residuals = dict(zip(experts, encoded.residuals, strict=True))
+        tensors = group_tensors(encoded.center_ID, residuals, output_biases)
+        value_bytes, index_bytes = _bytes_by_kind(residuals, output_biases)
+        record = {
+            "experts": experts,
+            "squared_errors": encoded.squared_errors,
+            "squared_norms": [float(m.double().square().sum()) for m in aligned_NID],
+            "source_bytes": source_bytes,
+            "center_bytes": 0 if encoded.center_ID is None else encoded.center_ID.nbytes,
+            "value_bytes": value_bytes,
+            "index_bytes": index_bytes,
+            "objective": alignment.objective,
+        }
+        write_tensors(path, tensors, {_RECORD: json.dumps(record)})
+        return _recorded_entry(path)
+
+    def _codec(self, layer: int) -> type[EncodedResidual]:
+        chosen = layer in self.settings.layers
+        return codec_named(self.settings.codec) if chosen else DenseResidual
+
+    def _stored_dtype(self, layer: int) -> torch.dtype:
+        if self.settings.dtype and layer in self.settings.layers:
+            return STORED_DTYPES[self.settings.dtype]
+        return self.source.dtype(layer)
+
+    def _finish(self, entries: dict[_GroupTask | _CopyTask, GroupEntry | FileEntry]) -> None:
+        """Index, config and companions; then the folder gets its name."""
+        copies = [task for task in entries if isinstance(task, _CopyTask)]
+        self._write_shard_index(sorted(copies, key=lambda task: task.shard))
+        self._write_config()
+        for path in sorted(self.source.folder.iterdir()):
+            taken = path.name in ("config.json", SHARD_INDEX) or (self.staging / path.name).exists()
+            if path.is_file() and path.suffix in _COMPANION_SUFFIXES and not taken:
+                copy_file(path, self.staging / path.name)
+        layers = [
+            LayerEntry(
+                module=site.module,
+                num_experts=site.num_experts,
+                rows=site.shape.rows,
+                hidden=site.shape.hidden,
+                gated=site.shape.gated,
+                row_bias=site.shape.row_bias,
+                output_bias=site.shape.output_bias,
+                codec=self._codec(i).name,
+                dtype=str(self._stored_dtype(i)).removeprefix("torch."),
+                storage=self.source.storages[i],
+                groups=[entries[_GroupTask(i, g)] for g in range(self.settings.groups)],
+            )
+            for i, site in enumerate(self.source.sites)
+        ]
+        others = [entries[task] for task in sorted(copies, key=lambda task: task.shard)]
+        named = (SHARD_INDEX, "config.json")
+        others += [_file_entry(self.staging / name) for name in named]
+        index = CheckpointIndex(
+            format_version=FORMAT_VERSION,
+            producer=f"resmoe-dist {__version__}",
+            settings=self.settings,
+            layers=layers,
+            other_files=others,
+        )
+        (self.staging / _SETTINGS_FILE).unlink()
+        write_json(self.staging / INDEX_FILE, index.model_dump())
+        self.staging.rename(self.output)
+
+    def _write_shard_index(self, copies: list[_CopyTask]) -> None:
+        weight_map = {name: _shard_name(task) for task in copies for name in task.names}
+        size = 0
+        for task in copies:
+            size += sum(tensor_bytes(self.staging / _shard_name(task)).values())
+        write_json(
+            self.staging / SHARD_INDEX,
+            {"metadata": {"total_size": size}, "weight_map": weight_map},
+        )
+
+    def _write_config(self) -> None:
+        config = json.loads((self.source.folder / "config.json").read_text(encoding="utf-8"))
+        config["quantization_config"] = {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "groups": self.settings.groups,
+            "codec": self.settings.codec,
+            "keep": self.settings.keep,
+        }
+        write_json(self.staging / "config.json", config)
+
+
+def _bytes_by_kind(
+    residuals: dict[int, EncodedResidual], output_biases: dict[int, Tensor]
+) -> tuple[int, int]:
+    """Bytes of stored values, and of the indices that say where they belong."""
+    tensors = [tensor for residual in residuals.values() for tensor in residual.buffers()]
+    tensors += output_biases.values()
+    values = sum(tensor.nbytes for tensor in tensors if tensor.is_floating_point())
+    return values, sum(tensor.nbytes for tensor in tensors) - values
+
+
+def _recorded_entry(path: Path) -> GroupEntry:
+    """The entry of a finished group file, from the record in its own header."""
+    record = json.loads(TensorFile(path).metadata[_RECORD])
+    return GroupEntry(file=_file_entry(path), **record)
+
+
+def _file_entry(path: Path) -> FileEntry:
+    return FileEntry(file=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
+def _shard_name(task: _CopyTask) -> str:
+    return f"model-{task.shard + 1:05d}-of-{task.shards:05d}.safetensors"

@@ -1,0 +1,85 @@
+"""Which process does which task, and how results come together: alone, under MPI, or DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Protocol
+
+import torch
+
+
+class Workers(Protocol):
+    """The processes of one run. Rank 0 writes what belongs to no single task."""
+
+    rank: int
+    size: int
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everyone's value, in rank order, on every rank. All ranks must call it."""
+        ...
+
+
+class SingleWorker:
+    """One process, nothing to coordinate."""
+
+    rank = 0
+    size = 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """Just this value."""
+        return [value]
+
+
+class MpiWorkers:
+    """The ranks of MPI's world communicator."""
+
+    def __init__(self) -> None:
+        from mpi4py import MPI  # importing it starts MPI, so only when launched under it
+
+        self._world = MPI.COMM_WORLD
+        self.rank, self.size = self._world.Get_rank(), self._world.Get_size()
+
+    def gather(self, value: Any) -> list[Any]:
+        """`Comm.allgather`."""
+        return self._world.allgather(value)
+
+
+class DeepSpeedWorkers:
+    """The ranks that the `deepspeed` launcher started, over gloo."""
+
+    def __init__(self) -> None:
+        import deepspeed
+
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+        self.rank = torch.distributed.get_rank()
+        self.size = torch.distributed.get_world_size()
+
+    def gather(self, value: Any) -> list[Any]:
+        """`torch.distributed.all_gather_object`."""
+        gathered: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(gathered, value)
+        return gathered
+
+
+_MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
+
+
+def find_workers() -> Workers:
+    """The workers of the launcher this process was started by, with threads to fit.
+
+    mpirun and the deepspeed launcher are told by the variables they set; each rank then takes its
+    share of this host's cores, so that the ranks do not fight over them.
+    """
+    if any(int(os.environ.get(name, "1")) > 1 for name in _MPI_SIZE_VARIABLES):
+        workers: Workers = MpiWorkers()
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        workers = DeepSpeedWorkers()
+    else:
+        return SingleWorker()
+    local_size = int(
+        os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
+        or os.environ.get("LOCAL_WORLD_SIZE")
+        or workers.size
+    )
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    return workers

@@ -1,0 +1,88 @@
+"""An expert MLP as a set of rows, one per intermediate neuron.
+
+Paper 001 (ResMoE), equation 3: an expert with I intermediate neurons is the sum of I one-neuron
+MLPs, so it *is* a matrix with one row per neuron, and reordering rows does not change it:
+
+    gated      W = [ gate | up | downᵀ | gate_bias | up_bias ]      D = 3H (+ 2 with biases)
+    two-layer  W = [ in   | outᵀ      | in_bias ]                   D = 2H (+ 1)
+
+The output bias belongs to the whole expert, not to a row, and is kept beside the matrix.
+
+Legend: I rows (intermediate neurons), H hidden size, D columns of the design matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """Shape of one expert's design matrix.
+
+    rows: I. hidden: H. gated: gate, up and down rather than in and out.
+    row_bias: biases of the first layer are extra columns. output_bias: a bias [H] beside the rows.
+    """
+
+    rows: int
+    hidden: int
+    gated: bool = True
+    row_bias: bool = False
+    output_bias: bool = False
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the projections that read the hidden state."""
+        return ("gate", "up") if self.gated else ("in",)
+
+    @property
+    def output(self) -> str:
+        """Name of the projection that writes the hidden state."""
+        return "down" if self.gated else "out"
+
+    @property
+    def columns(self) -> int:
+        """D."""
+        inputs = len(self.inputs)
+        return (inputs + 1) * self.hidden + (inputs if self.row_bias else 0)
+
+    @property
+    def entries(self) -> int:
+        """I·D."""
+        return self.rows * self.columns
+
+
+def row_range(rows: int, rank: int, size: int) -> tuple[int, int]:
+    """Rows [⌊rank·rows/size⌋, ⌊(rank+1)·rows/size⌋) that tensor-parallel rank `rank` holds.
+
+    The ranges of all ranks tile [0, rows); none is empty as long as size ≤ rows.
+    """
+    return rank * rows // size, (rank + 1) * rows // size
+
+
+def to_rows(shape: ExpertShape, projections: dict[str, Tensor]) -> Tensor:
+    """Design matrix [I, D] of one expert.
+
+    projections: for each name in `shape.inputs` a weight [I, H] (and `<name>_bias` [I]), and for
+    `shape.output` a weight [H, I], all oriented as `torch.nn.Linear` has them.
+    """
+    blocks = [projections[name] for name in shape.inputs]
+    blocks.append(projections[shape.output].T)
+    if shape.row_bias:
+        blocks += [projections[f"{name}_bias"].unsqueeze(1) for name in shape.inputs]
+    return torch.cat(blocks, dim=1)
+
+
+def from_rows(shape: ExpertShape, matrix_ID: Tensor) -> dict[str, Tensor]:
+    """Views of a design matrix (or a range of its rows) as projections; the inverse of `to_rows`."""
+    H = shape.hidden
+    views = {name: matrix_ID[:, i * H : (i + 1) * H] for i, name in enumerate(shape.inputs)}
+    weights_end = (len(shape.inputs) + 1) * H
+    views[shape.output] = matrix_ID[:, weights_end - H : weights_end].T
+    if shape.row_bias:
+        for i, name in enumerate(shape.inputs):
+            views[f"{name}_bias"] = matrix_ID[:, weights_end + i]
+    return views

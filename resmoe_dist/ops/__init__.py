@@ -1,0 +1,1 @@
+"""Kernels on encoded residuals. The PyTorch reference defines what each one means."""
