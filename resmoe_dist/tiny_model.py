@@ -8,17 +8,18 @@ experts are therefore related but different, which is what compression meets in 
 The dense model is the family's own architecture with a single expert, so one recipe serves all.
 """
 
+import contextlib
 import json
 import logging
 import math
 import os
 import re
-import sys
+import shutil
 import sysconfig
-import tempfile
 import time
+import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -29,11 +30,11 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.utils import ModelOutput
 
 from resmoe_dist.errors import UserError
 
@@ -71,14 +72,15 @@ class Recipe:
 
     config: dict  # of the MoE model, as the family's config class names its fields
     one_expert: dict  # what to change in `config` for the dense model
-    routing_loss: bool = True  # whether transformers adds the family's load-balancing loss
+    top_k: int = 1  # experts per token, as in `config`
+    balance: float = 0.02  # weight of the load-balancing loss; 0 where a selection bias balances
     encoder_decoder: bool = False
-    dense_steps: int = 300
-    moe_steps: int = 240
-    batch_size: int = 16  # crops per step
+    dense_steps: int = 270
+    moe_steps: int = 130
+    batch_size: int = 8  # crops per step
     crop_length: int = 256  # tokens per crop
-    muon_lr: float = 0.01
-    adamw_lr: float = 0.005
+    muon_lr: float = 0.005
+    adamw_lr: float = 0.01
 
 
 _COMMON = dict(
@@ -101,9 +103,9 @@ _DECODER = _COMMON | dict(
 
 _RECIPES = {
     "mixtral": Recipe(
-        config=_DECODER
-        | dict(num_local_experts=8, num_experts_per_tok=2, router_aux_loss_coef=0.01),
+        config=_DECODER | dict(num_local_experts=8, num_experts_per_tok=2),
         one_expert=dict(num_local_experts=1, num_experts_per_tok=1),
+        top_k=2,
     ),
     "qwen3_moe": Recipe(
         config=_DECODER
@@ -113,9 +115,11 @@ _RECIPES = {
             num_experts=16,
             num_experts_per_tok=4,
             norm_topk_prob=True,
-            router_aux_loss_coef=0.01,
         ),
         one_expert=dict(num_experts=1, num_experts_per_tok=1),
+        top_k=4,
+        dense_steps=230,
+        moe_steps=100,
     ),
     "deepseek_v3": Recipe(
         config=_DECODER
@@ -138,27 +142,30 @@ _RECIPES = {
         ),
         # Its router sums the two best scores of a group, so it needs two experts to choose one.
         one_expert=dict(n_routed_experts=2, num_experts_per_tok=1),
-        routing_loss=False,
+        top_k=2,
+        balance=0.0,
     ),
     "switch": Recipe(
         config=_COMMON
         | dict(
             decoder_start_token_id=PAD_ID,
+            tie_word_embeddings=True,  # transformers initialises an untied head far too large
             d_model=128,
             d_kv=32,
             d_ff=256,
             num_heads=4,
-            num_layers=2,
-            num_sparse_encoder_layers=1,
+            num_layers=4,  # as many as the decoder's, whose cache transformers sizes by it
+            num_sparse_encoder_layers=2,
             num_decoder_layers=4,
             num_sparse_decoder_layers=2,
             num_experts=4,
             expert_capacity=4096,
             dropout_rate=0.0,
-            router_aux_loss_coef=0.01,
         ),
         one_expert=dict(num_experts=1),
         encoder_decoder=True,
+        dense_steps=190,
+        moe_steps=120,
     ),
 }
 _MODEL_TYPES = {"switch": "switch_transformers"}  # where transformers' name is not the family's
@@ -195,17 +202,20 @@ def train_tiny_model(
     dense_steps = recipe.dense_steps if dense_steps is None else dense_steps
     moe_steps = recipe.moe_steps if moe_steps is None else moe_steps
     started = time.perf_counter()
-    train_bytes, held_out_bytes = read_corpus()
-    show_progress = progress and sys.stderr.isatty()
-    with torch.random.fork_rng(), tqdm(
-        total=dense_steps + moe_steps, desc=family, unit="step", disable=not show_progress
-    ) as bar:
-        torch.manual_seed(seed)
+    train_tokens, held_out_tokens = read_corpus()
+    quiet = None if progress else True  # tqdm's None: quiet unless stderr is a terminal
+    with (
+        _whole_or_nothing(directory) as partial,
+        torch.random.fork_rng(devices=[]),
+        tqdm(total=dense_steps + moe_steps, desc=family, unit="step", disable=quiet) as bar,
+    ):
+        torch.default_generator.manual_seed(seed)
         model = _build_model(family, recipe.config | recipe.one_expert)
-        schedule = _LearningRate(total_steps=dense_steps + moe_steps, moe_start=dense_steps)
-        _train(model, recipe, train_bytes, range(dense_steps), schedule, bar)
+        _choose_first_expert(model)
+        _train(model, recipe, train_tokens, _learning_rates(dense_steps, decay=False), bar)
         model = upcycle(model, _build_model(family, recipe.config))
-        _train(model, recipe, train_bytes, range(dense_steps, bar.total), schedule, bar)
+        _balance_by_bias(model)
+        _train(model, recipe, train_tokens, _learning_rates(moe_steps, decay=True), bar)
 
         tokenizer = byte_tokenizer(padding_side="right" if recipe.encoder_decoder else "left")
         report = TrainingReport(
@@ -214,14 +224,34 @@ def train_tiny_model(
             parameters=model.num_parameters(),
             dense_steps=dense_steps,
             moe_steps=moe_steps,
-            seconds=round(time.perf_counter() - started, 1),
-            held_out_nll=mean_nll(model, held_out_bytes),
-            unigram_nll=unigram_nll(train_bytes, held_out_bytes),
-            sample=_sample(model, tokenizer, "def "),
+            held_out_nll=mean_nll(model, recipe, held_out_tokens),
+            unigram_nll=unigram_nll(train_tokens, held_out_tokens),
+            sample=_sample(model, tokenizer, "class "),
+            seconds=time.perf_counter() - started,
         )
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "training.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
     logger.info("trained %s: %.3f nats/byte on held-out files", family, report.held_out_nll)
-    _save(directory, model, tokenizer, report)
     return report
+
+
+@contextlib.contextmanager
+def _whole_or_nothing(directory: Path) -> Iterator[Path]:
+    """A folder to write to that becomes `directory` at the end, or vanishes on an error."""
+    partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {directory.parent}: {error.strerror}") from error
+    try:
+        yield partial
+        try:
+            partial.rename(directory)  # over an empty folder at most
+        except OSError as error:
+            raise UserError(f"{directory} was filled meanwhile: choose another one") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def cache_root() -> Path:
@@ -258,7 +288,7 @@ _HELD_OUT_EVERY = 20  # one file in so many is held out
 
 
 def read_corpus() -> tuple[Tensor, Tensor]:
-    """The standard library's source as token ids: (training files, held-out files), each [bytes].
+    """The standard library's source as token ids: (training files, held-out files), each [tokens].
 
     A file's bytes are followed by EOS_ID. Raises UserError where Python has no .py source.
     """
@@ -284,8 +314,8 @@ def read_corpus() -> tuple[Tensor, Tensor]:
 
 def byte_tokenizer(padding_side: str) -> PreTrainedTokenizerFast:
     """A tokenizer whose ids are the bytes of the text's UTF-8, after one BOS_ID."""
-    symbols = _byte_symbols()
-    backend = Tokenizer(models.BPE(vocab={symbols[byte]: byte for byte in range(256)}, merges=[]))
+    vocabulary = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<s>", "</s>", "<pad>"])
@@ -302,15 +332,6 @@ def byte_tokenizer(padding_side: str) -> PreTrainedTokenizerFast:
         split_special_tokens=True,  # "</s>" in a text is four characters of it
         model_input_names=["input_ids", "attention_mask"],
     )
-
-
-def _byte_symbols() -> list[str]:
-    """The printable character by which a byte-level tokenizer writes each byte (GPT-2's table)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {byte: chr(byte) for byte in printable}
-    table |= {byte: chr(256 + place) for place, byte in enumerate(others)}
-    return [table[byte] for byte in range(256)]
 
 
 def _build_model(family: str, config: dict) -> PreTrainedModel:
@@ -336,29 +357,172 @@ def upcycle(dense: PreTrainedModel, moe: PreTrainedModel) -> PreTrainedModel:
     return moe
 
 
+def _choose_first_expert(dense: PreTrainedModel) -> None:
+    """Let routers with a selection bias (DeepSeek's) choose no expert but the first."""
+    for module in dense.modules():
+        if hasattr(module, "e_score_correction_bias"):
+            module.e_score_correction_bias[1:] = float("-inf")
+
+
+def _balance_by_bias(moe: PreTrainedModel, rate: float = 0.002) -> None:
+    """Balance routers with a selection bias during training (arXiv:2408.15664, algorithm 1)."""
+
+    def nudge(router: nn.Module, _inputs: tuple, outputs: tuple) -> None:
+        if router.training:
+            load = torch.bincount(outputs[2].flatten(), minlength=router.num_experts).float()
+            router.e_score_correction_bias += rate * torch.sign(load.mean() - load)
+
+    for module in moe.modules():
+        if hasattr(module, "e_score_correction_bias"):
+            module.register_forward_hook(nudge)
+
+
 def _train(
-    model: PreTrainedModel, recipe: Recipe, corpus: Tensor, steps: range, schedule, bar: tqdm
+    model: PreTrainedModel, recipe: Recipe, corpus: Tensor, learning_rates: list[float], bar: tqdm
 ) -> None:
-    """Train for `steps`, a part of the whole run; `schedule(step)` scales the learning rates."""
+    """Train one step per entry of `learning_rates`, which are factors of the recipe's."""
     optimizers = _optimizers(model, recipe)
-    balance_hooks = [
-        module.register_forward_hook(_nudge_selection_bias)
-        for module in model.modules()
-        if hasattr(module, "e_score_correction_bias") and module.num_experts > 2
-    ]
-    is_moe = model.config.num_experts_per_tok > 1
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     model.train()
-    for step in steps:
-        inputs = _model_inputs(_random_crops(corpus, recipe), recipe, _random_split(recipe))
-        loss = model(**inputs, output_router_logits=recipe.routing_loss and is_moe).loss
+    for factor in learning_rates:
+        starts = torch.randint(len(corpus) - recipe.crop_length, (recipe.batch_size,))
+        context_length = int(torch.randint(recipe.crop_length // 8, recipe.crop_length // 2, ()))
+        inputs = _model_inputs(recipe, corpus, starts, context_length)
+        outputs = model(**inputs, output_router_logits=recipe.balance > 0)
+        loss = outputs.loss
+        if recipe.balance > 0:
+            loss = loss + recipe.balance * imbalance(outputs, recipe.top_k)
         loss.backward()
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * schedule(step)
+        for optimizer, optimizer_peaks in zip(optimizers, peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, optimizer_peaks, strict=True):
+                group["lr"] = peak * factor
             optimizer.step()
             optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         bar.update()
-    for hook in balance_hooks:
-        hook.remove()
     model.eval()
+
+
+def imbalance(outputs: ModelOutput, top_k: int) -> Tensor:
+    """The load-balancing loss of Switch (arXiv:2101.03961, eq. 4), a mean over layers; least 1.
+
+    Transformers' own pools the layers first, so a layer may starve experts that others feed.
+    """
+    if "router_logits" in outputs:
+        layers = outputs.router_logits
+    else:
+        layers = (*outputs.encoder_router_logits, *outputs.decoder_router_logits)
+    losses = []
+    for logits in layers:
+        probabilities = logits.flatten(0, -2).softmax(-1)  # [T, E]
+        experts = probabilities.shape[-1]
+        chosen = probabilities.topk(min(top_k, experts)).indices.flatten()
+        shares = torch.bincount(chosen, minlength=experts) / len(chosen)
+        losses.append(experts * (shares * probabilities.mean(0)).sum())
+    return torch.stack(losses).mean()
+
+
+def _learning_rates(steps: int, decay: bool, warmup: int = 20) -> list[float]:
+    """A factor in (0, 1] per step: linear warm-up, then constant or linear decay."""
+    return [
+        min(1.0, (step + 1) / warmup) * ((steps - step) / steps if decay else 1.0)
+        for step in range(steps)
+    ]
+
+
+def _model_inputs(recipe: Recipe, corpus: Tensor, starts: Tensor, context_length: int) -> dict:
+    """The crops of `corpus` at `starts` as one batch, each after a BOS_ID.
+
+    An encoder reads the first `context_length` bytes and its decoder continues; a decoder-only
+    model predicts every byte (transformers shifts the labels by itself).
+    """
+    crops = corpus[starts[:, None] + torch.arange(recipe.crop_length)].long()
+    bos = torch.full((len(starts), 1), BOS_ID)
+    if recipe.encoder_decoder:
+        context = torch.cat([bos, crops[:, :context_length]], dim=1)
+        return dict(input_ids=context, labels=crops[:, context_length:].contiguous())
+    tokens = torch.cat([bos, crops], dim=1)
+    return dict(input_ids=tokens, labels=tokens, use_cache=False)
+
+
+# Vectors, tables looked up by row, and routers are no maps between hidden spaces: AdamW's.
+_FOR_ADAMW = re.compile(
+    r"(embed_tokens|shared|lm_head|relative_attention_bias|gate|classifier)\.weight$"
+)
+
+
+def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    hidden, others = [], []
+    for name, parameter in model.named_parameters():
+        is_hidden = parameter.ndim > 1 and not _FOR_ADAMW.search(name)
+        (hidden if is_hidden else others).append(parameter)
+    return [
+        Muon(hidden, lr=recipe.muon_lr),
+        torch.optim.AdamW(others, lr=recipe.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised by Newton-Schulz (Jordan et al. 2024), for matrices and stacks.
+
+    torch.optim.Muon takes matrices only; transformers keeps experts stacked, [E, out, in], and
+    here each matrix of a stack is orthogonalised on its own. An update's root mean square is
+    about 0.2·lr whatever the shape (arXiv:2502.16982), so learning rates are as for AdamW.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95):
+        super().__init__(parameters, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                average = self.state[parameter].setdefault("average", parameter.grad.clone())
+                average.lerp_(parameter.grad, 1 - group["momentum"])
+                direction = orthogonalize(parameter.grad.lerp(average, group["momentum"]))
+                scale = 0.2 * math.sqrt(max(parameter.shape[-2:]))
+                parameter.sub_(direction, alpha=group["lr"] * scale)
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrices, roughly: singular values end up within [0.7, 1.2].
+
+    `matrices`: [..., out, in]. The quintic Newton-Schulz iteration of Muon.
+    """
+    transposed = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if transposed else matrices
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+    return x.mT if transposed else x
+
+
+@torch.no_grad()
+def mean_nll(model: PreTrainedModel, recipe: Recipe, corpus: Tensor, crops: int = 64) -> float:
+    """The model's loss on evenly spaced crops of `corpus`, in nats per byte."""
+    starts = torch.linspace(0, len(corpus) - recipe.crop_length, crops).long()
+    losses = [
+        model(**_model_inputs(recipe, corpus, some, recipe.crop_length // 4)).loss
+        for some in starts.split(16)
+    ]
+    return torch.stack(losses).mean().item()
+
+
+def unigram_nll(train_tokens: Tensor, held_out_tokens: Tensor) -> float:
+    """Cross-entropy of `held_out_tokens` under the token frequencies of `train_tokens`, nats."""
+    counts = torch.bincount(train_tokens.long(), minlength=VOCABULARY_SIZE).double() + 1
+    return -torch.log(counts / counts.sum())[held_out_tokens.long()].mean().item()
+
+
+def _sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
+    tokens = model.generate(
+        **tokenizer(prompt, return_tensors="pt"),
+        max_new_tokens=200,
+        do_sample=True,
+        temperature=0.7,
+    )
+    text = tokenizer.decode(tokens[0], skip_special_tokens=True)
+    return prompt + text if model.config.is_encoder_decoder else text

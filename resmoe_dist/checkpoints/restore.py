@@ -1,0 +1,116 @@
+"""A compressed checkpoint back to a dense one that plain transformers loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from resmoe_dist.checkpoints.compressed import (
+    INDEX_FILE,
+    CompressedCheckpoint,
+    GroupFile,
+    LayerEntry,
+)
+from resmoe_dist.checkpoints.source import SHARD_INDEX, ModelFiles
+from resmoe_dist.checkpoints.tensor_files import (
+    copy_file,
+    tensor_bytes,
+    write_json,
+    write_tensors,
+)
+from resmoe_dist.errors import UserError
+
+
+def restore_checkpoint(folder: Path, output: Path, dtype: torch.dtype | None = None) -> None:
+    """Write OUTPUT: the model of a compressed checkpoint with dense experts.
+
+    Experts get the source's tensor names and layout, one file per layer; rows stay in aligned
+    order, which does not change an expert. dtype: of the experts; None keeps the stored one, in
+    which C + R is rounded once.
+
+    Raises UserError when OUTPUT exists or a file is damaged; OUTPUT is then not left half-written.
+    """
+    checkpoint = CompressedCheckpoint(folder)
+    staging = output.with_name(f"{output.name}.partial")
+    for path in (output, staging):
+        if path.exists():
+            raise UserError(f"{path}: exists already; remove it or choose another folder")
+    try:
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{staging}: cannot be made ({error.strerror})") from error
+    try:
+        _write_model(checkpoint, staging, dtype)
+        staging.rename(output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_model(checkpoint: CompressedCheckpoint, staging: Path, dtype: torch.dtype | None) -> None:
+    others = ModelFiles(checkpoint.folder)
+    other_shards = sorted(set(others.locations.values()))
+    layers = checkpoint.index.layers
+    count = len(other_shards) + len(layers)
+    weight_map: dict[str, str] = {}
+    total_size = 0
+    for i, shard in enumerate(other_shards):
+        name = _shard_name(i, count)
+        copy_file(checkpoint.folder / shard, staging / name)
+        weight_map |= {tensor: name for tensor, where in others.locations.items() if where == shard}
+        total_size += sum(tensor_bytes(staging / name).values())
+    for i, layer in enumerate(layers, start=len(other_shards)):
+        name = _shard_name(i, count)
+        tensors = _dense_layer(checkpoint, layer, dtype)
+        write_tensors(staging / name, tensors, {})
+        weight_map |= dict.fromkeys(tensors, name)
+        total_size += sum(tensor_bytes(staging / name).values())
+    write_json(
+        staging / SHARD_INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    )
+    config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    if dtype is not None:
+        # transformers loads a model in the dtype that its config names.
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    write_json(staging / "config.json", config)
+    for path in sorted(checkpoint.folder.iterdir()):
+        skipped = path.name == INDEX_FILE or path.suffix == ".safetensors" or not path.is_file()
+        if not skipped and not (staging / path.name).exists():
+            copy_file(path, staging / path.name)
+
+
+def _dense_layer(
+    checkpoint: CompressedCheckpoint, layer: LayerEntry, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    experts: list[tuple[Tensor, Tensor | None]] = []
+    for group in layer.groups:
+        file = checkpoint.open_group(layer, group)
+        experts += [restored_expert(file, k, dtype) for k in group.experts]
+    return layer.storage.write(layer.shape, experts)
+
+
+def restored_expert(
+    file: GroupFile, expert: int, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Dense design matrix [I, D] of one expert, C + decode(R_k), and its output bias [H] if any."""
+    rows = file.layer.rows
+    residual = file.read_residual(expert, 0, rows)
+    center_ID = file.read_center(0, rows)
+    bias_H = file.read_output_bias(expert)
+    if dtype is not None:
+        residual = residual.to(dtype)
+        bias_H = None if bias_H is None else bias_H.to(dtype)
+    if center_ID is None:
+        return residual.decode(), bias_H
+    dense_ID = center_ID.to(dtype or center_ID.dtype, copy=True)
+    residual.add_to(dense_ID)
+    return dense_ID, bias_H
+
+
+def _shard_name(number: int, count: int) -> str:
+    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"

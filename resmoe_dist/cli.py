@@ -1,0 +1,232 @@
+"""The `resmoe-dist` command. See `resmoe-dist --help`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from resmoe_dist import __version__
+from resmoe_dist.checkpoints.compressed import (
+    STORED_DTYPES,
+    CompressedCheckpoint,
+    CompressionSettings,
+)
+from resmoe_dist.checkpoints.restore import restore_checkpoint
+from resmoe_dist.checkpoints.source import SourceCheckpoint
+from resmoe_dist.checkpoints.tensor_files import write_json
+from resmoe_dist.errors import UserError
+from resmoe_dist.evaluation.perplexity import (
+    DEFAULT_CONTEXT,
+    Evaluation,
+    evaluate,
+    load_tokenizer,
+    sequences_from_json,
+    sequences_from_text,
+)
+from resmoe_dist.evaluation.report import describe, layer_table
+from resmoe_dist.parallel.launcher import quiet_libraries, run_entry_point
+from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
+from resmoe_dist.runtime.loading import load_model
+
+
+def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `compress`, shared with launch/compress.py."""
+    parser.add_argument("source", type=Path, help="Hugging Face model folder (safetensors)")
+    parser.add_argument("output", type=Path, help="folder to write; must not exist")
+    parser.add_argument(
+        "--ep",
+        type=int,
+        required=True,
+        metavar="G",
+        help="groups per layer, each with a centre of its own: the expert-parallel size to serve at",
+    )
+    parser.add_argument(
+        "--keep", type=float, default=0.25, help="share of residual entries kept (default 0.25)"
+    )
+    parser.add_argument("--codec", choices=("pruned", "low_rank"), default="pruned")
+    parser.add_argument(
+        "--align",
+        choices=("loo", "pot", "none"),
+        help="row alignment: leave-one-out descent (default), POT's barycentre, or none",
+    )
+    parser.add_argument(
+        "--center",
+        choices=("joint", "barycenter", "mean"),
+        default="joint",
+        help="centre chosen with the residuals (default), mean of the aligned experts, or mean of "
+        "the experts as stored",
+    )
+    parser.add_argument(
+        "--layers", default="all", help="MoE layers to compress: all, last:24, 8-31 or 0,2"
+    )
+    parser.add_argument(
+        "--dtype", choices=sorted(STORED_DTYPES), help="of stored values (default: the source's)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue an interrupted run; keep finished files"
+    )
+
+
+def run_compress(args: argparse.Namespace) -> int:
+    """`compress`, on every rank that was started."""
+    # Imported here: the other commands need neither POT nor SciPy's optimisers.
+    from resmoe_dist.compression.pipeline import Compression, parse_layers
+    from resmoe_dist.compression.scheduling import find_workers
+
+    workers = find_workers()
+    if args.ep < 1:
+        raise UserError(f"--ep {args.ep}: must be 1 or more")
+    if not 0 < args.keep <= 1:
+        raise UserError(f"--keep {args.keep}: must lie in (0, 1]")
+    if args.center == "mean" and args.align in ("loo", "pot"):
+        raise UserError(f"--center mean averages experts as stored; drop --align {args.align}")
+    source = SourceCheckpoint(args.source)
+    settings = CompressionSettings(
+        groups=args.ep,
+        keep=args.keep,
+        codec=args.codec,
+        align=args.align or ("none" if args.center == "mean" else "loo"),
+        center=args.center,
+        layers=parse_layers(args.layers, len(source.sites)),
+        dtype=args.dtype,
+    )
+    Compression(source, args.output, settings, workers).run(resume=args.resume)
+    if workers.rank == 0:
+        print(layer_table(describe(CompressedCheckpoint(args.output))))
+    return 0
+
+
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `evaluate`, shared with launch/evaluate.py."""
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--text", type=Path, metavar="F", help="UTF-8 text file")
+    text.add_argument(
+        "--token-ids", type=Path, metavar="F.json", help="JSON list of sequences of token ids"
+    )
+    parser.add_argument(
+        "--context", type=int, default=DEFAULT_CONTEXT, help="tokens per window of --text"
+    )
+    parser.add_argument(
+        "--dtype", choices=sorted(STORED_DTYPES), help="to compute in (default: the checkpoint's)"
+    )
+    parser.add_argument("--json", type=Path, metavar="F", help="write the result here too")
+
+
+def run_evaluate(args: argparse.Namespace, topology: Topology = SINGLE_PROCESS) -> Evaluation:
+    """`evaluate` on a grid; the result is the same on every rank."""
+    if args.context < 2:
+        raise UserError(f"--context {args.context}: must be 2 or more")
+    dtype = STORED_DTYPES[args.dtype] if args.dtype else None
+    model = load_model(args.model, dtype=dtype, topology=topology)
+    if args.text:
+        sequences = sequences_from_text(args.text, load_tokenizer(args.model), args.context)
+    else:
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        sequences = sequences_from_json(args.token_ids, vocabulary)
+    return evaluate(model, sequences, topology)
+
+
+def report_evaluation(result: Evaluation, json_file: Path | None) -> None:
+    """Print an evaluation, and write it as JSON where asked."""
+    print(f"perplexity {result.perplexity:.6g}  nll {result.nll:.6g}  tokens {result.tokens}")
+    if json_file:
+        write_json(json_file, result.as_dict())
+
+
+def _tiny_model(args: argparse.Namespace) -> int:
+    from resmoe_dist.tiny_model import train_tiny_model
+
+    report = train_tiny_model(args.directory, args.family, args.seed)
+    print(
+        f"{args.directory}: {report.family}, {report.parameters / 1e6:.1f} M parameters, trained in "
+        f"{report.seconds:.0f} s; held-out {report.held_out_nll:.3f} nats per byte "
+        f"(unigram {report.unigram_nll:.3f})"
+    )
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    description = describe(CompressedCheckpoint(args.folder))
+    settings = ", ".join(f"{k} {v}" for k, v in description["settings"].items() if k != "layers")
+    print(f"{description['folder']}: {settings}; written by {description['producer']}")
+    print(layer_table(description))
+    if args.json:
+        write_json(args.json, description)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    checkpoint = CompressedCheckpoint(args.folder)
+    faults = checkpoint.faults()
+    for fault in faults:
+        print(fault)
+    if faults:
+        return 1
+    print(f"{args.folder}: all {len(checkpoint.files())} files are whole")
+    return 0
+
+
+def _restore(args: argparse.Namespace) -> int:
+    restore_checkpoint(
+        args.folder, args.output, STORED_DTYPES[args.dtype] if args.dtype else None
+    )
+    print(f"{args.output}: dense model written")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    report_evaluation(run_evaluate(args), args.json)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="resmoe-dist", description=__doc__.split("\n")[0])
+    parser.add_argument("--version", action="version", version=f"resmoe-dist {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=summary, description=summary)
+        added.set_defaults(run=run)
+        return added
+
+    tiny = command("tiny-model", _tiny_model, "train a tiny MoE model on Python's own sources")
+    tiny.add_argument("directory", type=Path)
+    tiny.add_argument(
+        "--family", default="mixtral", choices=("mixtral", "deepseek_v3", "qwen3_moe", "switch")
+    )
+    tiny.add_argument("--seed", type=int, default=0)
+
+    add_compress_arguments(
+        command("compress", run_compress, "compress a model's experts into centres and residuals")
+    )
+
+    inspect = command("inspect", _inspect, "show errors and bytes of a compressed checkpoint")
+    inspect.add_argument("folder", type=Path)
+    inspect.add_argument("--json", type=Path, metavar="F", help="write everything here too")
+
+    verify = command("verify", _verify, "check digests and shapes; exit 1 if a file is bad")
+    verify.add_argument("folder", type=Path)
+
+    restore = command("restore", _restore, "write a dense model that plain transformers loads")
+    restore.add_argument("folder", type=Path)
+    restore.add_argument("output", type=Path, help="folder to write; must not exist")
+    restore.add_argument(
+        "--dtype", choices=sorted(STORED_DTYPES), help="of the experts (default: as stored)"
+    )
+
+    evaluate_ = command("evaluate", _evaluate, "perplexity of a source, dense or compressed model")
+    evaluate_.add_argument("model", type=Path)
+    add_evaluate_arguments(evaluate_)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: exit code 0, 1 for a failed check, 2 for a user's mistake."""
+    args = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    quiet_libraries()
+    run_entry_point(lambda: args.run(args))

@@ -1,0 +1,1 @@
+"""Error, perplexity and bytes, measured."""

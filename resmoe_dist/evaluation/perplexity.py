@@ -1,0 +1,139 @@
+"""Mean negative log-likelihood of text under a model, in one process or on a grid."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from resmoe_dist.errors import UserError
+from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
+
+DEFAULT_CONTEXT = 512
+_TOKENS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """nll: mean over predicted tokens, in nats. tokens: how many were predicted."""
+
+    nll: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll)."""
+        return math.exp(self.nll)
+
+    def as_dict(self) -> dict[str, float]:
+        """For JSON."""
+        return {"perplexity": self.perplexity, "nll": self.nll, "tokens": self.tokens}
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder. Raises UserError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{folder}: no tokenizer could be loaded ({reason}); add its files, or give token ids"
+        ) from error
+
+
+def sequences_from_text(
+    path: Path, tokenizer: PreTrainedTokenizerBase, context: int
+) -> list[list[int]]:
+    """Windows of at most `context` tokens of a text file, one after the other.
+
+    Raises UserError for a file that is missing, not UTF-8, or has fewer than two tokens.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable UTF-8 text file ({error})") from error
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    windows = [ids[i : i + context] for i in range(0, len(ids), context)]
+    windows = [window for window in windows if len(window) > 1]
+    if not windows:
+        raise UserError(f"{path}: too short; a perplexity needs two tokens or more")
+    return windows
+
+
+def sequences_from_json(path: Path, vocabulary: int) -> list[list[int]]:
+    """Sequences of token ids from a JSON list of lists.
+
+    Raises UserError for anything else, ids outside the vocabulary, or sequences of under two ids.
+    """
+    try:
+        sequences = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable JSON file ({error})") from error
+    if not isinstance(sequences, list) or not sequences:
+        raise UserError(f"{path}: must be a JSON list of sequences of token ids")
+    for i, sequence in enumerate(sequences):
+        valid = isinstance(sequence, list) and all(
+            type(token) is int and 0 <= token < vocabulary for token in sequence
+        )
+        if not valid or len(sequence) < 2:
+            raise UserError(
+                f"{path}: sequence {i} must be a list of two or more ids from 0 to {vocabulary - 1}"
+            )
+    return sequences
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel, sequences: list[list[int]], topology: Topology = SINGLE_PROCESS
+) -> Evaluation:
+    """Mean NLL of each token given those before it in its sequence; collective over the grid.
+
+    Batches are dealt out to the lanes; a lane that runs out keeps in step with a dummy forward.
+    An encoder-decoder model reads the first half of a sequence and is scored on all of the second.
+    """
+    batches = _equal_length_batches(sequences)
+    rounds = -(-len(batches) // topology.lanes)
+    total = torch.zeros(2, dtype=torch.float64)
+    for i in range(rounds):
+        number = i * topology.lanes + topology.lane
+        idle = number >= len(batches)
+        batch = [sequences[0][:2]] if idle else batches[number]
+        nll, tokens = _batch_nll(model, torch.tensor(batch, device=model.device))
+        if not idle and topology.tp_rank == 0:
+            total += torch.tensor([nll, tokens], dtype=torch.float64)
+    if topology.lanes * topology.tp > 1:
+        shared = total.to(model.device)
+        torch.distributed.all_reduce(shared)
+        total = shared.cpu()
+    return Evaluation(nll=float(total[0] / total[1]), tokens=int(total[1]))
+
+
+def _batch_nll(model: PreTrainedModel, ids_BS: torch.Tensor) -> tuple[float, int]:
+    """Summed NLL and number of predicted tokens."""
+    if model.config.is_encoder_decoder:
+        half = ids_BS.shape[1] // 2
+        labels = ids_BS[:, half:]
+        logits = model(input_ids=ids_BS[:, :half], labels=labels).logits
+    else:
+        labels = ids_BS[:, 1:]
+        logits = model(input_ids=ids_BS, use_cache=False).logits[:, :-1]
+    nll = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+    return float(nll.double().sum()), labels.numel()
+
+
+def _equal_length_batches(sequences: list[list[int]]) -> list[list[list[int]]]:
+    """Consecutive sequences of one length together: nothing is padded."""
+    batches: list[list[list[int]]] = []
+    for sequence in sequences:
+        last = batches[-1] if batches else None
+        fits = last and len(last[0]) == len(sequence)
+        if fits and (len(last) + 1) * len(sequence) <= _TOKENS_PER_BATCH:
+            last.append(sequence)
+        else:
+            batches.append([sequence])
+    return batches

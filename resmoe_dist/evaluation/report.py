@@ -1,0 +1,131 @@
+"""Bytes and errors of a compressed checkpoint, measured from its files, as a table and as JSON.
+
+Legend: N experts, I rows, D columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from resmoe_dist.checkpoints.compressed import CompressedCheckpoint, LayerEntry
+from resmoe_dist.checkpoints.tensor_files import tensor_bytes
+
+
+def describe(checkpoint: CompressedCheckpoint) -> dict[str, Any]:
+    """Settings, and per layer and in total: error, and bytes before and after by kind.
+
+    `error` is (1/N) Σ_k ‖T_k W_k − restored_k‖² (paper 001, appendix A.6), `relative_error` its
+    share of (1/N) Σ_k ‖W_k‖². Bytes are what the files' headers say lies in them.
+    """
+    index = checkpoint.index
+    layers = [_describe_layer(checkpoint, layer) for layer in index.layers]
+    keys = ("source_bytes", "center_bytes", "value_bytes", "index_bytes", "stored_bytes")
+    total: dict[str, Any] = {key: sum(layer[key] for layer in layers) for key in keys}
+    total["ratio"] = total["stored_bytes"] / total["source_bytes"]
+    compressed = [layer for layer in layers if layer["codec"] != "dense"]
+    total["relative_error"] = (
+        sum(layer["error"] * layer["experts"] for layer in compressed)
+        / sum(layer["norm"] * layer["experts"] for layer in compressed)
+    )
+    other = sum(
+        sum(tensor_bytes(checkpoint.folder / entry.file).values())
+        for entry in index.other_files
+        if entry.file.endswith(".safetensors")
+    )
+    return {
+        "folder": str(checkpoint.folder),
+        "format_version": index.format_version,
+        "producer": index.producer,
+        "settings": index.settings.model_dump(),
+        "layers": layers,
+        "experts": total,
+        "other_bytes": other,
+        "total_bytes": other + total["stored_bytes"],
+    }
+
+
+def _describe_layer(checkpoint: CompressedCheckpoint, layer: LayerEntry) -> dict[str, Any]:
+    bytes_by_kind = {"center": 0, "value": 0, "index": 0}
+    for group in layer.groups:
+        for name, size in tensor_bytes(checkpoint.folder / group.file.file).items():
+            bytes_by_kind[_kind(name)] += size
+    stored = sum(bytes_by_kind.values())
+    source = sum(group.source_bytes for group in layer.groups)
+    error = sum(e for group in layer.groups for e in group.squared_errors) / layer.num_experts
+    norm = sum(n for group in layer.groups for n in group.squared_norms) / layer.num_experts
+    return {
+        "module": layer.module,
+        "codec": layer.codec,
+        "dtype": layer.dtype,
+        "experts": layer.num_experts,
+        "groups": len(layer.groups),
+        "rows": layer.rows,
+        "columns": layer.shape.columns,
+        "error": error,
+        "norm": norm,
+        "relative_error": error / norm if norm else 0.0,
+        "source_bytes": source,
+        "center_bytes": bytes_by_kind["center"],
+        "value_bytes": bytes_by_kind["value"],
+        "index_bytes": bytes_by_kind["index"],
+        "stored_bytes": stored,
+        "ratio": stored / source,
+        "bits_per_entry": 8 * stored / (layer.num_experts * layer.shape.entries),
+    }
+
+
+def _kind(tensor_name: str) -> str:
+    if tensor_name == "center":
+        return "center"
+    return "index" if tensor_name.endswith((".bitmap", ".row_offsets")) else "value"
+
+
+def layer_table(description: dict[str, Any]) -> str:
+    """The layers and the total of `describe` as a text table."""
+    header = ["layer", "codec", "error", "relative", "before", "centre", "values", "indices"]
+    header += ["after", "share"]
+    rows = [_row(layer["module"], layer) for layer in description["layers"]]
+    total = {"codec": "", "error": None} | description["experts"]
+    rows.append(_row("all experts", total))
+    lines = [text_table(header, rows, left=2)]
+    lines.append(
+        f"everything else {human_bytes(description['other_bytes'])}, "
+        f"the whole checkpoint {human_bytes(description['total_bytes'])}"
+    )
+    return "\n".join(lines)
+
+
+def _row(name: str, values: dict[str, Any]) -> list[str]:
+    error = values["error"]
+    kinds = ("source_bytes", "center_bytes", "value_bytes", "index_bytes", "stored_bytes")
+    return [
+        name,
+        values["codec"],
+        "" if error is None else f"{error:.4g}",
+        f"{values['relative_error']:.4f}",
+        *(human_bytes(values[kind]) for kind in kinds),
+        f"{values['ratio']:.1%}",
+    ]
+
+
+def text_table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """Columns aligned: the first `left` to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(row: list[str]) -> str:
+        cells = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,142 @@
+"""Starting ranks, and failing well: one line for a user's mistake, every rank down at once."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import deepspeed
+import torch
+import transformers
+from deepspeed.accelerator import get_accelerator
+from torch.distributed.distributed_c10d import _get_default_store
+
+from resmoe_dist.errors import UserError
+from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology, build_topology
+
+USER_ERROR = 2
+_FAILED_KEY = "resmoe_dist/failed"
+_STARTED_BY_US = "RESMOE_STARTED_RANKS"
+
+
+def start_grid(ep: int, tp: int, script: str, arguments: Sequence[str]) -> Topology:
+    """Make this process one rank of an ep x tp grid and return its place in it.
+
+    Under a launcher that started the right number of ranks: join them. On a machine without
+    accelerators, where the `deepspeed` launcher starts one rank per NUMA node: replace this process
+    by the DeepSpeed launcher with ep·tp ranks, and say so. Alone with ep·tp = 1: no process group.
+
+    Raises UserError when an accelerator machine runs a number of ranks that is no multiple of ep·tp.
+    """
+    if ep < 1 or tp < 1:
+        raise UserError(f"--ep {ep} --tp {tp}: both must be 1 or more")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world % (ep * tp) and get_accelerator().device_name() == "cpu":
+        if os.environ.get(_STARTED_BY_US):
+            raise UserError(f"started {ep * tp} ranks, found {world}; give --ep and --tp once")
+        _start_ranks_on_cpu(ep * tp, script, arguments)
+    if world % (ep * tp):
+        raise UserError(
+            f"--ep {ep} --tp {tp} needs {ep * tp} ranks or a multiple, {world} were started; run "
+            f"deepspeed --num_gpus {ep * tp} {script} …"
+        )
+    if world == 1:
+        return SINGLE_PROCESS
+    _join_world()
+    return build_topology(ep, tp)
+
+
+def run_entry_point(main: Callable[[], int | None]) -> None:
+    """Run a script's `main` and exit with its code.
+
+    A UserError becomes one line on standard error and exit code 2; of several ranks that fail
+    together, the first one speaks. Any failure ends this process at once, without waiting in
+    destructors for ranks that wait for it, and the launcher then takes the others down.
+    """
+    try:
+        code = main() or 0
+    except UserError as error:
+        _say_once(f"error: {error}")
+        _leave(USER_ERROR)
+    except KeyboardInterrupt:
+        _leave(130)
+    except Exception:
+        # A rank whose peers are gone fails too; only the first failure explains anything.
+        rank = os.environ.get("RANK", "0")
+        _say_once(f"rank {rank} failed\n{traceback.format_exc()}")
+        _leave(1)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    sys.exit(code)
+
+
+def quiet_libraries() -> None:
+    """Warnings only from the libraries, and their progress bars on rank 0's terminal alone."""
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    if int(os.environ.get("RANK", "0")) or not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _join_world() -> None:
+    accelerator = get_accelerator()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if accelerator.device_name() == "cpu":
+        # Ranks that share a host share its cores.
+        local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    else:
+        accelerator.set_device(local_rank)
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def _start_ranks_on_cpu(ranks: int, script: str, arguments: Sequence[str]) -> None:
+    """Replace this process by DeepSpeed's launcher; of several ranks started, rank 0 does it."""
+    if int(os.environ.get("RANK", "0")):
+        sys.exit(0)
+    print(f"no accelerator here: starting {ranks} ranks on the CPU", file=sys.stderr, flush=True)
+    started = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
+    environment = {k: v for k, v in os.environ.items() if k not in (*started, "MASTER_PORT")}
+    environment |= {_STARTED_BY_US: str(ranks), "DS_ACCELERATOR": "cpu"}
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode())
+    command = [
+        *(sys.executable, "-m", "deepspeed.launcher.launch", "--quiet", "--no_local_rank"),
+        *(f"--world_info={world.decode()}", "--master_addr=127.0.0.1"),
+        *(f"--master_port={free_port()}", script, *arguments),
+    ]
+    sys.stdout.flush()
+    os.execve(sys.executable, command, environment)
+
+
+def _say_once(text: str) -> None:
+    """Print to standard error unless another rank has spoken already."""
+    first = int(os.environ.get("RANK", "0")) == 0
+    if torch.distributed.is_initialized():
+        # The store lives in rank 0: where it is gone, so is the need to explain.
+        first = False
+        with suppress(Exception):
+            first = _get_default_store().add(_FAILED_KEY, 1) == 1
+    if first:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,1 @@
+"""Compressed experts in a live model: the DeepSpeed layer, loading, generation."""

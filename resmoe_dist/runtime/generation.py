@@ -1,0 +1,91 @@
+"""Text from prompts on a grid: each lane generates its share, all lanes in step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from resmoe_dist.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """max_new_tokens per prompt. temperature None: greedy. seed: of the sampling, per lane."""
+
+    max_new_tokens: int = 64
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LaneOutput:
+    """What one rank generated: prompt number -> completion, tokens of them all, seconds."""
+
+    completions: dict[int, str]
+    new_tokens: int
+    seconds: float
+
+
+def lane_share(count: int, topology: Topology) -> range:
+    """The numbers of the prompts that this rank's lane works on; empty for a lane with none."""
+    return range(topology.lane, count, topology.lanes)
+
+
+@torch.no_grad()
+def generate_on_lane(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    topology: Topology,
+    options: GenerationOptions,
+) -> LaneOutput:
+    """Complete this lane's prompts; collective over the grid.
+
+    Every forward exchanges tokens between lanes, so all must run equally many: transformers'
+    `synced_gpus` keeps finished lanes in step, and a lane without prompts generates from a lone
+    token and discards it.
+    """
+    mine = lane_share(len(prompts), topology)
+    texts = [prompts[i] for i in mine]
+    inputs = _encode(tokenizer, texts, model.device)
+    start = inputs["input_ids"].shape[1]
+    sampling: dict[str, object] = {"do_sample": options.temperature is not None}
+    if options.temperature is not None:
+        # The ranks of one lane must draw the same tokens.
+        torch.manual_seed(options.seed * topology.lanes + topology.lane)
+        sampling |= {"temperature": options.temperature, "top_p": options.top_p or 1.0}
+    began = time.perf_counter()
+    output_BS = model.generate(
+        **inputs,
+        max_new_tokens=options.max_new_tokens if texts else 1,
+        synced_gpus=topology.lanes > 1,
+        **sampling,
+    )
+    seconds = time.perf_counter() - began
+    if not texts:
+        return LaneOutput({}, 0, seconds)
+    new_BS = output_BS[:, 1 if model.config.is_encoder_decoder else start :]
+    completions = tokenizer.batch_decode(new_BS, skip_special_tokens=True)
+    pad = tokenizer.pad_token_id
+    return LaneOutput(
+        dict(zip(mine, completions, strict=True)), int((new_BS != pad).sum()), seconds
+    )
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """A left-padded batch; a single token where there is nothing to encode."""
+    if not texts:
+        token = next(t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if t is not None)
+        ids = torch.tensor([[token]], device=device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    batch = tokenizer(texts, return_tensors="pt", padding=True).to(device)
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}

@@ -1,0 +1,47 @@
+"""Bytes that a loaded model holds on this rank, counted on its live tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+
+from transformers import PreTrainedModel
+
+from resmoe_dist.runtime.layer import ResMoE
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """center_bytes, residual_bytes (values, indices, output biases) and other_bytes of one rank.
+
+    groups: centres held, over all layers. num_experts: of a layer, over all ranks.
+    """
+
+    center_bytes: int
+    residual_bytes: int
+    other_bytes: int
+    groups: int
+    num_experts: int
+
+    @property
+    def expert_bytes(self) -> int:
+        """Centre and residuals."""
+        return self.center_bytes + self.residual_bytes
+
+
+def rank_memory(model: PreTrainedModel) -> RankMemory:
+    """Measure a model: each storage once, however many tensors view it."""
+    layers = [module for module in model.modules() if isinstance(module, ResMoE)]
+    tensors = chain(model.parameters(), model.buffers())
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors
+    }
+    center = sum(layer.experts.center_bytes for layer in layers)
+    residual = sum(layer.experts.residual_bytes for layer in layers)
+    return RankMemory(
+        center_bytes=center,
+        residual_bytes=residual,
+        other_bytes=sum(storages.values()) - center - residual,
+        groups=sum(len(layer.experts.groups) for layer in layers),
+        num_experts=layers[0].num_experts if layers else 0,
+    )
