@@ -1,7 +1,7 @@
 """`resmoe-dist compress` spread over ranks: the same options, for a launcher.
 
-    mpirun -n 4 python launch/compress.py SOURCE OUTPUT --ep 4
-    deepspeed --num_gpus 4 launch/compress.py SOURCE OUTPUT --ep 4
+mpirun -n 4 python launch/compress.py SOURCE OUTPUT --ep 4
+deepspeed --num_gpus 4 launch/compress.py SOURCE OUTPUT --ep 4
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Perplexity of a compressed model on an expert x tensor parallel grid.
 
-    deepspeed launch/evaluate.py MODEL --ep 4 --tp 2 (--text F | --token-ids F.json) [--json F]
+deepspeed launch/evaluate.py MODEL --ep 4 --tp 2 (--text F | --token-ids F.json) [--json F]
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def generation_options(args: argparse.Namespace) -> GenerationOptions:
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: must be 1 or more")
     if args.temperature is not None and args.temperature <= 0:
-        raise UserError(f"--temperature {args.temperature}: must be above 0; leave it out for greedy")
+        raise UserError(f"--temperature {args.temperature}: must be above 0; omit it for greedy")
     if args.top_p is not None and (args.temperature is None or not 0 < args.top_p <= 1):
         raise UserError(f"--top-p {args.top_p}: must lie in (0, 1] and needs --temperature")
     return GenerationOptions(args.max_new_tokens, args.temperature, args.top_p, args.seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +41,7 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         required=True,
         metavar="G",
-        help="groups per layer, each with a centre of its own: the expert-parallel size to serve at",
+        help="groups per layer, each with a centre of its own: the EP size to serve at",
     )
     parser.add_argument(
         "--keep", type=float, default=0.25, help="share of residual entries kept (default 0.25)"
@@ -142,8 +141,8 @@ def _tiny_model(args: argparse.Namespace) -> int:
 
     report = train_tiny_model(args.directory, args.family, args.seed)
     print(
-        f"{args.directory}: {report.family}, {report.parameters / 1e6:.1f} M parameters, trained in "
-        f"{report.seconds:.0f} s; held-out {report.held_out_nll:.3f} nats per byte "
+        f"{args.directory}: {report.family}, {report.parameters / 1e6:.1f} M parameters, trained "
+        f"in {report.seconds:.0f} s; held-out {report.held_out_nll:.3f} nats per byte "
         f"(unigram {report.unigram_nll:.3f})"
     )
     return 0
@@ -171,9 +170,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _restore(args: argparse.Namespace) -> int:
-    restore_checkpoint(
-        args.folder, args.output, STORED_DTYPES[args.dtype] if args.dtype else None
-    )
+    restore_checkpoint(args.folder, args.output, STORED_DTYPES[args.dtype] if args.dtype else None)
     print(f"{args.output}: dense model written")
     return 0
 

@@ -77,7 +77,7 @@ def to_rows(shape: ExpertShape, projections: dict[str, Tensor]) -> Tensor:
 
 
 def from_rows(shape: ExpertShape, matrix_ID: Tensor) -> dict[str, Tensor]:
-    """Views of a design matrix (or a range of its rows) as projections; the inverse of `to_rows`."""
+    """Views of a design matrix, or of a range of its rows, as projections: `to_rows` undone."""
     H = shape.hidden
     views = {name: matrix_ID[:, i * H : (i + 1) * H] for i, name in enumerate(shape.inputs)}
     weights_end = (len(shape.inputs) + 1) * H

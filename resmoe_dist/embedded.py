@@ -10,7 +10,7 @@ from pathlib import Path
 from resmoe_dist import __version__
 from resmoe_dist.checkpoints.compressed import FORMAT_VERSION, CompressionSettings, is_compressed
 from resmoe_dist.checkpoints.source import SourceCheckpoint
-from resmoe_dist.tiny_model import cached_tiny_model, cache_root
+from resmoe_dist.tiny_model import cache_root, cached_tiny_model
 
 DEMO_PROMPTS = [
     "def __init__(self, ",
@@ -53,4 +53,3 @@ def embedded_checkpoint(groups: int) -> Path:
             own.rename(folder)
         shutil.rmtree(own, ignore_errors=True)
     return folder
-

@@ -75,8 +75,8 @@ class Recipe:
     top_k: int = 1  # experts per token, as in `config`
     balance: float = 0.02  # weight of the load-balancing loss; 0 where a selection bias balances
     encoder_decoder: bool = False
-    dense_steps: int = 270
-    moe_steps: int = 130
+    dense_steps: int = 280
+    moe_steps: int = 140
     batch_size: int = 8  # crops per step
     crop_length: int = 256  # tokens per crop
     muon_lr: float = 0.005
@@ -144,6 +144,8 @@ _RECIPES = {
         one_expert=dict(n_routed_experts=2, num_experts_per_tok=1),
         top_k=2,
         balance=0.0,
+        dense_steps=250,
+        moe_steps=110,
     ),
     "switch": Recipe(
         config=_COMMON
@@ -165,7 +167,9 @@ _RECIPES = {
         one_expert=dict(num_experts=1),
         encoder_decoder=True,
         dense_steps=190,
-        moe_steps=120,
+        moe_steps=130,
+        balance=0.05,
+        muon_lr=0.0025,  # T5's attention does not scale its scores, so its queries start tiny
     ),
 }
 _MODEL_TYPES = {"switch": "switch_transformers"}  # where transformers' name is not the family's
@@ -341,15 +345,15 @@ def _build_model(family: str, config: dict) -> PreTrainedModel:
     return auto.from_config(config, dtype=torch.float32)
 
 
-_ROUTER = re.compile(r"(gate\.weight|gate\.e_score_correction_bias|classifier\.weight)$")
-
-
 @torch.no_grad()
 def upcycle(dense: PreTrainedModel, moe: PreTrainedModel) -> PreTrainedModel:
-    """Copy `dense` into `moe`, its first expert into every expert; the routers stay fresh."""
+    """Copy `dense` into `moe`, its first expert into every expert; the routers begin afresh."""
     source = dense.state_dict()
     for name, target in moe.state_dict().items():
-        if _ROUTER.search(name):
+        if name.endswith("gate.e_score_correction_bias"):
+            continue
+        if name.endswith(("gate.weight", "classifier.weight")):
+            target.normal_(std=0.02)  # small, so that every expert gets its share of tokens
             continue
         value = source[re.sub(r"experts\.expert_\d+", "experts.expert_0", name)]
         fused = name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
@@ -364,7 +368,7 @@ def _choose_first_expert(dense: PreTrainedModel) -> None:
             module.e_score_correction_bias[1:] = float("-inf")
 
 
-def _balance_by_bias(moe: PreTrainedModel, rate: float = 0.002) -> None:
+def _balance_by_bias(moe: PreTrainedModel, rate: float = 0.005) -> None:
     """Balance routers with a selection bias during training (arXiv:2408.15664, algorithm 1)."""
 
     def nudge(router: nn.Module, _inputs: tuple, outputs: tuple) -> None:

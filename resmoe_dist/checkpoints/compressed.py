@@ -165,13 +165,13 @@ class GroupFile:
 
     def read_center(self, start: int, stop: int) -> Tensor | None:
         """Rows [start, stop) of the centre; None for a codec without one."""
-        return self._file.read("center", start, stop) if self._codec.uses_center else None
+        return self._read("center", start, stop) if self._codec.uses_center else None
 
     def read_residual(self, expert: int, start: int, stop: int) -> EncodedResidual:
         """Rows [start, stop) of one expert's residual."""
 
         def read(name: str, start: int, stop: int | None) -> Tensor:
-            return self._file.read(f"experts.{expert}.{name}", start, stop)
+            return self._read(f"experts.{expert}.{name}", start, stop)
 
         try:
             return self._codec.read(read, self.layer.shape.columns, start, stop)
@@ -182,7 +182,11 @@ class GroupFile:
         """Output bias [H] of one expert; None for families without biases."""
         if not self.layer.output_bias:
             return None
-        return self._file.read(f"experts.{expert}.output_bias")
+        return self._read(f"experts.{expert}.output_bias", 0, None)
+
+    def _read(self, name: str, start: int, stop: int | None) -> Tensor:
+        # A copy, so that a running model neither maps the whole tensor nor depends on the file.
+        return self._file.read(name, start, stop).clone()
 
     def _check_shapes(self) -> None:
         shape = self.layer.shape
@@ -262,7 +266,9 @@ def read_index(folder: Path) -> CheckpointIndex:
     """
     path = folder / INDEX_FILE
     if not path.is_file():
-        raise UserError(f"{folder}: no {INDEX_FILE} here; give a folder made by resmoe-dist compress")
+        raise UserError(
+            f"{folder}: no {INDEX_FILE} here; give a folder made by resmoe-dist compress"
+        )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         version = raw["format_version"]

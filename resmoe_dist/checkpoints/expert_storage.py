@@ -81,14 +81,10 @@ class ExpertStorage(BaseModel):
         fused |= {"inputs_bias": (width,), "output_bias": (shape.hidden,)}
         return {name: (num_experts, *fused[key]) for key, name in self.tensors.items()}
 
-    def read(
-        self, shape: ExpertShape, expert: int, fetch: Fetch
-    ) -> tuple[Tensor, Tensor | None]:
+    def read(self, shape: ExpertShape, expert: int, fetch: Fetch) -> tuple[Tensor, Tensor | None]:
         """Design matrix [I, D] of one expert and its output bias [H] (None without biases)."""
         if not self.fused:
-            found = {
-                key: fetch(_named(name, expert), None) for key, name in self.tensors.items()
-            }
+            found = {key: fetch(_named(name, expert), None) for key, name in self.tensors.items()}
             output_bias = found.pop(f"{shape.output}_bias", None)
             return to_rows(shape, found), output_bias
         found = {key: fetch(name, expert) for key, name in self.tensors.items()}

@@ -50,7 +50,7 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 
 def load_config(folder: str) -> PretrainedConfig:
-    """The config of a model folder. Raises UserError where there is none, or none that can be read."""
+    """The config of a model folder. Raises UserError where there is none that can be read."""
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:

@@ -50,7 +50,9 @@ def restore_checkpoint(folder: Path, output: Path, dtype: torch.dtype | None = N
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _write_model(checkpoint: CompressedCheckpoint, staging: Path, dtype: torch.dtype | None) -> None:
+def _write_model(
+    checkpoint: CompressedCheckpoint, staging: Path, dtype: torch.dtype | None
+) -> None:
     others = ModelFiles(checkpoint.folder)
     other_shards = sorted(set(others.locations.values()))
     layers = checkpoint.index.layers

@@ -1,4 +1,4 @@
-"""Safetensors files: opened once, read by slices, written atomically, with errors a user can act on."""
+"""Safetensors files: opened once, read by slices, written atomically; errors a user can act on."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ class TensorFile:
         try:
             return self._handle.get_slice(name)
         except SafetensorError as error:
-            raise UserError(f"{self.path}: tensor {name!r} is missing; fetch or rebuild the file") from error
+            raise UserError(
+                f"{self.path}: tensor {name!r} is missing; fetch or rebuild the file"
+            ) from error
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

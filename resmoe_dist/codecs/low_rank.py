@@ -81,6 +81,4 @@ class LowRankResidual(EncodedResidual):
         dense_RD.addmm_(self.left, self.right)
 
     def slice_rows(self, start: int, stop: int) -> LowRankResidual:
-        return LowRankResidual(
-            self.columns, {"left": self.left[start:stop], "right": self.right}
-        )
+        return LowRankResidual(self.columns, {"left": self.left[start:stop], "right": self.right})

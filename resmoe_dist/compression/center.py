@@ -115,8 +115,8 @@ def windowed_center(aligned_NID: Tensor, keep: float) -> tuple[Tensor, Tensor]:
 
     At one entry, if m of the N experts drop it, the best they can do is to be m neighbours in
     sorted order, with their mean as centre and their spread S_m as cost (S_1 = 0). Which m each
-    entry takes is one budget over the group: minimise Σ S_m subject to Σ (N − m) ≤ keep·N·I·D, which
-    one multiplier λ per group does: every entry drops a further expert as long as the (convexified)
+    entry takes is one budget over the group: minimise Σ S_m subject to Σ (N − m) ≤ keep·N·I·D. One
+    multiplier λ per group does that: every entry drops one more expert as long as the (convexified)
     cost of doing so is at most λ. λ is the exact order statistic of those costs.
 
     The share kept is at most `keep`, and falls short of it only by ties: where dropping costs

@@ -86,7 +86,7 @@ class _GroupTask:
 
 @dataclass(frozen=True)
 class _CopyTask:
-    """Tensors of one source file that are no expert's, to be written as shard `shard` of `shards`."""
+    """Tensors of one source file that are no expert's, to become shard `shard` of `shards`."""
 
     names: tuple[str, ...]
     shard: int
@@ -173,7 +173,7 @@ class Compression:
     def _make_staging(self, resume: bool) -> str:
         if self.output.exists():
             if not resume:
-                raise UserError(f"{self.output}: exists already; remove it or choose another folder")
+                raise UserError(f"{self.output}: exists already; remove it or choose another one")
             if read_index(self.output).settings != self.settings:
                 raise UserError(
                     f"{self.output}: was made with other options; choose another folder"

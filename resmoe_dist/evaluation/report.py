@@ -23,9 +23,8 @@ def describe(checkpoint: CompressedCheckpoint) -> dict[str, Any]:
     total: dict[str, Any] = {key: sum(layer[key] for layer in layers) for key in keys}
     total["ratio"] = total["stored_bytes"] / total["source_bytes"]
     compressed = [layer for layer in layers if layer["codec"] != "dense"]
-    total["relative_error"] = (
-        sum(layer["error"] * layer["experts"] for layer in compressed)
-        / sum(layer["norm"] * layer["experts"] for layer in compressed)
+    total["relative_error"] = sum(layer["error"] * layer["experts"] for layer in compressed) / sum(
+        layer["norm"] * layer["experts"] for layer in compressed
     )
     other = sum(
         sum(tensor_bytes(checkpoint.folder / entry.file).values())

@@ -83,9 +83,7 @@ class Dispatcher:
         )
         return received_RH[order_R], metadata
 
-    def combine(
-        self, y_RH: Tensor, top_k_weights_TK: Tensor, metadata: DispatchMetadata
-    ) -> Tensor:
+    def combine(self, y_RH: Tensor, top_k_weights_TK: Tensor, metadata: DispatchMetadata) -> Tensor:
         """Bring the experts' outputs home and add them up, weighted: out_TH in y's dtype.
 
         The sum over K is taken in float32, in the order of k: it does not depend on the grid.

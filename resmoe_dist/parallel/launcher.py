@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 
 import deepspeed
 import torch
@@ -33,7 +34,7 @@ def start_grid(ep: int, tp: int, script: str, arguments: Sequence[str]) -> Topol
     accelerators, where the `deepspeed` launcher starts one rank per NUMA node: replace this process
     by the DeepSpeed launcher with ep·tp ranks, and say so. Alone with ep·tp = 1: no process group.
 
-    Raises UserError when an accelerator machine runs a number of ranks that is no multiple of ep·tp.
+    Raises UserError when a machine with accelerators runs a number of ranks that does not fit.
     """
     if ep < 1 or tp < 1:
         raise UserError(f"--ep {ep} --tp {tp}: both must be 1 or more")
@@ -100,7 +101,9 @@ def _join_world() -> None:
         # Ranks that share a host share its cores.
         local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+        # DeepSpeed prints, on every rank, that it built its shared-memory op.
+        with redirect_stdout(io.StringIO()):
+            deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     else:
         accelerator.set_device(local_rank)
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

@@ -110,9 +110,7 @@ def build_topology(ep: int, tp: int) -> Topology:
     )
 
 
-def _check_ranks(
-    kind: str, group: torch.distributed.ProcessGroup, expected: list[int]
-) -> None:
+def _check_ranks(kind: str, group: torch.distributed.ProcessGroup, expected: list[int]) -> None:
     found = torch.distributed.get_process_group_ranks(group)
     if found != expected:
         raise UserError(

@@ -27,10 +27,8 @@ class Workspace:
         """An uninitialised matrix [rows, columns] in the buffer."""
         size = rows * columns
         buffer = self._buffer
-        if buffer is None or buffer.numel() < size or (buffer.dtype, buffer.device) != (
-            dtype,
-            device,
-        ):
+        fits = buffer is not None and buffer.numel() >= size
+        if not fits or buffer.dtype != dtype or buffer.device != device:
             self._buffer = buffer = torch.empty(size, dtype=dtype, device=device)
         return buffer[:size].view(rows, columns)
 

@@ -81,7 +81,8 @@ def _encode(
 ) -> dict[str, torch.Tensor]:
     """A left-padded batch; a single token where there is nothing to encode."""
     if not texts:
-        token = next(t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if t is not None)
+        known = (tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
+        token = next(token for token in known if token is not None)
         ids = torch.tensor([[token]], device=device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     tokenizer.padding_side = "left"

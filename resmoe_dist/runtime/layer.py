@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed.comm as dist
-import torch
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import MOELayer, TopKGate
 from torch import Tensor, nn
@@ -158,7 +157,7 @@ class ResMoE(MoE):
 
 
 class SwitchResMoE(ResMoE):
-    """`ResMoE` behind Switch Transformers' seam, which passes a one-hot mask instead of an index."""
+    """`ResMoE` behind Switch Transformers' seam, which passes a one-hot mask, not an index."""
 
     def forward(self, hidden_states: Tensor, selected: Tensor, routing_weights: Tensor) -> Tensor:
         """hidden_states [T, H], selected [T, 1, E] (all zero: over capacity), weights [T, 1]."""

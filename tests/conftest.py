@@ -1,0 +1,41 @@
+"""Fixtures shared by all tests: tiny models of every family, and compressed copies of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from resmoe_dist.parallel.launcher import quiet_libraries
+from tests.models import FAMILIES, save_family
+
+quiet_libraries()
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory):
+    """family_folder(name, fused=False): a randomly initialised model of a family, made once."""
+    made: dict[tuple[str, bool], Path] = {}
+
+    def make(name: str, fused: bool = False) -> Path:
+        if (name, fused) not in made:
+            folder = tmp_path_factory.mktemp(f"{name}-{'fused' if fused else 'separate'}")
+            save_family(FAMILIES[name], folder, fused=fused)
+            made[name, fused] = folder
+        return made[name, fused]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def embedded_source() -> Path:
+    """The embedded Mixtral, trained once per user (RESMOE_CACHE moves the cache)."""
+    from resmoe_dist.tiny_model import cached_tiny_model
+
+    return cached_tiny_model()

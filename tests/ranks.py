@@ -1,0 +1,97 @@
+"""Run a function on N real processes joined by gloo, as a launcher would.
+
+Processes fork from a server that has imported the heavy libraries once, so that a test of eight
+ranks costs seconds, not minutes, on two cores.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from resmoe_dist.parallel.launcher import free_port
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    ["resmoe_dist", "tests.models", "transformers.models.mixtral.modeling_mixtral"]
+)
+
+
+def run_on_ranks(
+    world: int, function: Callable[..., Any], *args: Any, timeout: float = 240
+) -> list:
+    """`function(*args)` on every rank of a gloo world; the results in rank order.
+
+    function must be importable (top level of a module). The first rank that fails is reported with
+    its traceback, and the others are ended; so are all when `timeout` seconds pass.
+    """
+    port = free_port()
+    pipes, processes = [], []
+    for rank in range(world):
+        receiver, sender = _context.Pipe(duplex=False)
+        process = _context.Process(
+            target=_run_rank, args=(rank, world, port, sender, function, args), daemon=True
+        )
+        process.start()
+        sender.close()
+        pipes.append(receiver)
+        processes.append(process)
+    try:
+        return _collect(pipes, processes, timeout)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _collect(pipes: list[Connection], processes: list, timeout: float) -> list:
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout
+    while len(results) < len(pipes):
+        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+        ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        assert ready, f"ranks {[r for r in range(len(pipes)) if r not in results]} hang"
+        for pipe in ready:
+            rank = pipes.index(pipe)
+            try:
+                failed, value = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                processes[rank].join(1)
+                raise AssertionError(
+                    f"rank {rank} died with exit code {processes[rank].exitcode}"
+                ) from None
+            assert not failed, f"rank {rank} failed:\n{value}"
+            results[rank] = value
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _run_rank(
+    rank: int, world: int, port: int, sender: Connection, function: Callable[..., Any], args: tuple
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    from resmoe_dist.parallel.launcher import _join_world, quiet_libraries
+
+    try:
+        quiet_libraries()
+        _join_world()
+        outcome = (False, function(*args))
+    except BaseException:
+        outcome = (True, traceback.format_exc())
+    # By value: torch's own way to send tensors needs the sender alive when they are opened.
+    sender.send_bytes(pickle.dumps(outcome))
+    sender.close()
+    # No destructors: a rank that is done must not wait for one that failed.
+    os._exit(0)

@@ -1,0 +1,86 @@
+"""What everything rests on: the compressed model computes what the dense one does, on every grid.
+
+Authority, in order: with everything kept, the source model; with any checkpoint, the dense model
+that `restore` writes, run by transformers alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from resmoe_dist import load_model
+from resmoe_dist.checkpoints.restore import restore_checkpoint
+from tests.models import FAMILIES, compress, dense_model, logits_of, relative_difference
+from tests.ranks import run_on_ranks
+
+TOLERANCE = 1e-4  # relative, float32
+LAYOUTS = [(name, fused) for name in FAMILIES for fused in (False, True)]
+
+
+@pytest.mark.parametrize(("name", "fused"), LAYOUTS)
+@pytest.mark.parametrize("codec", ["pruned", "low_rank"])
+def test_keeping_everything_gives_the_source_logits(family_folder, tmp_path, name, fused, codec):
+    source = family_folder(name, fused)
+    compress(source, tmp_path / "c", groups=2, keep=1.0, codec=codec)
+
+    found = logits_of(load_model(tmp_path / "c"))
+
+    assert relative_difference(found, logits_of(dense_model(source))) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "fused"), LAYOUTS)
+def test_restored_dense_model_gives_the_compressed_logits(family_folder, tmp_path, name, fused):
+    compress(family_folder(name, fused), tmp_path / "c", groups=2)
+    restore_checkpoint(tmp_path / "c", tmp_path / "d")
+
+    expected = logits_of(dense_model(tmp_path / "d"))
+
+    assert relative_difference(logits_of(load_model(tmp_path / "c")), expected) <= TOLERANCE
+    # The comparison means something only where compression changed the model.
+    assert relative_difference(expected, logits_of(dense_model(family_folder(name, fused)))) > 1e-2
+
+
+def test_transformers_alone_loads_a_compressed_folder(family_folder, tmp_path):
+    source = family_folder("mixtral")
+    compress(source, tmp_path / "c", keep=1.0)
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "c")
+
+    assert relative_difference(logits_of(model), logits_of(dense_model(source))) <= TOLERANCE
+
+
+def test_layers_left_out_are_served_dense(family_folder, tmp_path):
+    source = family_folder("mixtral")
+    index = compress(source, tmp_path / "c", groups=2, layers=[1])
+    restore_checkpoint(tmp_path / "c", tmp_path / "d")
+
+    assert [layer.codec for layer in index.layers] == ["dense", "pruned"]
+    found = logits_of(load_model(tmp_path / "c"))
+    assert relative_difference(found, logits_of(dense_model(tmp_path / "d"))) <= TOLERANCE
+
+
+GRIDS = [(2, 1), (1, 2), (2, 2), (4, 1), (1, 4), (4, 2)]
+
+
+def _logits_on_grid(folders: list[Path], ep: int, tp: int) -> list[torch.Tensor]:
+    return [logits_of(load_model(folder, ep=ep, tp=tp)) for folder in folders]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ep", "tp"), GRIDS)
+def test_every_grid_gives_the_single_process_logits(family_folder, tmp_path, ep, tp):
+    # Four groups at four ranks is one expert per rank; the low-rank one has more groups than ranks.
+    folders = []
+    for name in FAMILIES:
+        for codec, groups in (("pruned", 2), ("pruned", 4), ("low_rank", 4)):
+            folders.append(tmp_path / f"{name}-{codec}-{groups}")
+            compress(family_folder(name), folders[-1], groups=groups, codec=codec)
+    expected = [logits_of(load_model(folder)) for folder in folders]
+
+    for rank, found in enumerate(run_on_ranks(ep * tp, _logits_on_grid, folders, ep, tp)):
+        for folder, mine, want in zip(folders, found, expected, strict=True):
+            assert relative_difference(mine, want) <= TOLERANCE, f"rank {rank}, {folder.name}"
