@@ -75,8 +75,8 @@ class Recipe:
     top_k: int = 1  # experts per token, as in `config`
     balance: float = 0.02  # weight of the load-balancing loss; 0 where a selection bias balances
     encoder_decoder: bool = False
-    dense_steps: int = 280
-    moe_steps: int = 140
+    dense_steps: int = 270
+    moe_steps: int = 130
     batch_size: int = 8  # crops per step
     crop_length: int = 256  # tokens per crop
     muon_lr: float = 0.005

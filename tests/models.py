@@ -1,4 +1,4 @@
-"""Randomly initialised tiny models of the families the tests cover, and shorthands to compress them.
+"""Randomly initialised tiny models of the families the tests cover, and how to compress them.
 
 Sizes are odd on purpose: I no multiple of 2 or 8, H no multiple of 16, D no multiple of 32.
 """

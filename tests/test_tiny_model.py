@@ -96,7 +96,7 @@ def test_tokenizer_round_trips_text_that_trips_others(saved_tokenizer, text):
 
 def test_short_training_beats_byte_frequencies_on_held_out_files(tmp_path):
     report = train_tiny_model(tmp_path / "m", dense_steps=24, moe_steps=6)
-    assert report.held_out_nll < report.unigram_nll - 0.3
+    assert report.held_out_nll < report.unigram_nll - 0.1
 
 
 def test_nll_of_the_report_is_that_of_the_saved_model(folders):

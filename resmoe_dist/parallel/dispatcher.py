@@ -97,7 +97,7 @@ class Dispatcher:
         T, K = metadata.num_tokens, metadata.top_k
         y_SH = torch.zeros(T * K, y_RH.shape[1], dtype=torch.float32, device=y_RH.device)
         y_SH[metadata.slots_N] = y_NH.float()
-        weighted = y_SH.view(T, K, -1) * top_k_weights_TK.float().unsqueeze(-1)
+        weighted = y_SH.view(T, K, y_RH.shape[1]) * top_k_weights_TK.float().unsqueeze(-1)
         return weighted.sum(1).to(y_RH.dtype)
 
     def _exchange_counts(self, counts_E: Tensor) -> Tensor:

@@ -1,0 +1,162 @@
+"""The launch scripts as a user starts them: real launcher, real ranks, real exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from resmoe_dist.evaluation.perplexity import evaluate, load_tokenizer
+from resmoe_dist.parallel.topology import SINGLE_PROCESS
+from resmoe_dist.runtime.generation import GenerationOptions, generate_on_lane
+from resmoe_dist.runtime.loading import load_model
+from tests.models import compress
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+PROMPTS = ["def __init__(self", "import os\n", "class Error"]
+TOKENS = 12
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def compressed(embedded_source, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("launch") / "c"
+    compress(embedded_source, folder, groups=4)
+    return folder
+
+
+def start(*arguments: str | Path) -> subprocess.Popen:
+    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR"):
+        environment.pop(name, None)
+    return subprocess.Popen(
+        [str(argument) for argument in arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*arguments: str | Path) -> tuple[int, str, str]:
+    process = start(*arguments)
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def own_lines(text: str) -> list[str]:
+    """Lines that are not DeepSpeed's log."""
+    return [line for line in text.splitlines() if line and not line.startswith("[20")]
+
+
+def test_infer_as_written_starts_its_ranks_and_prints_each_completion_once(compressed, tmp_path):
+    options = [arg for prompt in PROMPTS for arg in ("--prompt", prompt)]
+    code, out, err = run(
+        *("deepspeed", "launch/infer.py", "--ep", "2", "--tp", "2", "--model", compressed),
+        *("--max-new-tokens", str(TOKENS), "--json", tmp_path / "r.json", *options),
+    )
+
+    assert code == 0, err
+    assert own_lines(err) == ["no accelerator here: starting 4 ranks on the CPU"]
+    expected = generate_on_lane(
+        load_model(compressed),
+        load_tokenizer(compressed),
+        PROMPTS,
+        SINGLE_PROCESS,
+        GenerationOptions(TOKENS),
+    ).completions
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert [c["completion"] for c in result["completions"]] == list(expected.values())
+    places = [out.index(f"{prompt}{expected[i]}") for i, prompt in enumerate(PROMPTS)]
+    assert places == sorted(places)
+    assert all(out.count(f"--- {i + 1}: ") == 1 for i in range(len(PROMPTS)))
+    assert [(r["lane"], r["tp_rank"]) for r in result["ranks"]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert result["ranks"][3]["experts"] == [4, 5, 6, 7]
+
+
+def test_evaluate_on_a_grid_gives_the_single_process_perplexity(compressed, tmp_path):
+    tokenizer = load_tokenizer(compressed)
+    ids = tokenizer(Path(__file__).read_text())["input_ids"]
+    sequences = [ids[i * 60 : i * 60 + 50 + i] for i in range(5)]
+    (tmp_path / "ids.json").write_text(json.dumps(sequences))
+
+    code, _, err = run(
+        *("deepspeed", "--num_gpus", "4", "launch/evaluate.py", compressed, "--ep", "4"),
+        *("--token-ids", tmp_path / "ids.json", "--json", tmp_path / "r.json"),
+    )
+
+    assert code == 0, err
+    result = json.loads((tmp_path / "r.json").read_text())
+    expected = evaluate(load_model(compressed), sequences)
+    assert result["perplexity"] == pytest.approx(expected.perplexity, rel=1e-4)
+    assert result["tokens"] == expected.tokens
+
+
+def test_one_rank_that_fails_takes_all_down_with_its_one_line(compressed, tmp_path):
+    folder = tmp_path / "c"
+    shutil.copytree(compressed, folder)
+    (bad,) = folder.glob("resmoe-00002-*-group-003.safetensors")
+    bad.write_bytes(bad.read_bytes()[:-100])  # only the last EP rank opens this file
+
+    code, out, err = run(
+        *("deepspeed", "--num_gpus", "4", "launch/infer.py", "--ep", "4", "--model", folder),
+        *("--prompt", "import"),
+    )
+
+    assert code == 2
+    assert "Traceback" not in out + err
+    (line,) = own_lines(err)
+    assert line.startswith("error: ") and bad.name in line
+
+
+def test_a_user_mistake_is_one_line_from_all_ranks_together(tmp_path):
+    code, out, err = run(
+        *("deepspeed", "--num_gpus", "2", "launch/infer.py", "--ep", "2"),
+        *("--model", tmp_path / "none", "--prompt", "import"),
+    )
+
+    assert code == 2
+    assert "Traceback" not in out + err
+    (line,) = own_lines(err)
+    assert str(tmp_path / "none") in line
+
+
+def test_a_killed_rank_takes_the_others_down(compressed):
+    process = start(
+        *("deepspeed", "--num_gpus", "2", "launch/infer.py", "--ep", "2", "--model", compressed),
+        *("--prompt", "import", "--max-new-tokens", "900"),
+    )
+    try:
+        ranks = _wait_for_ranks(process.pid, 2)
+        time.sleep(5)  # inside generation, or loading: either must end
+        ranks[0].kill()
+        killed = time.monotonic()
+        process.communicate(timeout=60)
+        assert process.returncode != 0
+        assert time.monotonic() - killed < 30
+        assert not any(rank.is_running() and rank.status() != "zombie" for rank in ranks)
+    finally:
+        process.kill()
+
+
+def _wait_for_ranks(pid: int, count: int) -> list[psutil.Process]:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        children = psutil.Process(pid).children(recursive=True)
+        ranks = [
+            child for child in children if "launch/infer.py" in child.cmdline() and not child.children()
+        ]
+        if len(ranks) == count:
+            return ranks
+        time.sleep(0.5)
+    raise AssertionError("the ranks did not start")

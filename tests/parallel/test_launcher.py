@@ -1,0 +1,79 @@
+"""Joining, starting and refusing grids, without processes."""
+
+from __future__ import annotations
+
+import pytest
+
+from resmoe_dist.errors import UserError
+from resmoe_dist.parallel import launcher
+from resmoe_dist.parallel.topology import SINGLE_PROCESS
+
+
+class _Accelerator:
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def device_name(self) -> str:
+        return self._name
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(device, world): what `start_grid` finds."""
+
+    def pretend(device: str, world: int) -> None:
+        monkeypatch.setattr(launcher, "get_accelerator", lambda: _Accelerator(device))
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        monkeypatch.delenv("RANK", raising=False)
+
+    return pretend
+
+
+def test_a_wrong_number_of_gpu_ranks_is_refused_with_the_right_command(machine):
+    machine("cuda", 3)
+
+    with pytest.raises(UserError, match=r"needs 8 ranks .* 3 were started; run deepspeed --num_gpus 8"):
+        launcher.start_grid(4, 2, "launch/infer.py", [])
+
+
+def test_a_single_gpu_is_refused_a_larger_grid(machine):
+    machine("cuda", 1)
+
+    with pytest.raises(UserError, match="1 were started"):
+        launcher.start_grid(2, 1, "launch/infer.py", [])
+
+
+def test_one_process_alone_needs_no_process_group(machine):
+    machine("cpu", 1)
+
+    assert launcher.start_grid(1, 1, "launch/infer.py", []) == SINGLE_PROCESS
+
+
+def test_on_a_cpu_the_deepspeed_launcher_replaces_the_process(machine, monkeypatch):
+    machine("cpu", 1)
+    replaced = []
+    monkeypatch.setattr(launcher.os, "execve", lambda *call: replaced.append(call))
+
+    with pytest.raises(UserError):  # execve does not return; here it did
+        launcher.start_grid(4, 2, "launch/infer.py", ["--ep", "4", "--tp", "2"])
+
+    ((_, command, environment),) = replaced
+    assert "deepspeed.launcher.launch" in command
+    assert command[-5:] == ["launch/infer.py", "--ep", "4", "--tp", "2"]
+    assert "WORLD_SIZE" not in environment
+
+
+def test_ranks_that_were_started_for_another_grid_do_not_start_more(machine, monkeypatch):
+    machine("cpu", 2)
+    monkeypatch.setenv(launcher._STARTED_BY_US, "4")
+
+    with pytest.raises(UserError, match="started 4 ranks, found 2"):
+        launcher.start_grid(4, 1, "launch/infer.py", [])
+
+
+@pytest.mark.parametrize(("ep", "tp"), [(0, 1), (1, 0), (-2, 1)])
+def test_a_grid_has_at_least_one_rank_each_way(machine, ep, tp):
+    machine("cpu", 1)
+
+    with pytest.raises(UserError, match="must be 1 or more"):
+        launcher.start_grid(ep, tp, "launch/infer.py", [])

@@ -1,0 +1,151 @@
+"""The embedded Mixtral on grids: perplexity, greedy text, bytes per rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
+from resmoe_dist.checkpoints.restore import restore_checkpoint
+from resmoe_dist.design_matrix import row_range
+from resmoe_dist.evaluation.perplexity import evaluate, load_tokenizer
+from resmoe_dist.parallel.topology import SINGLE_PROCESS, build_topology, owned_experts
+from resmoe_dist.runtime.generation import GenerationOptions, generate_on_lane
+from resmoe_dist.runtime.loading import load_model
+from resmoe_dist.runtime.memory import rank_memory
+from tests.models import compress
+from tests.ranks import run_on_ranks
+
+KEEP = 0.25
+PROMPTS = ["def __init__(self", "import os\n", "class Error"]
+OPTIONS = GenerationOptions(max_new_tokens=24)
+GRIDS = [(2, 1), (1, 2), (2, 2), (4, 1), (4, 2), (8, 1)]
+
+
+@pytest.fixture(scope="module")
+def compressed(embedded_source, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("embedded") / "c"
+    compress(embedded_source, folder, groups=4, keep=KEEP)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sequences(compressed) -> list[list[int]]:
+    """Some of this file, of unequal lengths, and not a multiple of the lanes."""
+    ids = load_tokenizer(compressed)(Path(__file__).read_text())["input_ids"]
+    return [ids[i * 100 : i * 100 + 90 + i % 3] for i in range(11)]
+
+
+@pytest.fixture(scope="module")
+def dense(compressed, tmp_path_factory):
+    """The restored model in plain transformers."""
+    folder = tmp_path_factory.mktemp("embedded") / "d"
+    restore_checkpoint(compressed, folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def _serve(folder: Path, sequences: list[list[int]], ep: int, tp: int) -> tuple:
+    topology = build_topology(ep, tp)
+    model = load_model(folder, topology=topology)
+    perplexity = evaluate(model, sequences, topology).perplexity
+    tokenizer = load_tokenizer(folder)
+    texts = generate_on_lane(model, tokenizer, PROMPTS, topology, OPTIONS).completions
+    # Stop at the first space: lanes then finish at different steps.
+    model.generation_config.eos_token_id = tokenizer(" ")["input_ids"][-1]
+    short = generate_on_lane(model, tokenizer, PROMPTS, topology, OPTIONS).completions
+    return perplexity, texts, short, rank_memory(model)
+
+
+def _greedy(model, tokenizer, prompt: str, **options) -> str:
+    inputs = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=OPTIONS.max_new_tokens,
+        do_sample=False,
+        **options,
+    )[0, inputs["input_ids"].shape[1] :]
+    return tokenizer.decode(output, skip_special_tokens=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ep", "tp"), GRIDS)
+def test_every_grid_serves_as_the_restored_model_does(compressed, sequences, dense, ep, tp):
+    expected = evaluate(dense, sequences).perplexity
+    tokenizer = load_tokenizer(compressed)
+    space = tokenizer(" ")["input_ids"][-1]
+    texts = [_greedy(dense, tokenizer, prompt) for prompt in PROMPTS]
+    short = [
+        _greedy(dense, tokenizer, prompt, eos_token_id=space, pad_token_id=tokenizer.pad_token_id)
+        for prompt in PROMPTS
+    ]
+
+    reports = run_on_ranks(ep * tp, _serve, compressed, sequences, ep, tp)
+
+    for perplexity, *_ in reports:
+        assert perplexity == pytest.approx(expected, rel=1e-4)
+    found, found_short = {}, {}
+    for _, mine, mine_short, _ in reports:
+        found |= mine
+        found_short |= mine_short
+    assert [found[i] for i in range(len(PROMPTS))] == texts
+    assert [found_short[i] for i in range(len(PROMPTS))] == short
+    for rank, (*_, memory) in enumerate(reports):
+        formula = _formula_bytes(compressed, rank, ep, tp)
+        assert memory.expert_bytes == pytest.approx(formula, rel=0.03)
+
+
+def _formula_bytes(folder: Path, rank: int, ep: int, tp: int) -> float:
+    """One rank's expert bytes by arithmetic alone: centres, 1 bit + kept share, offsets (float32)."""
+    total = 0.0
+    for layer in CompressedCheckpoint(folder).index.layers:
+        start, stop = row_range(layer.rows, rank % tp, tp)
+        entries = (stop - start) * layer.shape.columns
+        owned = owned_experts(layer.num_experts, rank // tp % ep, ep)
+        centers = sum(any(k in owned for k in group.experts) for group in layer.groups)
+        offsets = 4 * (stop - start + 1)
+        total += 4 * centers * entries + len(owned) * (entries * (1 / 8 + 4 * KEEP) + offsets)
+    return total
+
+
+def test_single_process_serves_as_the_restored_model_does(compressed, sequences, dense):
+    model = load_model(compressed)
+
+    found = evaluate(model, sequences).perplexity
+    tokenizer = load_tokenizer(compressed)
+    texts = generate_on_lane(model, tokenizer, PROMPTS, SINGLE_PROCESS, OPTIONS).completions
+
+    assert found == pytest.approx(evaluate(dense, sequences).perplexity, rel=1e-4)
+    assert list(texts.values()) == [_greedy(dense, tokenizer, prompt) for prompt in PROMPTS]
+
+
+def test_logits_do_not_depend_on_other_rows_of_the_batch(compressed):
+    model = load_model(compressed)
+    rows = torch.randint(0, 256, (4, 40))
+
+    with torch.no_grad():
+        together, alone = model(rows).logits[1], model(rows[1:2]).logits[0]
+
+    assert float((together - alone).abs().max() / alone.abs().max()) <= 1e-5
+
+
+def _sampled(folder: Path, ep: int, tp: int) -> dict[int, str]:
+    topology = build_topology(ep, tp)
+    options = GenerationOptions(max_new_tokens=24, temperature=1.0, top_p=0.9, seed=3)
+    model, tokenizer = load_model(folder, topology=topology), load_tokenizer(folder)
+    return generate_on_lane(model, tokenizer, PROMPTS, topology, options).completions
+
+
+def test_sampling_draws_the_same_tokens_on_the_ranks_of_a_lane(compressed):
+    first, second = run_on_ranks(2, _sampled, compressed, 1, 2)
+
+    assert first == second
+    assert first != run_on_ranks(1, _sampled_greedily, compressed)[0]
+
+
+def _sampled_greedily(folder: Path) -> dict[int, str]:
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    return generate_on_lane(model, tokenizer, PROMPTS, SINGLE_PROCESS, OPTIONS).completions
