@@ -11,6 +11,7 @@ from pathlib import Path
 
 from resmoe_dist.cli import add_evaluate_arguments, report_evaluation, run_evaluate
 from resmoe_dist.parallel.launcher import quiet_libraries, run_entry_point, start_grid
+from resmoe_dist.runtime.loading import check_grid
 
 
 def main() -> None:
@@ -23,6 +24,7 @@ def main() -> None:
     add_evaluate_arguments(parser)
     args = parser.parse_args()
     quiet_libraries()
+    check_grid(args.model, args.ep, args.tp)
     topology = start_grid(args.ep, args.tp, sys.argv[0], sys.argv[1:])
     result = run_evaluate(args, topology)
     if topology.lane == topology.tp_rank == 0:

@@ -23,7 +23,7 @@ from resmoe_dist.evaluation.report import human_bytes, text_table
 from resmoe_dist.parallel.launcher import quiet_libraries, run_entry_point, start_grid
 from resmoe_dist.parallel.topology import Topology
 from resmoe_dist.runtime.generation import GenerationOptions, LaneOutput, generate_on_lane
-from resmoe_dist.runtime.loading import load_model
+from resmoe_dist.runtime.loading import check_grid, load_model
 from resmoe_dist.runtime.memory import RankMemory, rank_memory
 
 
@@ -81,9 +81,11 @@ def main() -> None:
     args = parse_arguments()
     quiet_libraries()
     prompts, options = read_prompts(args), generation_options(args)
-    if args.model is None and int(os.environ.get("RANK", "0")) == 0:
+    if args.model:
+        check_grid(args.model, args.ep, args.tp)
+    elif int(os.environ.get("RANK", "0")) == 0:
         # Before there are ranks to share the cores with; they find it in the cache.
-        embedded_checkpoint(args.ep)
+        check_grid(embedded_checkpoint(args.ep), args.ep, args.tp)
     topology = start_grid(args.ep, args.tp, sys.argv[0], sys.argv[1:])
     folder = args.model or embedded_checkpoint(args.ep)
     tokenizer = load_tokenizer(folder)

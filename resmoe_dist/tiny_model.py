@@ -285,8 +285,21 @@ def cached_tiny_model(family: str = "mixtral", seed: int = 0) -> Path:
 
 # Left out of the corpus: tests, tables of numbers, and packages that are not everywhere.
 _SKIPPED_FOLDERS = frozenset(
-    "__pycache__ encodings idle_test lib2to3 pydoc_data site-packages dist-packages "
-    "test tests turtledemo tkinter idlelib ensurepip".split()
+    [
+        "__pycache__",
+        "encodings",
+        "idle_test",
+        "lib2to3",
+        "pydoc_data",
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "turtledemo",
+        "tkinter",
+        "idlelib",
+        "ensurepip",
+    ]
 )
 _HELD_OUT_EVERY = 20  # one file in so many is held out
 

@@ -41,7 +41,7 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """
     for name in config.architectures or []:
         found = getattr(transformers, name, None)
-        if found is not None:
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
     raise UserError(
         f"config.json: 'architectures' is {config.architectures!r}, which transformers "
@@ -53,15 +53,26 @@ def load_config(folder: str) -> PretrainedConfig:
     """The config of a model folder. Raises UserError where there is none that can be read."""
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder}: not a readable Hugging Face model folder: {reason}") from error
+    except Exception as error:  # what transformers raises for a bad config has no common class
+        raise UserError(
+            f"{folder}: not a readable Hugging Face model folder ({_reason(error)})"
+        ) from error
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a config with its parameters on the meta device: names and shapes, no memory."""
-    with torch.device("meta"):
-        return model_class(config)._from_config(config)
+    """The model of a config with its parameters on the meta device: names and shapes, no memory.
+
+    Raises UserError for a config of which transformers cannot make its model.
+    """
+    kind = model_class(config)
+    try:
+        with torch.device("meta"):
+            return kind._from_config(config)
+    except Exception as error:  # as in load_config
+        raise UserError(
+            f"{config.name_or_path}: config.json does not describe a {kind.__name__} "
+            f"({_reason(error)})"
+        ) from error
 
 
 def find_expert_sites(model: nn.Module) -> list[ExpertSite]:
@@ -88,6 +99,12 @@ def is_fused_experts(module: nn.Module) -> bool:
 def is_switch_experts(module: nn.Module) -> bool:
     """Whether a module is Switch Transformers' ModuleDict of experts."""
     return isinstance(module, nn.ModuleDict) and "expert_0" in module
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line: of a longer story the beginning."""
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(said[:2])}"
 
 
 def _fused_site(name: str, module: nn.Module) -> ExpertSite:

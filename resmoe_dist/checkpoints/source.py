@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from resmoe_dist.checkpoints.compressed import is_compressed
 from resmoe_dist.checkpoints.expert_storage import ExpertStorage, expert_module_of, find_storage
 from resmoe_dist.checkpoints.families import ExpertSite, find_expert_sites, load_config, meta_model
 from resmoe_dist.checkpoints.tensor_files import TensorFile
@@ -31,10 +32,7 @@ class ModelFiles:
         self._open: dict[str, TensorFile] = {}
         index = folder / SHARD_INDEX
         if index.is_file():
-            try:
-                self.locations: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError, UnicodeDecodeError) as error:
-                raise UserError(f"{index}: not a safetensors index ({error})") from error
+            self.locations = _weight_map(index)
         elif (folder / SINGLE_FILE).is_file():
             self.locations = dict.fromkeys(self.file(SINGLE_FILE).names, SINGLE_FILE)
         else:
@@ -43,8 +41,6 @@ class ModelFiles:
                 "checkpoints are read"
             )
         for tensor, name in self.locations.items():
-            if Path(name).name != name:
-                raise UserError(f"{index}: {name!r} is not a plain file name")
             if tensor not in self.file(name).names:
                 raise UserError(f"{folder / name}: tensor {tensor!r} is missing; fetch it again")
 
@@ -74,6 +70,8 @@ class SourceCheckpoint:
             raise UserError(f"{folder}: no such folder; give a Hugging Face model folder")
         self.folder = folder
         self.config = load_config(str(folder))
+        if is_compressed(folder):
+            raise UserError(f"{folder}: compressed already; give the model it was made from")
         if getattr(self.config, "quantization_config", None):
             raise UserError(
                 f"{folder}: the model is quantised already; compress the unquantised checkpoint"
@@ -89,7 +87,7 @@ class SourceCheckpoint:
         self.storages: list[ExpertStorage] = []
         for site in self.sites:
             storage = find_storage(site, names_of[site.module])
-            self._check(site, storage)
+            self._check(site, storage, names_of[site.module])
             self.storages.append(storage)
 
     def dtype(self, layer: int) -> torch.dtype:
@@ -130,8 +128,15 @@ class SourceCheckpoint:
                 names_of[site].append(name)
         return names_of, others
 
-    def _check(self, site: ExpertSite, storage: ExpertStorage) -> None:
-        for name, shape in storage.expected_shapes(site.shape, site.num_experts).items():
+    def _check(self, site: ExpertSite, storage: ExpertStorage, found: list[str]) -> None:
+        expected = storage.expected_shapes(site.shape, site.num_experts)
+        if surplus := sorted(set(found) - expected.keys()):
+            raise UserError(
+                f"{self.folder}: tensor {surplus[0]!r} has no place in {site.module}, which has "
+                f"{site.num_experts} experts by config.json"
+            )
+        dtype = None
+        for name, shape in expected.items():
             if name not in self.files.locations:
                 raise UserError(f"{self.folder}: tensor {name!r} is missing; fetch the model again")
             file = self.files.holding(name)
@@ -145,6 +150,25 @@ class SourceCheckpoint:
                     f"{file.path}: tensor {name!r} is stored as {file.dtype(name)}; supported are "
                     f"{', '.join(_DTYPES)}"
                 )
+            dtype = dtype or file.dtype(name)
+            if file.dtype(name) != dtype:
+                raise UserError(
+                    f"{file.path}: tensor {name!r} is stored as {file.dtype(name)}, others of "
+                    f"{site.module} as {dtype}; convert them to one dtype"
+                )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, as the index of a sharded model says."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = set(weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not a safetensors index ({error}); fetch it again") from error
+    for name in files:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+            raise UserError(f"{index}: {name!r} is not a plain file name")
+    return weight_map
 
 
 def _block(module: str) -> str:

@@ -110,6 +110,10 @@ class Compression:
         self.source, self.output, self.settings = source, output, settings
         self.workers = workers or SingleWorker()
         self.staging = output.with_name(f"{output.name}.partial")
+        if settings.groups < 1:
+            raise UserError(f"--ep {settings.groups}: must be 1 or more")
+        if not 0 < settings.keep <= 1:
+            raise UserError(f"--keep {settings.keep}: must lie in (0, 1]")
         for site in source.sites:
             if site.num_experts % settings.groups:
                 raise UserError(

@@ -48,9 +48,7 @@ class DeepSpeedWorkers:
     """The ranks that the `deepspeed` launcher started, over gloo."""
 
     def __init__(self) -> None:
-        import deepspeed
-
-        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+        torch.distributed.init_process_group("gloo")
         self.rank = torch.distributed.get_rank()
         self.size = torch.distributed.get_world_size()
 

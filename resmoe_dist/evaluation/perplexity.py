@@ -37,6 +37,8 @@ class Evaluation:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder. Raises UserError where there is none."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a model folder")
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:

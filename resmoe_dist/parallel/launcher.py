@@ -9,9 +9,10 @@ import logging
 import os
 import socket
 import sys
+import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 
 import deepspeed
 import torch
@@ -24,6 +25,8 @@ from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology, build_topolo
 
 USER_ERROR = 2
 _FAILED_KEY = "resmoe_dist/failed"
+# The launchers look after their ranks about once a second.
+_GRACE_SECONDS = 10
 _STARTED_BY_US = "RESMOE_STARTED_RANKS"
 
 
@@ -64,15 +67,12 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
     try:
         code = main() or 0
     except UserError as error:
-        _say_once(f"error: {error}")
-        _leave(USER_ERROR)
+        _fail(f"error: {error}", USER_ERROR)
     except KeyboardInterrupt:
         _leave(130)
     except Exception:
         # A rank whose peers are gone fails too; only the first failure explains anything.
-        rank = os.environ.get("RANK", "0")
-        _say_once(f"rank {rank} failed\n{traceback.format_exc()}")
-        _leave(1)
+        _fail(f"rank {_launched_rank()} failed\n{traceback.format_exc()}", 1)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -83,7 +83,7 @@ def quiet_libraries() -> None:
     """Warnings only from the libraries, and their progress bars on rank 0's terminal alone."""
     deepspeed.utils.logger.setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
-    if int(os.environ.get("RANK", "0")) or not sys.stderr.isatty():
+    if _launched_rank() or not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
 
 
@@ -127,16 +127,42 @@ def _start_ranks_on_cpu(ranks: int, script: str, arguments: Sequence[str]) -> No
     os.execve(sys.executable, command, environment)
 
 
-def _say_once(text: str) -> None:
-    """Print to standard error unless another rank has spoken already."""
-    first = int(os.environ.get("RANK", "0")) == 0
+def _fail(text: str, code: int) -> None:
+    """Print to standard error and leave; a rank that is not the first to fail waits before.
+
+    It is usually taken down meanwhile: the launcher passes on the exit code that it sees first,
+    and that must be the first rank's. A rank that nobody takes down had a failure of its own.
+    """
+    first = _launched_rank() == 0
     if torch.distributed.is_initialized():
         # The store lives in rank 0: where it is gone, so is the need to explain.
         first = False
-        with suppress(Exception):
+        with suppress(Exception), _muted_standard_error():
             first = _get_default_store().add(_FAILED_KEY, 1) == 1
-    if first:
-        print(text, file=sys.stderr, flush=True)
+    if not first:
+        time.sleep(_GRACE_SECONDS)
+    print(text, file=sys.stderr, flush=True)
+    _leave(code)
+
+
+@contextmanager
+def _muted_standard_error() -> Iterator[None]:
+    """Nothing reaches standard error, not even from C++, which logs a lost store with a backtrace."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _launched_rank() -> int:
+    """This process's rank by the word of its launcher; 0 for one that was started alone."""
+    found = (os.environ.get(name) for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
+    return int(next((rank for rank in found if rank), "0"))
 
 
 def _leave(code: int) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint, GroupFile, LayerEntry
 from resmoe_dist.codecs import EncodedResidual
 from resmoe_dist.design_matrix import ExpertShape, from_rows, row_range
-from resmoe_dist.errors import UserError
 from resmoe_dist.parallel.topology import Topology
 
 
@@ -115,13 +114,8 @@ class CompressedExperts(nn.Module):
     ) -> CompressedExperts:
         """Read this rank's experts and rows, opening only the files that hold them.
 
-        Raises UserError when the experts or rows do not divide over the grid, or a file is damaged.
+        Raises UserError when the experts do not divide over the grid, or a file is damaged.
         """
-        if topology.tp > layer.rows:
-            raise UserError(
-                f"--tp {topology.tp}: {layer.module} has {layer.rows} rows, fewer than ranks to "
-                "share them"
-            )
         start, stop = row_range(layer.rows, topology.tp_rank, topology.tp)
         owned = topology.owned_experts(layer.num_experts)
         groups = []

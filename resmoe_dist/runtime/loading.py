@@ -33,16 +33,9 @@ def load_model(
     damaged files, or a grid that the experts do not divide over.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give a model folder")
-    compressed = is_compressed(folder)
-    if compressed:
-        for layer in read_index(folder).layers:
-            owned_experts(layer.num_experts, 0, topology.ep if topology else ep)
-    elif ep * tp > 1 or (topology and topology.ep * topology.tp > 1):
-        raise UserError(
-            f"{folder}: not compressed, so it cannot be sharded; run resmoe-dist compress first"
-        )
+    if topology is not None:
+        ep, tp = topology.ep, topology.tp
+    check_grid(folder, ep, tp)
     if topology is None:
         topology = build_topology(ep, tp) if ep * tp > 1 else SINGLE_PROCESS
     config = load_config(str(folder))
@@ -55,3 +48,26 @@ def load_model(
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{folder}: cannot be loaded ({reason}); fetch or rebuild it") from error
     return model.to(get_accelerator().current_device_name()).eval()
+
+
+def check_grid(folder: Path, ep: int, tp: int) -> None:
+    """Raise UserError unless a model folder can be loaded on an ep x tp grid, by its index alone.
+
+    Cheap, so that a launch can be refused before any rank is started.
+    """
+    if ep < 1 or tp < 1:
+        raise UserError(f"--ep {ep} --tp {tp}: both must be 1 or more")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a model folder")
+    if not is_compressed(folder):
+        if ep * tp > 1:
+            raise UserError(
+                f"{folder}: not compressed, so it cannot be sharded; run resmoe-dist compress first"
+            )
+        return
+    for layer in read_index(folder).layers:
+        owned_experts(layer.num_experts, 0, ep)
+        if tp > layer.rows:
+            raise UserError(
+                f"--tp {tp}: {layer.module} has {layer.rows} rows, fewer than ranks to share them"
+            )

@@ -154,7 +154,9 @@ def _wait_for_ranks(pid: int, count: int) -> list[psutil.Process]:
     while time.monotonic() < deadline:
         children = psutil.Process(pid).children(recursive=True)
         ranks = [
-            child for child in children if "launch/infer.py" in child.cmdline() and not child.children()
+            child
+            for child in children
+            if "launch/infer.py" in child.cmdline() and not child.children()
         ]
         if len(ranks) == count:
             return ranks

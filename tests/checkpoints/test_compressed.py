@@ -1,0 +1,231 @@
+"""A damaged compressed checkpoint: the reader says which file, `faults` names every one."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+from resmoe_dist import load_model
+from resmoe_dist.checkpoints.compressed import CompressedCheckpoint, read_index
+from resmoe_dist.checkpoints.restore import restored_expert
+from resmoe_dist.evaluation.report import describe
+from tests.checkpoints.damage import (
+    copy_of,
+    edit_json,
+    edit_text,
+    flip_byte,
+    flip_byte_of,
+    header_of,
+    mistake,
+    names_in,
+    truncate,
+)
+from tests.models import compress
+
+GROUP = "resmoe-00002-of-00002-group-001.safetensors"  # experts 2 and 3 of the second layer
+
+
+@pytest.fixture(scope="module")
+def pristine(family_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pristine") / "c"
+    compress(family_folder("mixtral"), folder, groups=2)
+    return folder
+
+
+@pytest.fixture
+def folder(pristine, tmp_path):
+    return copy_of(pristine, tmp_path / "c")
+
+
+def _read_everything(folder):
+    """Every restored expert, as loading reads them."""
+    checkpoint = CompressedCheckpoint(folder)
+    return [
+        restored_expert(checkpoint.open_group(layer, group), k)[0]
+        for layer in checkpoint.index.layers
+        for group in layer.groups
+        for k in group.experts
+    ]
+
+
+def test_folder_that_holds_no_compressed_checkpoint(tmp_path):
+    with mistake(f"{tmp_path}: no resmoe.json here; give a folder made by resmoe-dist compress"):
+        read_index(tmp_path)
+
+
+def test_newer_format_version(folder):
+    # The rest of a newer index need not make sense to this program.
+    edit_text(folder / "resmoe.json", '{"format_version": 2, "tiles": []}')
+    with mistake(r"resmoe.json: format version 2 is newer than this program reads \(1\); upgrade"):
+        read_index(folder)
+
+
+@pytest.mark.parametrize("text", ["{cut", "", "[]", "{}", '{"format_version": "1"}', "\xff"])
+def test_index_that_is_none(folder, text):
+    (folder / "resmoe.json").write_bytes(text.encode("latin-1"))
+    with mistake(r"resmoe.json: damaged \("):
+        read_index(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index.pop("layers"),
+        lambda index: index["layers"][0].pop("rows"),
+        lambda index: index["layers"][0].update(rows="many"),
+        lambda index: index["layers"][0].update(codec="zip"),
+        lambda index: index["layers"][0]["groups"].pop(),
+        lambda index: index["layers"][0]["groups"][0].update(experts=[0, 0]),
+        lambda index: index["layers"][0]["storage"].update(surprise=1),
+        lambda index: index["settings"].update(codec="zip"),
+    ],
+)
+def test_index_that_contradicts_itself_or_lacks_something(folder, change):
+    edit_json(folder / "resmoe.json", change)
+    with mistake(r"resmoe.json: damaged \("):
+        read_index(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["../c/" + GROUP, "/etc/passwd", "..", ".", "", "a/b", "a\\b", ".hidden", "a\n"]
+)
+@pytest.mark.parametrize("where", ["group", "other"])
+def test_file_name_that_is_not_plain_is_refused(folder, name, where):
+    def change(index):
+        files = index["other_files"]
+        entry = files[0] if where == "other" else index["layers"][1]["groups"][1]["file"]
+        entry["file"] = name
+
+    edit_json(folder / "resmoe.json", change)
+    with mistake(r"resmoe.json: damaged \(.*not a plain file name"):
+        read_index(folder)
+
+
+@pytest.mark.parametrize("read", [_read_everything, load_model, lambda f: describe_folder(f)])
+def test_missing_group_file_is_named(folder, read):
+    (folder / GROUP).unlink()
+    with mistake(f"{folder / GROUP}: this file is missing"):
+        read(folder)
+
+
+@pytest.mark.parametrize("read", [_read_everything, load_model, lambda f: describe_folder(f)])
+@pytest.mark.parametrize("size", [0, 5, 200, 4000, -1])
+def test_truncated_group_file_is_named(folder, read, size):
+    truncate(folder / GROUP, size % (folder / GROUP).stat().st_size)
+    with mistake(f"{folder / GROUP}: "):
+        read(folder)
+
+
+def describe_folder(folder):
+    """What `inspect` shows."""
+    return describe(CompressedCheckpoint(folder))
+
+
+def test_group_file_with_something_appended_is_named(folder):
+    (folder / GROUP).write_bytes((folder / GROUP).read_bytes() + b"\0")
+    with mistake(f"{folder / GROUP}: "):
+        _read_everything(folder)
+
+
+@pytest.mark.parametrize("tensor", ["experts.2.bitmap", "experts.3.row_offsets"])
+def test_flipped_index_byte_is_named_when_the_model_is_loaded(folder, tensor):
+    flip_byte_of(folder / GROUP, tensor, offset=8)
+    with mistake(f"{folder / GROUP}: damaged .*expert {tensor[8]}: .*bitmap"):
+        load_model(folder)
+
+
+def test_every_flipped_byte_of_an_index_tensor_is_noticed(folder):
+    header, _ = header_of(folder / GROUP)
+    intact = (folder / GROUP).read_bytes()
+    for tensor in ("experts.3.bitmap", "experts.3.row_offsets"):
+        begin, end = header[tensor]["data_offsets"]
+        for offset in range(end - begin):
+            flip_byte_of(folder / GROUP, tensor, offset)
+            with mistake(f"{folder / GROUP}: "):
+                _read_everything(folder)
+            (folder / GROUP).write_bytes(intact)
+
+
+def test_no_flipped_byte_of_the_header_changes_what_is_read_unnoticed(folder):
+    _, data = header_of(folder / GROUP)
+    intact, expected = (folder / GROUP).read_bytes(), _read_everything(folder)
+    noticed = 0
+    for offset in range(data):
+        flip_byte(folder / GROUP, offset)
+        try:
+            found = _read_everything(folder)
+        except Exception as error:
+            assert type(error).__name__ == "UserError", f"byte {offset}: {error!r}"
+            assert GROUP in str(error)
+            noticed += 1
+        else:
+            # The record that `compress` keeps in the header for itself is not read here.
+            assert all(map(torch.equal, found, expected)), f"byte {offset}"
+        (folder / GROUP).write_bytes(intact)
+    assert noticed > data // 3
+
+
+def test_group_file_of_another_model_is_named(folder, family_folder, tmp_path):
+    compress(family_folder("olmoe"), tmp_path / "other", groups=2)
+    (tmp_path / "other" / GROUP).replace(folder / GROUP)
+    with mistake(f"{folder / GROUP}: damaged"):
+        load_model(folder)
+
+
+def test_whole_checkpoint_has_no_faults(pristine):
+    assert CompressedCheckpoint(pristine).faults() == []
+
+
+def test_index_accounts_for_every_file_but_itself(pristine):
+    listed = {entry.file for entry in CompressedCheckpoint(pristine).files()}
+    assert listed | {"resmoe.json", "generation_config.json"} == names_in(pristine)
+
+
+def test_faults_name_every_bad_file_and_only_those(folder):
+    first = GROUP.replace("group-001", "group-000")
+    flip_byte_of(folder / GROUP, "experts.2.values")  # only the digest can tell
+    (folder / first).unlink()
+    truncate(folder / "model-00001-of-00001.safetensors", 1000)
+    edit_json(folder / "config.json", lambda config: config.update(vocab_size=65))
+
+    faults = CompressedCheckpoint(folder).faults()
+
+    assert {fault.split(":")[0] for fault in faults} == {
+        GROUP,
+        first,
+        "model-00001-of-00001.safetensors",
+        "config.json",
+    }
+    assert len(faults) == 4
+    assert not any("\n" in fault for fault in faults)
+
+
+def test_flipped_value_byte_is_found_by_its_digest_alone(folder):
+    flip_byte_of(folder / GROUP, "experts.2.values", offset=40)
+
+    load_model(folder)
+    (fault,) = CompressedCheckpoint(folder).faults()
+    assert re.match(f"{GROUP}: .*sha256", fault)
+
+
+def test_faults_name_a_group_file_that_fits_its_digest_but_not_the_index(folder):
+    def fewer_rows(index):
+        index["layers"][1]["rows"] = 26
+
+    edit_json(folder / "resmoe.json", fewer_rows)
+    faults = CompressedCheckpoint(folder).faults()
+
+    assert [fault.split(":")[0] for fault in faults] == [GROUP.replace("001", "000"), GROUP]
+
+
+def test_index_is_plain_json_that_lists_digests(pristine):
+    import hashlib
+
+    index = json.loads((pristine / "resmoe.json").read_text())
+    for entry in index["other_files"] + [g["file"] for x in index["layers"] for g in x["groups"]]:
+        content = (pristine / entry["file"]).read_bytes()
+        assert entry["bytes"] == len(content)
+        assert entry["sha256"] == hashlib.sha256(content).hexdigest()
