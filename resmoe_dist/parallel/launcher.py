@@ -147,7 +147,7 @@ def _fail(text: str, code: int) -> None:
 
 @contextmanager
 def _muted_standard_error() -> Iterator[None]:
-    """Nothing reaches standard error, not even from C++, which logs a lost store with a backtrace."""
+    """Standard error goes nowhere, C++'s too: it logs a lost store with a backtrace."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
