@@ -74,11 +74,20 @@ class TensorFile:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file under a temporary name, fsync it, and rename it into place.
 
+    metadata: at most one entry, which takes the place of the format that transformers asks for in
+    files it loads: safetensors writes several in an order that differs from run to run, and the
+    same input shall give the same bytes.
+
     Raises UserError when the disk is full; the temporary file is then gone.
     """
+    assert len(metadata) <= 1
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, str(temporary), metadata={"format": "pt"} | metadata)
+        # safetensors leaves files that only their owner may read; others share a model folder.
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(tensors, str(temporary), metadata=metadata or {"format": "pt"})
+        temporary.chmod(mode)
         _sync(temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
@@ -116,7 +125,11 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def tensor_bytes(path: Path) -> dict[str, int]:
-    """Bytes of each tensor in a safetensors file, as its header says."""
+    """Bytes of each tensor in a safetensors file, as its header says.
+
+    Raises UserError as `TensorFile` does.
+    """
+    TensorFile(path)  # the header is whole, and the data fit it
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     header.pop("__metadata__", None)

@@ -153,11 +153,8 @@ def _wait_for_ranks(pid: int, count: int) -> list[psutil.Process]:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         children = psutil.Process(pid).children(recursive=True)
-        ranks = [
-            child
-            for child in children
-            if "launch/infer.py" in child.cmdline() and not child.children()
-        ]
+        scripts = [child for child in children if "launch/infer.py" in child.cmdline()]
+        ranks = [script for script in scripts if not script.children()]
         if len(ranks) == count:
             return ranks
         time.sleep(0.5)

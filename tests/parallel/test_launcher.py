@@ -32,9 +32,7 @@ def machine(monkeypatch):
 def test_a_wrong_number_of_gpu_ranks_is_refused_with_the_right_command(machine):
     machine("cuda", 3)
 
-    with pytest.raises(
-        UserError, match=r"needs 8 ranks .* 3 were started; run deepspeed --num_gpus 8"
-    ):
+    with pytest.raises(UserError, match=r"needs 8 ranks .* 3 were .* deepspeed --num_gpus 8"):
         launcher.start_grid(4, 2, "launch/infer.py", [])
 
 

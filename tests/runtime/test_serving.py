@@ -99,7 +99,7 @@ def test_every_grid_serves_as_the_restored_model_does(compressed, sequences, den
 
 
 def _formula_bytes(folder: Path, rank: int, ep: int, tp: int) -> float:
-    """One rank's expert bytes by arithmetic alone: centres, 1 bit + kept share, offsets (float32)."""
+    """One rank's expert bytes by arithmetic alone, in float32: 1 bit + 32·keep bits an entry."""
     total = 0.0
     for layer in CompressedCheckpoint(folder).index.layers:
         start, stop = row_range(layer.rows, rank % tp, tp)
