@@ -147,8 +147,12 @@ def rank_table(reports: list[Report]) -> str:
     tokens = sum(output.new_tokens for place, output, _ in reports if place.tp_rank == 0)
     seconds = max(output.seconds for _, output, _ in reports)
     place = reports[0][0]
+    held = sum(memory.expert_bytes for place, _, memory in reports if place.dp_rank == 0)
+    dense = reports[0][2].dense_expert_bytes
     return (
         f"{text_table(header, rows, left=0)}\n"
+        f"experts on all ranks together {human_bytes(held)}, dense {human_bytes(dense)}: "
+        f"{held / dense:.1%}\n"
         f"ep {place.ep} x tp {place.tp} x dp {place.dp}: {tokens} tokens in {seconds:.2f} s, "
         f"{tokens / seconds:.1f} tokens/s in all"
     )
@@ -173,7 +177,8 @@ def as_json(prompts: list[str], completions: dict[int, str], reports: list[Repor
         for rank, (place, output, memory) in enumerate(reports)
     ]
     texts = [{"prompt": p, "completion": completions[i]} for i, p in enumerate(prompts)]
-    return {"completions": texts, "ranks": ranks}
+    dense = reports[0][2].dense_expert_bytes
+    return {"completions": texts, "ranks": ranks, "dense_expert_bytes": dense}
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def report_evaluation(result: Evaluation, json_file: Path | None) -> None:
 
 
 def _tiny_model(args: argparse.Namespace) -> int:
-    from resmoe_dist.tiny_model import train_tiny_model
+    from resmoe_dist.tiny import train_tiny_model
 
     report = train_tiny_model(args.directory, args.family, args.seed)
     print(

@@ -15,6 +15,7 @@ class RankMemory:
     """center_bytes, residual_bytes (values, indices, output biases) and other_bytes of one rank.
 
     groups: centres held, over all layers. num_experts: of a layer, over all ranks.
+    dense_expert_bytes: what all experts of the model would take dense, in the model's dtype.
     """
 
     center_bytes: int
@@ -22,6 +23,7 @@ class RankMemory:
     other_bytes: int
     groups: int
     num_experts: int
+    dense_expert_bytes: int
 
     @property
     def expert_bytes(self) -> int:
@@ -44,4 +46,6 @@ def rank_memory(model: PreTrainedModel) -> RankMemory:
         other_bytes=sum(storages.values()) - center - residual,
         groups=sum(len(layer.experts.groups) for layer in layers),
         num_experts=layers[0].num_experts if layers else 0,
+        dense_expert_bytes=model.dtype.itemsize
+        * sum(layer.num_experts * layer.experts.shape.entries for layer in layers),
     )

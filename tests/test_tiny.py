@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from resmoe_dist import tiny_model
 from resmoe_dist.errors import UserError
-from resmoe_dist.tiny_model import FAMILIES, cached_tiny_model, train_tiny_model
+from resmoe_dist.tiny import FAMILIES, cache, cached_tiny_model, train_tiny_model, training
+from resmoe_dist.tiny.corpus import read_corpus
+from resmoe_dist.tiny.recipes import RECIPES, build_model
+from resmoe_dist.tiny.upcycling import choose_first_expert, upcycle
 
 DENSE_STEPS, MOE_STEPS = 3, 3
 
@@ -102,7 +104,7 @@ def test_short_training_beats_byte_frequencies_on_held_out_files(tmp_path):
 def test_nll_of_the_report_is_that_of_the_saved_model(folders):
     report = json.loads((folders["mixtral"] / "training.json").read_text())
     model, tokenizer = load(folders["mixtral"]), AutoTokenizer.from_pretrained(folders["mixtral"])
-    held_out = tiny_model.read_corpus()[1]
+    held_out = read_corpus()[1]
     starts = torch.linspace(0, len(held_out) - 256, 64).long().tolist()
     crops = [held_out[start : start + 256].tolist() for start in starts]
     total = 0.0
@@ -115,7 +117,7 @@ def test_nll_of_the_report_is_that_of_the_saved_model(folders):
 
 
 def test_held_out_files_are_not_in_the_training_text():
-    train, held_out = (bytes(part[part < 256].tolist()) for part in tiny_model.read_corpus())
+    train, held_out = (bytes(part[part < 256].tolist()) for part in read_corpus())
     lines = [line for line in held_out.splitlines() if len(line) > 60]
     assert sum(line in train for line in lines[::100]) < 0.2 * len(lines[::100])
 
@@ -135,12 +137,12 @@ def test_experts_differ_but_are_related(folders, family):
 # Not Switch, which scales its expert by the router's probability: 1 before, less after.
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
 def test_upcycled_experts_compute_what_the_dense_model_does(family):
-    recipe = tiny_model._RECIPES[family]
+    recipe = RECIPES[family]
     torch.manual_seed(0)
-    dense = tiny_model._build_model(family, recipe.config | recipe.one_expert).eval()
-    tiny_model._choose_first_expert(dense)
-    moe = tiny_model._build_model(family, recipe.config).eval()
-    tiny_model.upcycle(dense, moe)
+    dense = build_model(family, recipe.config | recipe.one_expert).eval()
+    choose_first_expert(dense)
+    moe = build_model(family, recipe.config).eval()
+    upcycle(dense, moe)
     tokens = torch.arange(80).reshape(2, 40)
     torch.testing.assert_close(moe(tokens).logits, dense(tokens).logits, rtol=1e-3, atol=1e-4)
 
@@ -163,12 +165,12 @@ def test_refuses_a_directory_that_is_not_empty(tmp_path):
 
 
 def test_refuses_an_unknown_family(tmp_path):
-    with pytest.raises(UserError, match="llama.*mixtral"):
+    with pytest.raises(UserError, match=r"llama.*mixtral"):
         train_tiny_model(tmp_path / "m", "llama")
 
 
 def test_an_interrupted_training_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(tiny_model, "_train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(training, "_train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train_tiny_model(tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
@@ -178,13 +180,13 @@ def test_an_interrupted_training_leaves_nothing_behind(tmp_path, monkeypatch):
 def quick_recipe(monkeypatch):
     """Let the default recipe of mixtral take two steps, and count the trainings."""
     calls = []
-    train = tiny_model.train_tiny_model
+    train = train_tiny_model
 
     def quick(directory, family, seed):
         calls.append(directory)
         return train(directory, family, seed, dense_steps=1, moe_steps=1)
 
-    monkeypatch.setattr(tiny_model, "train_tiny_model", quick)
+    monkeypatch.setattr(cache, "train_tiny_model", quick)
     return calls
 
 
@@ -201,15 +203,15 @@ def test_cache_is_where_the_environment_says_and_is_filled_once(
 
 def test_cache_loser_of_a_race_takes_the_winners_model(tmp_path, monkeypatch, quick_recipe):
     monkeypatch.setenv("RESMOE_CACHE", str(tmp_path))
-    quick = tiny_model.train_tiny_model
-    sample = tiny_model._sample
+    quick = cache.train_tiny_model
+    sample = training._sample
 
     def slow_sample(*arguments):
-        monkeypatch.setattr(tiny_model, "_sample", sample)
+        monkeypatch.setattr(training, "_sample", sample)
         quick(quick_recipe[0], "mixtral", 0)  # another process finishes first
         return "the loser"
 
-    monkeypatch.setattr(tiny_model, "_sample", slow_sample)
+    monkeypatch.setattr(training, "_sample", slow_sample)
     folder = cached_tiny_model()
     assert json.loads((folder / "training.json").read_text())["sample"] != "the loser"
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
