@@ -21,6 +21,7 @@ from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import (
     DEFAULT_CONTEXT,
     Evaluation,
+    check_vocabulary,
     evaluate,
     load_tokenizer,
     sequences_from_json,
@@ -115,13 +116,15 @@ def run_evaluate(args: argparse.Namespace, topology: Topology = SINGLE_PROCESS) 
     """`evaluate` on a grid; the result is the same on every rank."""
     if args.context < 2:
         raise UserError(f"--context {args.context}: must be 2 or more")
-    dtype = STORED_DTYPES[args.dtype] if args.dtype else None
-    model = load_model(args.model, dtype=dtype, topology=topology)
+    # Before the model is loaded, which may take minutes.
     if args.text:
         sequences = sequences_from_text(args.text, load_tokenizer(args.model), args.context)
     else:
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        sequences = sequences_from_json(args.token_ids, vocabulary)
+        sequences = sequences_from_json(args.token_ids)
+    dtype = STORED_DTYPES[args.dtype] if args.dtype else None
+    model = load_model(args.model, dtype=dtype, topology=topology)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    check_vocabulary(args.text or args.token_ids, sequences, vocabulary)
     return evaluate(model, sequences, topology)
 
 

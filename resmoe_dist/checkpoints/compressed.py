@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from resmoe_dist.checkpoints.expert_storage import ExpertStorage
-from resmoe_dist.checkpoints.tensor_files import TensorFile, sha256_of
+from resmoe_dist.checkpoints.tensor_files import TensorFile, sha256_of, tensor_bytes
 from resmoe_dist.codecs import CODECS, EncodedResidual, codec_named
 from resmoe_dist.design_matrix import ExpertShape
 from resmoe_dist.errors import UserError
@@ -30,6 +30,7 @@ INDEX_FILE = "resmoe.json"
 QUANT_METHOD = "resmoe"
 
 STORED_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\Z")
 
 
@@ -162,6 +163,7 @@ class GroupFile:
             raise self._damaged(f"has {size} bytes, {INDEX_FILE} says {group.file.bytes}")
         self._codec = codec_named(layer.codec)
         self._check_shapes()
+        self._check_dtype()
 
     def read_center(self, start: int, stop: int) -> Tensor | None:
         """Rows [start, stop) of the centre; None for a codec without one."""
@@ -204,6 +206,15 @@ class GroupFile:
                 want is not None and want != have for want, have in zip(dims, found, strict=True)
             ):
                 raise self._damaged(f"tensor {name!r} has shape {list(found)}")
+
+    def _check_dtype(self) -> None:
+        # What a codec stores as values only it knows; how many bytes they take the index says.
+        dtype = _SAFETENSORS_DTYPES[self.layer.dtype]
+        sizes = tensor_bytes(self._file.path)
+        found = sum(size for name, size in sizes.items() if self._file.dtype(name) == dtype)
+        expected = self.group.center_bytes + self.group.value_bytes
+        if found != expected:
+            raise self._damaged(f"holds {found} bytes of {dtype}, {INDEX_FILE} says {expected}")
 
     def _damaged(self, what: str) -> UserError:
         return UserError(f"{self._file.path}: damaged ({what}); compress again or copy it anew")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from resmoe_dist.checkpoints.compressed import (
 from resmoe_dist.checkpoints.source import SHARD_INDEX, ModelFiles
 from resmoe_dist.checkpoints.tensor_files import (
     copy_file,
+    read_json,
     tensor_bytes,
     write_json,
     write_tensors,
@@ -35,7 +35,7 @@ def restore_checkpoint(folder: Path, output: Path, dtype: torch.dtype | None = N
     Raises UserError when OUTPUT exists or a file is damaged; OUTPUT is then not left half-written.
     """
     checkpoint = CompressedCheckpoint(folder)
-    staging = output.with_name(f"{output.name}.partial")
+    staging = output.parent / f"{output.name}.partial"
     for path in (output, staging):
         if path.exists():
             raise UserError(f"{path}: exists already; remove it or choose another folder")
@@ -73,7 +73,7 @@ def _write_model(
     write_json(
         staging / SHARD_INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     )
-    config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(checkpoint.folder / "config.json")
     config.pop("quantization_config", None)
     if dtype is not None:
         # transformers loads a model in the dtype that its config names.

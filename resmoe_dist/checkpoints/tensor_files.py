@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,47 +82,33 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     Raises UserError when the disk is full; the temporary file is then gone.
     """
     assert len(metadata) <= 1
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with _replacing(path) as temporary:
         # safetensors leaves files that only their owner may read; others share a model folder.
         temporary.touch()
         mode = temporary.stat().st_mode
         save_file(tensors, str(temporary), metadata=metadata or {"format": "pt"})
         temporary.chmod(mode)
-        _sync(temporary)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise _write_error(path, error) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, fsync it, and rename it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        _sync(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise _write_error(path, error) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of a JSON value, indented."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write a JSON file, indented, as atomically as `write_tensors`."""
+    with _replacing(path) as temporary:
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a small file. Raises UserError when it cannot be read or written."""
+    """Copy a file, as atomically as `write_tensors`. Raises UserError also if it is not readable."""
+    with _replacing(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file. Raises UserError where it is missing or none."""
     try:
-        shutil.copyfile(source, target)
-    except OSError as error:
-        raise _write_error(target, error) from error
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable JSON file ({error}); fetch it again") from error
 
 
 def tensor_bytes(path: Path) -> dict[str, int]:
@@ -146,9 +133,20 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`: synced and renamed to it after the block, or gone."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise _write_error(path, error) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _write_error(path: Path, error: Exception) -> UserError:
@@ -156,4 +154,5 @@ def _write_error(path: Path, error: Exception) -> UserError:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space" in str(error)
     if full:
         return UserError(f"{path.parent}: the disk is full; free some space and run again")
-    return UserError(f"{path}: cannot be written ({error})")
+    reason = getattr(error, "strerror", None) or error
+    return UserError(f"{path}: cannot be written ({reason})")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from resmoe_dist.codecs.base import EncodedResidual, TensorReader
-from resmoe_dist.ops.bitmap import bytes_per_row, pack_bitmap, unpack_bitmap
+from resmoe_dist.ops.bitmap import bytes_per_row, has_stray_bits, pack_bitmap, unpack_bitmap
 
 
 def largest_entries(residual_ID: Tensor, keep: float) -> Tensor:
@@ -63,6 +63,8 @@ class PrunedResidual(EncodedResidual):
         bitmap = read("bitmap", start, stop)
         if not torch.equal(_popcount(bitmap).sum(1), row_offsets.diff().long()):
             raise ValueError("the bitmap and the row offsets disagree")
+        if has_stray_bits(bitmap, columns):
+            raise ValueError(f"the bitmap has bits past column {columns}")
         values = read("values", first, last)
         if values.shape[0] != last - first:
             raise ValueError(f"{values.shape[0]} values where the offsets promise {last - first}")

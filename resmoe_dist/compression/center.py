@@ -21,7 +21,7 @@ from resmoe_dist.codecs import EncodedResidual
 
 # Entries handled at a time by the windowed centre: N·N temporaries of this size stay in tens of MB.
 _CHUNK_ENTRIES = 1 << 18
-# A cost (in units of the largest entry, squared) below what a stored float32 can show.
+# A spread, relative to the square of the entry's largest value, that float32 cannot show.
 _FREE = 1e-14
 _MAX_ALTERNATIONS = 10
 # Alternation stops when a round gains less than this share of the error.
@@ -117,10 +117,11 @@ def windowed_center(aligned_NID: Tensor, keep: float) -> tuple[Tensor, Tensor]:
     sorted order, with their mean as centre and their spread S_m as cost (S_1 = 0). Which m each
     entry takes is one budget over the group: minimise Σ S_m subject to Σ (N − m) ≤ keep·N·I·D. One
     multiplier λ per group does that: every entry drops one more expert as long as the (convexified)
-    cost of doing so is at most λ. λ is the exact order statistic of those costs.
+    cost of doing so is below λ. λ is the exact order statistic of those costs; of the entries where
+    the cost is λ itself (many, if the weights come from a coarse grid) the first ones drop.
 
-    The share kept is at most `keep`, and falls short of it only by ties: where dropping costs
-    nothing (equal experts, or keep > (N − 1)/N) no byte is spent.
+    The share kept is at most `keep`, and short of it by less than one entry's N values, except that
+    where dropping costs nothing (equal experts, or keep > (N − 1)/N) no byte is spent.
     """
     count = aligned_NID.shape[0]
     entries = aligned_NID[0].numel()
@@ -130,14 +131,19 @@ def windowed_center(aligned_NID: Tensor, keep: float) -> tuple[Tensor, Tensor]:
     drops = (count - 1) * entries - kept_at_most
     # Costs are taken in units of the largest entry, so that no scale of weights underflows.
     scale = float(aligned_NID.abs().max()) or 1.0
-    threshold = _FREE
+    multiplier, at_multiplier = 0.0, 0
     if drops > 0:
-        threshold = max(threshold, _order_statistic(flat, drops, scale))
+        multiplier, at_multiplier = _order_statistic(flat, drops, scale)
+    if multiplier == 0:
+        at_multiplier = flat.numel()
 
     center = torch.empty(entries)
     masks = torch.empty(count, entries, dtype=torch.bool)
     for chunk in _chunks(entries):
-        center[chunk], masks[:, chunk] = _windows_at(flat[:, chunk], threshold, scale)
+        center[chunk], masks[:, chunk], taken = _windows_at(
+            flat[:, chunk], multiplier, at_multiplier, scale
+        )
+        at_multiplier -= taken
     return center.view_as(aligned_NID[0]), masks.view_as(aligned_NID)
 
 
@@ -149,10 +155,12 @@ def _chunks(entries: int) -> Iterator[slice]:
 def _window_costs(sorted_NC: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Least spread of m neighbours and where that window starts, for m = 1 … N: both [N, C].
 
-    In float64 and units of scale²: the difference of sums below cancels.
+    In float64 and units of scale²: the difference of sums below cancels. A spread that is rounding
+    of the values themselves counts as none.
     """
     count = sorted_NC.shape[0]
     centred_NC = sorted_NC.double() / scale
+    free_C = _FREE * centred_NC.abs().amax(0).square()
     centred_NC -= centred_NC.mean(0)
     zero = torch.zeros_like(centred_NC[:1])
     sums = torch.cat([zero, centred_NC.cumsum(0)])
@@ -160,7 +168,8 @@ def _window_costs(sorted_NC: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     costs, starts = torch.zeros_like(centred_NC), torch.zeros_like(centred_NC, dtype=torch.int64)
     for m in range(2, count + 1):
         spreads = squares[m:] - squares[:-m] - (sums[m:] - sums[:-m]).square() / m
-        costs[m - 1], starts[m - 1] = spreads.clamp_(min=0).min(0)
+        spread_C, starts[m - 1] = spreads.min(0)
+        costs[m - 1] = spread_C.where(spread_C > free_C, 0.0)
     return costs, starts
 
 
@@ -180,22 +189,33 @@ def _convex_steps(costs_NC: Tensor) -> Tensor:
     return slopes.clamp_(min=0).float()
 
 
-def _windows_at(values_NC: Tensor, threshold: float, scale: float) -> tuple[Tensor, Tensor]:
-    """Centre [C] and kept mask [N, C] of a chunk at multiplier `threshold`."""
+def _windows_at(
+    values_NC: Tensor, multiplier: float, at_multiplier: int, scale: float
+) -> tuple[Tensor, Tensor, int]:
+    """Centre [C] and kept mask [N, C] of a chunk, and how many steps that cost λ it has taken.
+
+    at_multiplier: how many of those are to be taken; the last entry may take more, for part of its
+    steps would leave it off the convex hull.
+    """
     sorted_NC, order_NC = values_NC.sort(0)
     costs, starts = _window_costs(sorted_NC, scale)
-    dropped_C = 1 + (_convex_steps(costs) <= threshold).sum(0)
+    steps = _convex_steps(costs)
+    tied_C = (steps == multiplier).sum(0)
+    tied_C *= tied_C.cumsum(0) - tied_C < at_multiplier
+    dropped_C = 1 + (steps < multiplier).sum(0) + tied_C
     start_C = starts.gather(0, (dropped_C - 1).unsqueeze(0)).squeeze(0)
     rank_N1 = torch.arange(values_NC.shape[0]).unsqueeze(1)
     window_NC = (rank_N1 >= start_C) & (rank_N1 < start_C + dropped_C)
     # Where one value alone is dropped, the mean is that value to the last bit.
     center_C = ((sorted_NC * window_NC).sum(0, dtype=torch.float64) / dropped_C).float()
     kept_NC = torch.empty_like(window_NC).scatter_(0, order_NC, ~window_NC)
-    return center_C, kept_NC
+    return center_C, kept_NC, int(tied_C.sum())
 
 
-def _order_statistic(flat_NE: Tensor, rank: int, scale: float) -> float:
+def _order_statistic(flat_NE: Tensor, rank: int, scale: float) -> tuple[float, int]:
     """The rank-th smallest (from 1) step cost over all entries, exactly, in bounded memory.
+
+    Also returns which one it is (from 1) among its equals.
 
     The bits of non-negative floats order as integers, so two histograms of 16 bits each find it;
     the costs are computed again for the second rather than kept.
@@ -213,4 +233,4 @@ def _order_statistic(flat_NE: Tensor, rank: int, scale: float) -> float:
         bucket = int(torch.searchsorted(cumulative, rank))
         rank -= int(cumulative[bucket] - histogram[bucket])
         prefix = bucket if prefix is None else (prefix << 16) | bucket
-    return float(torch.tensor(prefix, dtype=torch.int32).view(torch.float32))
+    return float(torch.tensor(prefix, dtype=torch.int32).view(torch.float32)), rank

@@ -12,6 +12,8 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +40,7 @@ from resmoe_dist.checkpoints.source import SHARD_INDEX, SourceCheckpoint
 from resmoe_dist.checkpoints.tensor_files import (
     TensorFile,
     copy_file,
+    read_json,
     sha256_of,
     tensor_bytes,
     write_json,
@@ -46,13 +49,13 @@ from resmoe_dist.checkpoints.tensor_files import (
 from resmoe_dist.codecs import DenseResidual, EncodedResidual, codec_named
 from resmoe_dist.compression.assignment import Alignment, align
 from resmoe_dist.compression.center import encode_group
-from resmoe_dist.compression.scheduling import SingleWorker, Workers
+from resmoe_dist.compression.scheduling import SingleWorker, Workers, together
 from resmoe_dist.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_SETTINGS_FILE = "settings.json"
-_FAILURE_MARKER = "failed"
+_SETTINGS_FILE = "resmoe-settings.json"
+_FAILURE_MARKER = "resmoe-failed"
 # What a model folder holds besides weights and config: tokenizer, templates, generation defaults.
 _COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 _RECORD = "resmoe_record"
@@ -65,17 +68,18 @@ def parse_layers(text: str, count: int) -> list[int]:
     """
     if text == "all":
         return list(range(count))
+    chosen: Sequence[int]
     if match := re.fullmatch(r"last:(\d+)", text):
-        chosen = list(range(count - int(match[1]), count))
+        chosen = range(count - int(match[1]), count)
     elif match := re.fullmatch(r"(\d+)-(\d+)", text):
-        chosen = list(range(int(match[1]), int(match[2]) + 1))
+        chosen = range(int(match[1]), int(match[2]) + 1)
     elif re.fullmatch(r"\d+(,\d+)*", text):
         chosen = sorted({int(part) for part in text.split(",")})
     else:
         raise UserError(f"--layers {text}: not understood; write all, last:24, 8-31 or 0,2")
     if not chosen or chosen[0] < 0 or chosen[-1] >= count:
         raise UserError(f"--layers {text}: this model has {count} MoE layers, 0 to {count - 1}")
-    return chosen
+    return list(chosen)
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,10 @@ class _CopyTask:
     names: tuple[str, ...]
     shard: int
     shards: int
+
+
+# What each task made.
+_Entries = dict[_GroupTask | _CopyTask, GroupEntry | FileEntry]
 
 
 class Compression:
@@ -109,7 +117,7 @@ class Compression:
     ) -> None:
         self.source, self.output, self.settings = source, output, settings
         self.workers = workers or SingleWorker()
-        self.staging = output.with_name(f"{output.name}.partial")
+        self.staging = output.parent / f"{output.name}.partial"
         if settings.groups < 1:
             raise UserError(f"--ep {settings.groups}: must be 1 or more")
         if not 0 < settings.keep <= 1:
@@ -127,54 +135,42 @@ class Compression:
         A mistake in the input, or a full disk, leaves nothing behind unless `resume` is set; an
         interrupted run leaves `OUTPUT.partial`, from which `resume` continues.
         """
-        if self._prepare(resume) == "complete":
+        first = self.workers.rank == 0
+        if together(self.workers, lambda: first and self._make_staging(resume))[0]:
             return read_index(self.output)
-        tasks = self._tasks()
-        mine = tasks[self.workers.rank :: self.workers.size]
-        entries: dict[_GroupTask | _CopyTask, GroupEntry | FileEntry] = {}
-        failure = None
-        progress = tqdm(mine, desc="compressing", unit="task", disable=self._quiet)
-        for task in progress:
-            # A rank that fails tells the others here, so that none works on for nothing.
+        try:
+            entries = {}
+            for part in together(self.workers, self._do_my_tasks):
+                entries |= part
+            together(self.workers, lambda: first and self._finish(entries))
+        except UserError:
+            if first and not resume:
+                shutil.rmtree(self.staging, ignore_errors=True)
+            raise
+        return read_index(self.output)
+
+    def _do_my_tasks(self) -> _Entries:
+        """Every so-many-th task: what each made. A rank that fails stops the others early."""
+        entries: _Entries = {}
+        tasks = self._tasks()[self.workers.rank :: self.workers.size]
+        for task in tqdm(tasks, desc="compressing", unit="task", disable=self._quiet):
             if (self.staging / _FAILURE_MARKER).exists():
                 break
             try:
                 entries[task] = self._do(task)
-            except UserError as error:
-                failure = str(error)
-                (self.staging / _FAILURE_MARKER).touch()
-                break
-        self._raise_if_any(failure, clean=not resume)
-
-        merged = {}
-        for part in self.workers.gather(entries):
-            merged |= part
-        failure = None
-        if self.workers.rank == 0:
-            try:
-                self._finish(merged)
-            except UserError as error:
-                failure = str(error)
-        self._raise_if_any(failure, clean=not resume)
-        return read_index(self.output)
+            except UserError:
+                with suppress(OSError):  # the disk may be full
+                    (self.staging / _FAILURE_MARKER).touch()
+                raise
+        return entries
 
     @property
     def _quiet(self) -> bool | None:
         # None lets tqdm decide: no bar where standard error is no terminal.
         return True if self.workers.rank else None
 
-    def _prepare(self, resume: bool) -> str:
-        """Make the staging folder on rank 0; say whether there is work, on every rank."""
-        state, failure = "work", None
-        if self.workers.rank == 0:
-            try:
-                state = self._make_staging(resume)
-            except UserError as error:
-                failure = str(error)
-        self._raise_if_any(failure, clean=False)
-        return self.workers.gather(state)[0]
-
-    def _make_staging(self, resume: bool) -> str:
+    def _make_staging(self, resume: bool) -> bool:
+        """Make the staging folder, or find the one to resume; whether OUTPUT is complete already."""
         if self.output.exists():
             if not resume:
                 raise UserError(f"{self.output}: exists already; remove it or choose another one")
@@ -182,7 +178,7 @@ class Compression:
                 raise UserError(
                     f"{self.output}: was made with other options; choose another folder"
                 )
-            return "complete"
+            return True
         wanted = self.settings.model_dump() | {"source": str(self.source.folder.resolve())}
         if self.staging.exists():
             if not resume:
@@ -190,13 +186,15 @@ class Compression:
                     f"{self.staging}: an unfinished run is here; continue it with --resume or "
                     "remove it"
                 )
-            settings_file = self.staging / _SETTINGS_FILE
-            if not settings_file.is_file() or json.loads(settings_file.read_text()) != wanted:
+            if self._unfinished_settings() != wanted:
                 raise UserError(
                     f"{self.staging}: the unfinished run had other options; remove it to start anew"
                 )
             (self.staging / _FAILURE_MARKER).unlink(missing_ok=True)
-            return "work"
+            # What a run that was killed was writing just then: ours, and safetensors' own.
+            for stray in self.staging.glob(".*"):
+                stray.unlink()
+            return False
         try:
             self.staging.mkdir(parents=True)
         except OSError as error:
@@ -206,16 +204,14 @@ class Compression:
         except UserError:
             self.staging.rmdir()
             raise
-        return "work"
+        return False
 
-    def _raise_if_any(self, failure: str | None, *, clean: bool) -> None:
-        """Raise the first failure of any rank, on every rank, after clearing up once."""
-        failures = [text for text in self.workers.gather(failure) if text]
-        if not failures:
-            return
-        if clean and self.workers.rank == 0:
-            shutil.rmtree(self.staging, ignore_errors=True)
-        raise UserError(failures[0])
+    def _unfinished_settings(self) -> object:
+        """What the run in the staging folder was started with; None if that cannot be told."""
+        try:
+            return json.loads((self.staging / _SETTINGS_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
 
     def _tasks(self) -> list[_GroupTask | _CopyTask]:
         tasks: list[_GroupTask | _CopyTask] = [
@@ -237,7 +233,7 @@ class Compression:
 
     def _copy(self, task: _CopyTask) -> FileEntry:
         path = self.staging / _shard_name(task)
-        if not path.exists():
+        if not _is_whole(path):
             files = self.source.files
             tensors = {name: files.holding(name).read(name) for name in task.names}
             write_tensors(path, tensors, {})
@@ -245,7 +241,7 @@ class Compression:
 
     def _compress_group(self, task: _GroupTask) -> GroupEntry:
         path = self.staging / group_file_name(task.layer, len(self.source.sites), task.group)
-        if path.exists():
+        if _is_whole(path):
             return _recorded_entry(path)
         site = self.source.sites[task.layer]
         size = site.num_experts // self.settings.groups
@@ -282,13 +278,13 @@ class Compression:
         value_bytes, index_bytes = _bytes_by_kind(residuals, output_biases)
         record = {
             "experts": experts,
-            "squared_errors": encoded.squared_errors,
-            "squared_norms": [float(m.double().square().sum()) for m in aligned_NID],
+            "squared_errors": [_rounded(error) for error in encoded.squared_errors],
+            "squared_norms": [_rounded(float(m.double().square().sum())) for m in aligned_NID],
             "source_bytes": source_bytes,
             "center_bytes": 0 if encoded.center_ID is None else encoded.center_ID.nbytes,
             "value_bytes": value_bytes,
             "index_bytes": index_bytes,
-            "objective": alignment.objective,
+            "objective": _rounded(alignment.objective),
         }
         write_tensors(path, tensors, {_RECORD: json.dumps(record)})
         return _recorded_entry(path)
@@ -302,14 +298,14 @@ class Compression:
             return STORED_DTYPES[self.settings.dtype]
         return self.source.dtype(layer)
 
-    def _finish(self, entries: dict[_GroupTask | _CopyTask, GroupEntry | FileEntry]) -> None:
+    def _finish(self, entries: _Entries) -> None:
         """Index, config and companions; then the folder gets its name."""
         copies = [task for task in entries if isinstance(task, _CopyTask)]
         self._write_shard_index(sorted(copies, key=lambda task: task.shard))
         self._write_config()
+        ours = ("config.json", SHARD_INDEX, _SETTINGS_FILE)
         for path in sorted(self.source.folder.iterdir()):
-            taken = path.name in ("config.json", SHARD_INDEX) or (self.staging / path.name).exists()
-            if path.is_file() and path.suffix in _COMPANION_SUFFIXES and not taken:
+            if path.is_file() and path.suffix in _COMPANION_SUFFIXES and path.name not in ours:
                 copy_file(path, self.staging / path.name)
         layers = [
             LayerEntry(
@@ -337,9 +333,12 @@ class Compression:
             layers=layers,
             other_files=others,
         )
-        (self.staging / _SETTINGS_FILE).unlink()
         write_json(self.staging / INDEX_FILE, index.model_dump())
-        self.staging.rename(self.output)
+        (self.staging / _SETTINGS_FILE).unlink()
+        try:
+            self.staging.rename(self.output)
+        except OSError as error:
+            raise UserError(f"{self.output}: cannot be made ({error.strerror})") from error
 
     def _write_shard_index(self, copies: list[_CopyTask]) -> None:
         weight_map = {name: _shard_name(task) for task in copies for name in task.names}
@@ -352,7 +351,7 @@ class Compression:
         )
 
     def _write_config(self) -> None:
-        config = json.loads((self.source.folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(self.source.folder / "config.json")
         config["quantization_config"] = {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
@@ -371,6 +370,20 @@ def _bytes_by_kind(
     tensors += output_biases.values()
     values = sum(tensor.nbytes for tensor in tensors if tensor.is_floating_point())
     return values, sum(tensor.nbytes for tensor in tensors) - values
+
+
+def _rounded(sum_of_squares: float) -> float:
+    """To nine digits: the last of sixteen depend on how many threads shared the sum."""
+    return float(f"{sum_of_squares:.9g}")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file was finished by an earlier run."""
+    try:
+        TensorFile(path)
+    except UserError:
+        return False
+    return True
 
 
 def _recorded_entry(path: Path) -> GroupEntry:

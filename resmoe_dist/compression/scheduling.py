@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Protocol
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar
 
 import torch
+
+from resmoe_dist.errors import UserError
+
+T = TypeVar("T")
 
 
 class Workers(Protocol):
@@ -17,6 +23,22 @@ class Workers(Protocol):
     def gather(self, value: Any) -> list[Any]:
         """Everyone's value, in rank order, on every rank. All ranks must call it."""
         ...
+
+
+def together(workers: Workers, action: Callable[[], T]) -> list[T]:
+    """Everyone's `action()`, in rank order, on every rank. All ranks must call it.
+
+    Raises UserError on every rank if one rank's action does.
+    """
+    result, failure = None, None
+    try:
+        result = action()
+    except UserError as error:
+        failure = str(error)
+    for said in workers.gather(failure):
+        if said:
+            raise UserError(said)
+    return workers.gather(result)
 
 
 class SingleWorker:
@@ -48,7 +70,9 @@ class DeepSpeedWorkers:
     """The ranks that the `deepspeed` launcher started, over gloo."""
 
     def __init__(self) -> None:
-        torch.distributed.init_process_group("gloo")
+        if not torch.distributed.is_initialized():
+            # A rank that is done waits as long as the slowest one still has tasks.
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
         self.rank = torch.distributed.get_rank()
         self.size = torch.distributed.get_world_size()
 

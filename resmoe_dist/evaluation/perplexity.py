@@ -27,8 +27,11 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(nll)."""
-        return math.exp(self.nll)
+        """exp(nll); infinite where no float is as large."""
+        try:
+            return math.exp(self.nll)
+        except OverflowError:
+            return math.inf
 
     def as_dict(self) -> dict[str, float]:
         """For JSON."""
@@ -41,8 +44,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"{folder}: no such folder; give a model folder")
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # what the tokenizer libraries raise has no common class
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{folder}: no tokenizer could be loaded ({reason}); add its files, or give token ids"
         ) from error
@@ -67,10 +70,10 @@ def sequences_from_text(
     return windows
 
 
-def sequences_from_json(path: Path, vocabulary: int) -> list[list[int]]:
+def sequences_from_json(path: Path) -> list[list[int]]:
     """Sequences of token ids from a JSON list of lists.
 
-    Raises UserError for anything else, ids outside the vocabulary, or sequences of under two ids.
+    Raises UserError for anything else, or sequences of under two ids.
     """
     try:
         sequences = json.loads(path.read_text(encoding="utf-8"))
@@ -80,13 +83,23 @@ def sequences_from_json(path: Path, vocabulary: int) -> list[list[int]]:
         raise UserError(f"{path}: must be a JSON list of sequences of token ids")
     for i, sequence in enumerate(sequences):
         valid = isinstance(sequence, list) and all(
-            type(token) is int and 0 <= token < vocabulary for token in sequence
+            type(token) is int and token >= 0 for token in sequence
         )
         if not valid or len(sequence) < 2:
             raise UserError(
-                f"{path}: sequence {i} must be a list of two or more ids from 0 to {vocabulary - 1}"
+                f"{path}: sequence {i} must be a list of two or more token ids, from 0 on"
             )
     return sequences
+
+
+def check_vocabulary(path: Path, sequences: list[list[int]], vocabulary: int) -> None:
+    """Raise UserError where a token id of the sequences in `path` is none of the model's."""
+    for i, sequence in enumerate(sequences):
+        if max(sequence) >= vocabulary:
+            raise UserError(
+                f"{path}: sequence {i} has token id {max(sequence)}, the model's end at "
+                f"{vocabulary - 1}; use the tokenizer of this model"
+            )
 
 
 @torch.no_grad()

@@ -23,9 +23,9 @@ def describe(checkpoint: CompressedCheckpoint) -> dict[str, Any]:
     total: dict[str, Any] = {key: sum(layer[key] for layer in layers) for key in keys}
     total["ratio"] = total["stored_bytes"] / total["source_bytes"]
     compressed = [layer for layer in layers if layer["codec"] != "dense"]
-    total["relative_error"] = sum(layer["error"] * layer["experts"] for layer in compressed) / sum(
-        layer["norm"] * layer["experts"] for layer in compressed
-    )
+    error = sum(layer["error"] * layer["experts"] for layer in compressed)
+    norm = sum(layer["norm"] * layer["experts"] for layer in compressed)
+    total["relative_error"] = error / norm if norm else 0.0
     other = sum(
         sum(tensor_bytes(checkpoint.folder / entry.file).values())
         for entry in index.other_files

@@ -22,11 +22,17 @@ def pack_bitmap(mask_RD: Tensor) -> Tensor:
     padded = mask_RD.new_zeros(rows, bytes_per_row(columns) * _BITS)
     padded[:, :columns] = mask_RD
     weights = 2 ** torch.arange(_BITS, device=mask_RD.device, dtype=torch.uint8)
-    return (padded.view(rows, -1, _BITS) * weights).sum(-1, dtype=torch.uint8)
+    return (padded.unflatten(1, (-1, _BITS)) * weights).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bitmap(bitmap_RP: Tensor, columns: int) -> Tensor:
     """Bytes [R, P] back to a boolean mask [R, D]."""
     shifts = torch.arange(_BITS, device=bitmap_RP.device, dtype=torch.uint8)
     bits = bitmap_RP.unsqueeze(-1).bitwise_right_shift(shifts).bitwise_and_(1)
-    return bits.view(bitmap_RP.shape[0], -1)[:, :columns].bool()
+    return bits.flatten(1)[:, :columns].bool()
+
+
+def has_stray_bits(bitmap_RP: Tensor, columns: int) -> bool:
+    """Whether a bit past column D is set, as `pack_bitmap` never does."""
+    last_R8 = unpack_bitmap(bitmap_RP[:, -1:], _BITS)
+    return bool(last_R8[:, (columns - 1) % _BITS + 1 :].any())

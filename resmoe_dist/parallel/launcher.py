@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import logging
 import os
@@ -12,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 
 import deepspeed
 import torch
@@ -101,9 +100,10 @@ def _join_world() -> None:
         # Ranks that share a host share its cores.
         local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-        # DeepSpeed prints, on every rank, that it built its shared-memory op.
-        with redirect_stdout(io.StringIO()):
-            deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+        # DeepSpeed would compile a shared-memory all-reduce, which nothing here calls and whose
+        # segments, 66 MB a rank, stay behind in /dev/shm when the process has ended.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     else:
         accelerator.set_device(local_rank)
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

@@ -87,17 +87,17 @@ def build_topology(ep: int, tp: int) -> Topology:
     if groups.mpu is None:
         groups._init_tp_mesh_device(tensor_model_parallel_size=tp)
         groups.mpu = groups
+    rank = dist.get_rank()
+    dp_rank, ep_rank, tp_rank = grid_position(rank, ep, tp)
+    # Before DeepSpeed builds on it, which fails in its own way where the two do not fit.
+    tp_group = bwc.bwc_tensor_model_parallel_group(groups.mpu)
+    _check_ranks("tensor", tp_group, [rank - tp_rank + i for i in range(tp)])
     group_name = f"ep_size_{ep}"
     if group_name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_data_and_model_parallel(ep, mpu=groups.mpu)
-
-    rank = dist.get_rank()
-    dp_rank, ep_rank, tp_rank = grid_position(rank, ep, tp)
-    first = dp_rank * ep * tp
     ep_group = groups._get_expert_parallel_group(group_name)
-    tp_group = bwc.bwc_tensor_model_parallel_group(groups.mpu)
+    first = dp_rank * ep * tp
     _check_ranks("expert", ep_group, [first + i * tp + tp_rank for i in range(ep)])
-    _check_ranks("tensor", tp_group, [rank - tp_rank + i for i in range(tp)])
     return Topology(
         ep=ep,
         tp=tp,

@@ -58,6 +58,9 @@ def generate_on_lane(
         # The ranks of one lane must draw the same tokens.
         torch.manual_seed(options.seed * topology.lanes + topology.lane)
         sampling |= {"temperature": options.temperature, "top_p": options.top_p or 1.0}
+    if torch.distributed.is_initialized():
+        # The time is of generating, not of waiting for a rank that loads more slowly.
+        torch.distributed.barrier()
     began = time.perf_counter()
     output_BS = model.generate(
         **inputs,

@@ -1,0 +1,195 @@
+"""`pruned` against a naive top-k mask in NumPy, and what its reader refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resmoe_dist.codecs import PrunedResidual
+from resmoe_dist.codecs.pruned import largest_entries
+
+EIGHTHS = st.integers(0, 8).map(lambda n: n / 8)  # exact in binary: ⌊keep·I·D⌋ has no rounding
+
+
+@st.composite
+def residuals(draw: st.DrawFn) -> torch.Tensor:
+    """A residual of any small shape whose magnitudes all differ, also as bfloat16 values do."""
+    rows, columns = draw(st.integers(1, 9)), draw(st.integers(1, 21))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    magnitudes = rng.permutation(rows * columns) + 1.0
+    signs = rng.choice([-1.0, 1.0], rows * columns)
+    return torch.from_numpy((magnitudes * signs).reshape(rows, columns)).float() / 64
+
+
+def _naive_top_k(residual: torch.Tensor, keep: float) -> torch.Tensor:
+    flat = residual.numpy().ravel().tolist()
+    wanted = int(np.floor(keep * len(flat)))
+    best = sorted(range(len(flat)), key=lambda i: -abs(flat[i]))[:wanted]
+    return torch.tensor([v if i in best else 0.0 for i, v in enumerate(flat)]).view_as(residual)
+
+
+@given(residual=residuals(), keep=EIGHTHS)
+@settings(deadline=None)
+def test_decoding_gives_the_entries_of_largest_magnitude_and_zeros(residual, keep):
+    encoded = PrunedResidual.encode(residual, keep=keep, dtype=torch.float32)
+
+    assert torch.equal(encoded.decode(), _naive_top_k(residual, keep))
+
+
+@given(residual=residuals(), keep=EIGHTHS)
+@settings(deadline=None)
+def test_exactly_the_share_is_kept_of_equal_magnitudes_too(residual, keep):
+    equal = residual.sign()
+
+    encoded = PrunedResidual.encode(equal, keep=keep, dtype=torch.float32)
+
+    assert encoded.values.numel() == int(encoded.decode().count_nonzero())
+    assert encoded.values.numel() == residual.numel() * round(8 * keep) // 8
+
+
+def test_of_equal_magnitudes_none_is_kept_before_a_larger_one():
+    residual = torch.randint(-3, 4, (9, 11)).float()
+
+    for kept_share in (0.1, 0.4, 0.7):
+        mask = largest_entries(residual, kept_share)
+        assert residual[mask].abs().min() >= residual[~mask].abs().max()
+
+
+@given(residual=residuals(), seed=st.integers(0, 2**32 - 1), share=st.sampled_from([0, 0.3, 1]))
+@settings(deadline=None)
+def test_a_mask_that_is_given_decides_alone(residual, seed, share):
+    mask = torch.from_numpy(np.random.default_rng(seed).random(residual.shape) < share)
+
+    encoded = PrunedResidual.encode(residual, keep=0.5, dtype=torch.float32, mask_ID=mask)
+
+    expected = np.where(mask.numpy(), residual.numpy(), 0)
+    np.testing.assert_array_equal(encoded.decode().numpy(), expected)
+
+
+def test_nothing_kept_stores_no_values():
+    encoded = PrunedResidual.encode(torch.randn(5, 11), keep=0.0, dtype=torch.float32)
+
+    assert encoded.values.numel() == 0
+    assert torch.equal(encoded.decode(), torch.zeros(5, 11))
+
+
+def test_everything_kept_is_the_residual_itself():
+    residual = torch.randn(5, 11)
+
+    encoded = PrunedResidual.encode(residual, keep=1.0, dtype=torch.float32)
+
+    assert torch.equal(encoded.decode(), residual)
+
+
+def test_rows_with_no_kept_entry_decode_to_zeros_between_others():
+    residual = torch.zeros(6, 9)
+    residual[1, 8], residual[4, 0] = 3.0, -2.0  # rows 0, 2, 3 and 5 are empty
+
+    encoded = PrunedResidual.encode(residual, keep=2 / 54, dtype=torch.float32)
+
+    assert torch.equal(encoded.decode(), residual)
+    assert encoded.row_offsets.tolist() == [0, 0, 1, 1, 1, 2, 2]
+
+
+def test_values_are_stored_in_the_dtype_asked_for_and_rounded_to_it():
+    residual = torch.randn(7, 13)
+
+    encoded = PrunedResidual.encode(residual, keep=1.0, dtype=torch.bfloat16)
+
+    assert encoded.values.dtype == encoded.decode().dtype == torch.bfloat16
+    assert torch.equal(encoded.decode(), residual.bfloat16())
+
+
+def test_the_choice_is_made_before_values_are_rounded():
+    residual = torch.tensor([[1.0, 1.0001, 1.0002, -1.0003]])  # all 1 in bfloat16
+
+    encoded = PrunedResidual.encode(residual, keep=0.5, dtype=torch.bfloat16)
+
+    assert encoded.decode().tolist() == [[0, 0, 1, -1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "columns", "kept"), [(7, 13, 22), (1, 1, 0), (3, 8, 6)])
+def test_bytes_are_those_of_bitmap_values_and_offsets(rows, columns, kept, dtype):
+    residual = torch.randn(rows, columns)
+    share = (kept + 0.5) / residual.numel()
+
+    encoded = PrunedResidual.encode(residual, keep=share, dtype=dtype)
+
+    bitmap_bytes = rows * ((columns + 7) // 8)
+    value_bytes = kept * (4 if dtype is torch.float32 else 2)
+    offset_bytes = (rows + 1) * 4
+    assert encoded.nbytes == bitmap_bytes + value_bytes + offset_bytes
+
+
+def _reader(tensors: dict[str, torch.Tensor]):
+    return lambda name, start, stop: tensors[name][start:stop]
+
+
+def _stored(keep: float = 0.4) -> dict[str, torch.Tensor]:
+    encoded = PrunedResidual.encode(torch.randn(6, 13), keep=keep, dtype=torch.float32)
+    return {name: tensor.clone() for name, tensor in encoded.tensors().items()}
+
+
+def test_any_flipped_bit_of_the_bitmap_is_noticed_by_the_reader_of_its_row():
+    tensors = _stored()
+    for row, byte in np.ndindex(*tensors["bitmap"].shape):
+        for bit in range(8):
+            tensors["bitmap"][row, byte] ^= 1 << bit
+            with pytest.raises(ValueError, match="bitmap"):
+                PrunedResidual.read(_reader(tensors), 13, row, row + 1)
+            tensors["bitmap"][row, byte] ^= 1 << bit
+    PrunedResidual.read(_reader(tensors), 13, 0, 6)
+
+
+def test_a_bit_moved_past_the_last_column_is_noticed():
+    tensors = _stored(keep=1.0)
+    assert tensors["bitmap"][2].tolist() == [0b11111111, 0b00011111]
+    tensors["bitmap"][2, 1] = 0b10001111  # as many bits as before
+
+    with pytest.raises(ValueError, match="past column 13"):
+        PrunedResidual.read(_reader(tensors), 13, 0, 6)
+
+
+@pytest.mark.parametrize("row", range(7))
+@pytest.mark.parametrize("change", [-1, 1, 1000])
+def test_a_wrong_offset_is_noticed(row, change):
+    tensors = _stored()
+    tensors["row_offsets"][row] += change
+
+    with pytest.raises(ValueError, match="offsets"):
+        PrunedResidual.read(_reader(tensors), 13, 0, 6)
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_offsets_that_are_all_shifted_are_noticed_by_a_reader_of_all_rows(change):
+    tensors = _stored()
+    tensors["row_offsets"] += change
+
+    with pytest.raises(ValueError, match="offsets"):
+        PrunedResidual.read(_reader(tensors), 13, 0, 6)
+
+
+def test_missing_values_are_noticed():
+    tensors = _stored()
+    tensors["values"] = tensors["values"][:-1]
+
+    with pytest.raises(ValueError, match="values"):
+        PrunedResidual.read(_reader(tensors), 13, 0, 6)
+
+
+def test_a_reader_asks_for_the_rows_and_values_of_its_range_alone():
+    tensors = _stored()
+    asked = {}
+
+    def read(name: str, start: int, stop: int) -> torch.Tensor:
+        asked[name] = (start, stop)
+        return tensors[name][start:stop]
+
+    PrunedResidual.read(read, 13, 2, 5)
+
+    first, last = tensors["row_offsets"][[2, 5]].tolist()
+    assert asked == {"row_offsets": (2, 6), "bitmap": (2, 5), "values": (first, last)}
