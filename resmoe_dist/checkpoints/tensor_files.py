@@ -98,7 +98,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file, as atomically as `write_tensors`. Raises UserError also if it is not readable."""
+    """Copy a file, as atomically as `write_tensors`. Raises UserError where it is not readable."""
     with _replacing(target) as temporary:
         shutil.copyfile(source, temporary)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from resmoe_dist.checkpoints.compressed import CompressedCheckpoint, LayerEntry
+from resmoe_dist.checkpoints.compressed import STORED_DTYPES, CompressedCheckpoint, LayerEntry
 from resmoe_dist.checkpoints.tensor_files import tensor_bytes
 
 
@@ -15,11 +15,13 @@ def describe(checkpoint: CompressedCheckpoint) -> dict[str, Any]:
     """Settings, and per layer and in total: error, and bytes before and after by kind.
 
     `error` is (1/N) Σ_k ‖T_k W_k − restored_k‖² (paper 001, appendix A.6), `relative_error` its
-    share of (1/N) Σ_k ‖W_k‖². Bytes are what the files' headers say lies in them.
+    share of (1/N) Σ_k ‖W_k‖². Bytes are what the files' headers say lies in them; `dense_bytes` is
+    what the experts would take dense in the stored dtype, `source_bytes` what they took in theirs.
     """
     index = checkpoint.index
     layers = [_describe_layer(checkpoint, layer) for layer in index.layers]
-    keys = ("source_bytes", "center_bytes", "value_bytes", "index_bytes", "stored_bytes")
+    keys = ("source_bytes", "dense_bytes")
+    keys += ("center_bytes", "value_bytes", "index_bytes", "stored_bytes")
     total: dict[str, Any] = {key: sum(layer[key] for layer in layers) for key in keys}
     total["ratio"] = total["stored_bytes"] / total["source_bytes"]
     compressed = [layer for layer in layers if layer["codec"] != "dense"]
@@ -64,6 +66,7 @@ def _describe_layer(checkpoint: CompressedCheckpoint, layer: LayerEntry) -> dict
         "norm": norm,
         "relative_error": error / norm if norm else 0.0,
         "source_bytes": source,
+        "dense_bytes": _dense_bytes(layer),
         "center_bytes": bytes_by_kind["center"],
         "value_bytes": bytes_by_kind["value"],
         "index_bytes": bytes_by_kind["index"],
@@ -71,6 +74,11 @@ def _describe_layer(checkpoint: CompressedCheckpoint, layer: LayerEntry) -> dict
         "ratio": stored / source,
         "bits_per_entry": 8 * stored / (layer.num_experts * layer.shape.entries),
     }
+
+
+def _dense_bytes(layer: LayerEntry) -> int:
+    values = layer.shape.entries + (layer.hidden if layer.output_bias else 0)
+    return layer.num_experts * values * STORED_DTYPES[layer.dtype].itemsize
 
 
 def _kind(tensor_name: str) -> str:
@@ -87,6 +95,11 @@ def layer_table(description: dict[str, Any]) -> str:
     total = {"codec": "", "error": None} | description["experts"]
     rows.append(_row("all experts", total))
     lines = [text_table(header, rows, left=2)]
+    if total["dense_bytes"] != total["source_bytes"]:
+        # Narrower values alone are no achievement of the compression.
+        share = total["stored_bytes"] / total["dense_bytes"]
+        dense = human_bytes(total["dense_bytes"])
+        lines.append(f"dense experts in the stored dtype would take {dense}: {share:.1%} of that")
     lines.append(
         f"everything else {human_bytes(description['other_bytes'])}, "
         f"the whole checkpoint {human_bytes(description['total_bytes'])}"

@@ -23,6 +23,7 @@ from resmoe_dist.compression.scheduling import (
     together,
 )
 from resmoe_dist.errors import UserError
+from resmoe_dist.parallel.launcher import free_port
 from tests.checkpoints.damage import copy_of, edit_tensors, mistake, names_in
 from tests.models import compress
 from tests.ranks import run_on_ranks
@@ -103,7 +104,7 @@ def test_mpirun_stops_with_one_line_when_one_rank_fails(family_folder, tmp_path)
 @pytest.mark.slow
 def test_deepspeed_writes_what_one_process_does(family_folder, expected, tmp_path):
     done = _launch(
-        *("deepspeed", "--num_gpus", 2, "launch/compress.py"),
+        *("deepspeed", "--num_gpus", 2, "--master_port", free_port(), "launch/compress.py"),
         *(family_folder("mixtral"), tmp_path / "c", "--ep", 2),
     )
     assert done.returncode == 0, done.stderr
