@@ -11,7 +11,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 .PHONY: demo test lint format clean
 
 demo: $(VENV)/installed
-	$(RUN) deepspeed launch/infer.py --ep 4 --tp 2 --temperature 0.7
+	$(RUN) deepspeed launch/infer.py --ep 4 --tp 2 --temperature 0.7 --max-new-tokens 120
 
 test: $(VENV)/installed lint
 	$(RUN) $(BIN)/python -m pytest

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from resmoe_dist.errors import UserError
+from resmoe_dist.evaluation.perplexity import evaluate
 from resmoe_dist.tiny import FAMILIES, cache, cached_tiny_model, train_tiny_model, training
 from resmoe_dist.tiny.corpus import read_corpus
 from resmoe_dist.tiny.recipes import RECIPES, build_model
@@ -114,6 +115,14 @@ def test_nll_of_the_report_is_that_of_the_saved_model(folders):
             log_probabilities = model(tokens).logits[0, :-1].log_softmax(-1)
         total -= log_probabilities[torch.arange(256), tokens[0, 1:]].sum().item()
     assert report["held_out_nll"] == pytest.approx(total / (64 * 256), abs=1e-4)
+
+
+def test_the_held_out_loss_can_be_measured_again_from_the_folder(folders):
+    folder = folders["mixtral"]
+    report = json.loads((folder / "training.json").read_text())
+    sequences = json.loads((folder / "held-out.json").read_text())
+
+    assert evaluate(load(folder), sequences).nll == pytest.approx(report["held_out_nll"], abs=1e-5)
 
 
 def test_held_out_files_are_not_in_the_training_text():

@@ -170,7 +170,7 @@ class Compression:
         return True if self.workers.rank else None
 
     def _make_staging(self, resume: bool) -> bool:
-        """Make the staging folder, or find the one to resume. True if OUTPUT is complete already."""
+        """Make or find the staging folder; True if OUTPUT is complete already."""
         if self.output.exists():
             if not resume:
                 raise UserError(f"{self.output}: exists already; remove it or choose another one")

@@ -26,6 +26,8 @@ from resmoe_dist.tiny.upcycling import balance_by_bias, choose_first_expert, imb
 
 logger = logging.getLogger(__name__)
 
+HELD_OUT_FILE = "held-out.json"
+
 
 @dataclass(frozen=True)
 class TrainingReport:
@@ -57,10 +59,11 @@ def train_tiny_model(
 ) -> TrainingReport:
     """Train a tiny MoE model and write it to `directory` as a Hugging Face model folder.
 
-    Beside the usual files there is `training.json`, the report. The folder appears whole or not
-    at all: it is written under a temporary name next to its own and renamed. `dense_steps` and
-    `moe_steps` default to the family's recipe. The same seed gives the same model on the same
-    machine; the caller's random state is left as it was.
+    Beside the usual files there are `training.json`, the report, and `held-out.json`, the token ids
+    that its held-out loss was measured on. The folder appears whole or not at all: it is written
+    under a temporary name next to its own and renamed. `dense_steps` and `moe_steps` default to the
+    family's recipe. The same seed gives the same model on the same machine; the caller's random
+    state is left as it was.
 
     Raises UserError if the family is unknown, if `directory` exists and is not empty, or if
     this Python came without the source of its standard library.
@@ -105,6 +108,8 @@ def train_tiny_model(
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / "training.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+        sequences = held_out_sequences(recipe, held_out_tokens)
+        (partial / HELD_OUT_FILE).write_text(json.dumps(sequences) + "\n")
     logger.info("trained %s: %.3f nats/byte on held-out files", family, report.held_out_nll)
     return report
 
@@ -204,13 +209,23 @@ def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Opti
     ]
 
 
+def _held_out_starts(recipe: Recipe, corpus: Tensor, crops: int = 64) -> Tensor:
+    """Where evenly spaced crops of `corpus` start."""
+    return torch.linspace(0, len(corpus) - recipe.crop_length, crops).long()
+
+
+def held_out_sequences(recipe: Recipe, corpus: Tensor) -> list[list[int]]:
+    """The crops that `mean_nll` scores, as token ids for `resmoe-dist evaluate --token-ids`."""
+    starts = _held_out_starts(recipe, corpus).tolist()
+    return [[BOS_ID, *corpus[start : start + recipe.crop_length].tolist()] for start in starts]
+
+
 @torch.no_grad()
-def mean_nll(model: PreTrainedModel, recipe: Recipe, corpus: Tensor, crops: int = 64) -> float:
+def mean_nll(model: PreTrainedModel, recipe: Recipe, corpus: Tensor) -> float:
     """The model's loss on evenly spaced crops of `corpus`, in nats per byte."""
-    starts = torch.linspace(0, len(corpus) - recipe.crop_length, crops).long()
     losses = [
         model(**_model_inputs(recipe, corpus, some, recipe.crop_length // 4)).loss
-        for some in starts.split(16)
+        for some in _held_out_starts(recipe, corpus).split(16)
     ]
     return torch.stack(losses).mean().item()
 

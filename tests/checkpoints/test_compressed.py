@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 
@@ -40,15 +41,12 @@ def folder(pristine, tmp_path):
     return copy_of(pristine, tmp_path / "c")
 
 
-def _read_everything(folder):
-    """Every restored expert, as loading reads them."""
+def _read_group(folder):
+    """The restored experts of GROUP, read as loading reads them."""
     checkpoint = CompressedCheckpoint(folder)
-    return [
-        restored_expert(checkpoint.open_group(layer, group), k)[0]
-        for layer in checkpoint.index.layers
-        for group in layer.groups
-        for k in group.experts
-    ]
+    layer = checkpoint.index.layers[1]
+    file = checkpoint.open_group(layer, layer.groups[1])
+    return [restored_expert(file, k)[0] for k in layer.groups[1].experts]
 
 
 def test_folder_that_holds_no_compressed_checkpoint(tmp_path):
@@ -104,14 +102,19 @@ def test_file_name_that_is_not_plain_is_refused(folder, name, where):
         read_index(folder)
 
 
-@pytest.mark.parametrize("read", [_read_everything, load_model, lambda f: describe_folder(f)])
+def _describe(folder):
+    """What `inspect` shows."""
+    return describe(CompressedCheckpoint(folder))
+
+
+@pytest.mark.parametrize("read", [_read_group, load_model, _describe])
 def test_missing_group_file_is_named(folder, read):
     (folder / GROUP).unlink()
     with mistake(f"{folder / GROUP}: this file is missing"):
         read(folder)
 
 
-@pytest.mark.parametrize("read", [_read_everything, load_model, lambda f: describe_folder(f)])
+@pytest.mark.parametrize("read", [_read_group, load_model, _describe])
 @pytest.mark.parametrize("size", [0, 5, 200, 4000, -1])
 def test_truncated_group_file_is_named(folder, read, size):
     truncate(folder / GROUP, size % (folder / GROUP).stat().st_size)
@@ -119,15 +122,10 @@ def test_truncated_group_file_is_named(folder, read, size):
         read(folder)
 
 
-def describe_folder(folder):
-    """What `inspect` shows."""
-    return describe(CompressedCheckpoint(folder))
-
-
 def test_group_file_with_something_appended_is_named(folder):
     (folder / GROUP).write_bytes((folder / GROUP).read_bytes() + b"\0")
     with mistake(f"{folder / GROUP}: "):
-        _read_everything(folder)
+        _read_group(folder)
 
 
 @pytest.mark.parametrize("tensor", ["experts.2.bitmap", "experts.3.row_offsets"])
@@ -145,18 +143,18 @@ def test_every_flipped_byte_of_an_index_tensor_is_noticed(folder):
         for offset in range(end - begin):
             flip_byte_of(folder / GROUP, tensor, offset)
             with mistake(f"{folder / GROUP}: "):
-                _read_everything(folder)
+                _read_group(folder)
             (folder / GROUP).write_bytes(intact)
 
 
 def test_no_flipped_byte_of_the_header_changes_what_is_read_unnoticed(folder):
     _, data = header_of(folder / GROUP)
-    intact, expected = (folder / GROUP).read_bytes(), _read_everything(folder)
+    intact, expected = (folder / GROUP).read_bytes(), _read_group(folder)
     noticed = 0
     for offset in range(data):
         flip_byte(folder / GROUP, offset)
         try:
-            found = _read_everything(folder)
+            found = _read_group(folder)
         except Exception as error:
             assert type(error).__name__ == "UserError", f"byte {offset}: {error!r}"
             assert GROUP in str(error)
@@ -166,6 +164,16 @@ def test_no_flipped_byte_of_the_header_changes_what_is_read_unnoticed(folder):
             assert all(map(torch.equal, found, expected)), f"byte {offset}"
         (folder / GROUP).write_bytes(intact)
     assert noticed > data // 3
+
+
+@pytest.mark.parametrize("tensor", ["center", "experts.2.values"])
+def test_values_of_another_dtype_than_the_index_says_are_noticed(folder, tensor):
+    raw = (folder / GROUP).read_bytes()
+    before = f'"{tensor}":{{"dtype":"F32"'.encode()
+    assert raw.count(before) == 1
+    (folder / GROUP).write_bytes(raw.replace(before, before.replace(b"F32", b"I32")))
+    with mistake(f"{folder / GROUP}: damaged .*bytes of F32, resmoe.json says"):
+        load_model(folder)
 
 
 def test_group_file_of_another_model_is_named(folder, family_folder, tmp_path):
@@ -222,8 +230,6 @@ def test_faults_name_a_group_file_that_fits_its_digest_but_not_the_index(folder)
 
 
 def test_index_is_plain_json_that_lists_digests(pristine):
-    import hashlib
-
     index = json.loads((pristine / "resmoe.json").read_text())
     for entry in index["other_files"] + [g["file"] for x in index["layers"] for g in x["groups"]]:
         content = (pristine / entry["file"]).read_bytes()
