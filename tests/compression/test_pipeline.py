@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -240,15 +241,14 @@ def test_not_a_number_in_the_last_expert_leaves_nothing(family_folder, tmp_path,
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """small_disk(kibibytes): a folder on a file system of that size."""
+    """small_disk(limit): a folder on a tmpfs with that limit, such as size=64k or nr_inodes=9."""
     mounted = []
 
-    def make(kibibytes):
-        folder = tmp_path / f"disk-{kibibytes}"
+    def make(limit):
+        folder = tmp_path / limit
         folder.mkdir()
-        options = f"size={kibibytes}k"
         try:
-            command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+            command = ["mount", "-t", "tmpfs", "-o", limit, "tmpfs", str(folder)]
             subprocess.run(command, check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError):
             pytest.skip("mounting a small file system is not permitted here")
@@ -261,20 +261,27 @@ def small_disk(tmp_path):
 
 
 def test_disk_that_fills_up_at_any_moment_is_left_as_it_was(source, expected, small_disk):
-    # Files take whole pages of 4 KiB; the last size is one page short of what a run needs.
-    needed = sum(-(-len(content) // 4096) * 4 for content in expected.values())
-    for kibibytes in range(4, needed, 12):
-        disk = small_disk(kibibytes)
+    pages = _pages(expected)
+    limits = [f"size={n * resource.getpagesize()}" for n in range(1, pages, 3)]
+    # A file system can also run out of files; the folders themselves count.
+    limits += [f"nr_inodes={n}" for n in range(2, len(expected) + 2)]
+    for limit in limits:
+        disk = small_disk(limit)
         with mistake(f"{disk}.*: the disk is full; free some space and run again"):
             _run(source, disk / "c")
-        assert names_in(disk) == set(), f"{kibibytes} KiB"
+        assert names_in(disk) == set(), limit
 
 
 def test_disk_with_just_enough_room_is_enough(source, expected, small_disk):
-    needed = sum(-(-len(content) // 4096) * 4 for content in expected.values())
-    disk = small_disk(needed + 16)  # the folder, the settings of the run, a temporary file's page
+    # Beside the result, for a while: the settings of the run.
+    disk = small_disk(f"size={(_pages(expected) + 1) * resource.getpagesize()}")
     _run(source, disk / "c")
     assert _contents(disk / "c") == expected
+
+
+def _pages(contents):
+    """Of a tmpfs, which keeps each file in whole pages."""
+    return sum(-(-len(content) // resource.getpagesize()) for content in contents.values())
 
 
 @pytest.mark.parametrize("number", range(0, 13, 2))
@@ -324,7 +331,7 @@ def _interrupt_after(tasks, monkeypatch):
 
 
 def _interrupted(source, output, monkeypatch, tasks=3):
-    """A run that ended after three of its four groups, before the copies."""
+    """The staging folder of a run that ended after `tasks` of four groups and two copies."""
     with monkeypatch.context() as patch:
         _interrupt_after(tasks, patch)
         with pytest.raises(KeyboardInterrupt):
@@ -430,9 +437,12 @@ def test_run_that_met_a_full_disk_resumes_when_there_is_room(source, expected, t
     assert _contents(tmp_path / "c") == expected
 
 
-def test_finished_file_that_was_damaged_since_is_made_anew(source, expected, tmp_path, monkeypatch):
-    staging = _interrupted(source, tmp_path / "c", monkeypatch)
-    truncate(staging / GROUP_FILES[1], 500)
+@pytest.mark.parametrize("name", [GROUP_FILES[1], "model-00001-of-00002.safetensors"])
+def test_finished_file_that_was_damaged_since_is_made_anew(
+    source, expected, tmp_path, monkeypatch, name
+):
+    staging = _interrupted(source, tmp_path / "c", monkeypatch, tasks=5)
+    truncate(staging / name, 500)
 
     _run(source, tmp_path / "c", resume=True)
 
