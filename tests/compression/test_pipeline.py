@@ -399,7 +399,7 @@ def _compress_until_killed(source, output, writes):
     _run(source, output)
 
 
-@pytest.mark.parametrize("writes", [3, 9, 12])  # a group; a companion file; the index
+@pytest.mark.parametrize("writes", [3, 11, 13])  # a group; a companion file; the index
 def test_killed_run_resumes_and_leaves_no_stray_files(source, expected, tmp_path, writes):
     import tests.ranks  # noqa: F401  (has the fork server import what is heavy, once)
 

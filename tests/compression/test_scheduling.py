@@ -113,7 +113,7 @@ def test_deepspeed_writes_what_one_process_does(family_folder, expected, tmp_pat
 
 
 def _compress_here(source, output, groups):
-    """One rank's part of a run, and the settings of a run in which it would not."""
+    """One rank's part of a run: its error, if any, and how many seconds it took."""
     workers = find_workers()
     assert isinstance(workers, DeepSpeedWorkers)
     checkpoint = SourceCheckpoint(source)
