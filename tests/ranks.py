@@ -15,6 +15,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import torch
+
 from resmoe_dist.parallel.launcher import free_port
 
 _context = multiprocessing.get_context("forkserver")
@@ -88,6 +90,8 @@ def _run_rank(
         quiet_libraries()
         _join_world()
         outcome = (False, function(*args))
+        # Rank 0 hosts the store: it may not leave while others still join groups.
+        torch.distributed.barrier()
     except BaseException:
         outcome = (True, traceback.format_exc())
     # By value: torch's own way to send tensors needs the sender alive when they are opened.

@@ -23,6 +23,7 @@ from resmoe_dist.errors import UserError
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology, build_topology
 
 USER_ERROR = 2
+_BROKEN_PIPE = 128 + 13  # as a shell reports a process that SIGPIPE ended
 _FAILED_KEY = "resmoe_dist/failed"
 # The launchers look after their ranks about once a second.
 _GRACE_SECONDS = 10
@@ -65,6 +66,10 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
     """
     try:
         code = main() or 0
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output has seen enough (`… | head`); there is nobody left to tell.
+        os._exit(_BROKEN_PIPE)
     except UserError as error:
         _fail(f"error: {error}", USER_ERROR)
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -30,7 +31,7 @@ def load_model(
 
     With ep·tp > 1 `deepspeed.init_distributed` must have run, and all ranks call this together.
     The model is in eval mode on this rank's device. Raises UserError for a folder that is none,
-    damaged files, or a grid that the experts do not divide over.
+    damaged or incomplete files, or a grid that the experts do not divide over.
     """
     folder = Path(path)
     if topology is not None:
@@ -39,15 +40,36 @@ def load_model(
     if topology is None:
         topology = build_topology(ep, tp) if ep * tp > 1 else SINGLE_PROCESS
     config = load_config(str(folder))
+    # transformers' grouped products refuse experts of odd sizes; its plain loop takes them all.
+    options = {} if is_compressed(folder) else {"experts_implementation": "eager"}
     try:
         with loading_on(topology):
-            model = model_class(config).from_pretrained(
-                folder, dtype=dtype or "auto", local_files_only=True
+            model, found = model_class(config).from_pretrained(
+                folder,
+                dtype=dtype or "auto",
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
             )
     except (OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{folder}: cannot be loaded ({reason}); fetch or rebuild it") from error
+    _refuse_incomplete(folder, found)
     return model.to(get_accelerator().current_device_name()).eval()
+
+
+def _refuse_incomplete(folder: Path, found: dict[str, Any]) -> None:
+    """transformers fills what a checkpoint lacks with random values: here that is an error."""
+    missing = sorted(found["missing_keys"])
+    wrong = sorted(str(entry[0]) for entry in found["mismatched_keys"])
+    for names, what in (
+        (missing, "missing"),
+        (wrong, "of another shape than config.json asks for"),
+    ):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise UserError(f"{folder}: tensor {names[0]!r}{more} is {what}; fetch the model again")
 
 
 def check_grid(folder: Path, ep: int, tp: int) -> None:

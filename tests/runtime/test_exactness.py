@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from resmoe_dist import load_model
 from resmoe_dist.checkpoints.restore import restore_checkpoint
+from tests.checkpoints.damage import copy_of, edit_tensors, mistake
 from tests.models import FAMILIES, compress, dense_model, logits_of, relative_difference
 from tests.ranks import run_on_ranks
 
@@ -84,3 +85,36 @@ def test_every_grid_gives_the_single_process_logits(family_folder, tmp_path, ep,
     for rank, found in enumerate(run_on_ranks(ep * tp, _logits_on_grid, folders, ep, tp)):
         for folder, mine, want in zip(folders, found, expected, strict=True):
             assert relative_difference(mine, want) <= TOLERANCE, f"rank {rank}, {folder.name}"
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_model_with_missing_tensors_is_refused_not_filled_with_noise(
+    family_folder, tmp_path, compressed
+):
+    source = copy_of(family_folder("mixtral"), tmp_path / "source")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    edit_tensors(source / "model.safetensors", lambda tensors: tensors.pop(name))
+    if compressed:
+        compress(source, tmp_path / "c")
+
+    with mistake(f"{name}' is missing"):
+        load_model(tmp_path / "c" if compressed else source)
+
+
+def test_a_tensor_of_the_wrong_shape_is_refused(family_folder, tmp_path):
+    source = copy_of(family_folder("mixtral"), tmp_path / "source")
+    name = "model.layers.1.self_attn.q_proj.weight"
+
+    def shorten(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors[name][:-1].clone()
+
+    edit_tensors(source / "model.safetensors", shorten)
+
+    with mistake(f"{name}' is of another shape"):
+        load_model(source)
+
+
+def test_a_dense_model_of_odd_sizes_loads_too(family_folder):
+    source = family_folder("mixtral")
+
+    assert relative_difference(logits_of(load_model(source)), logits_of(dense_model(source))) == 0
