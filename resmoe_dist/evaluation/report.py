@@ -100,6 +100,8 @@ def layer_table(description: dict[str, Any]) -> str:
         share = total["stored_bytes"] / total["dense_bytes"]
         dense = human_bytes(total["dense_bytes"])
         lines.append(f"dense experts in the stored dtype would take {dense}: {share:.1%} of that")
+    if total["stored_bytes"] >= total["dense_bytes"]:
+        lines.append("no smaller than dense: share centres among more experts, or keep less")
     lines.append(
         f"everything else {human_bytes(description['other_bytes'])}, "
         f"the whole checkpoint {human_bytes(description['total_bytes'])}"

@@ -209,3 +209,13 @@ def test_the_stored_dtype_is_not_mentioned_where_it_is_the_sources(family_folder
     compress(family_folder("mixtral"), tmp_path / "c")
 
     assert "stored dtype" not in layer_table(describe(CompressedCheckpoint(tmp_path / "c")))
+
+
+@pytest.mark.parametrize(("groups", "keep", "said"), [(4, 0.25, True), (1, 0.25, False)])
+def test_a_checkpoint_no_smaller_than_dense_is_told_so(family_folder, tmp_path, groups, keep, said):
+    # A centre of its own for every expert is a whole dense model, before any residual.
+    compress(family_folder("mixtral"), tmp_path / "c", groups=groups, keep=keep)
+
+    assert (
+        "no smaller than dense" in layer_table(describe(CompressedCheckpoint(tmp_path / "c")))
+    ) is said
