@@ -352,6 +352,10 @@ class Compression:
 
     def _write_config(self) -> None:
         config = read_json(self.source.folder / "config.json")
+        if self.settings.dtype:
+            # transformers loads a model in the dtype that its config names.
+            config.pop("torch_dtype", None)
+            config["dtype"] = self.settings.dtype
         config["quantization_config"] = {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,

@@ -553,4 +553,4 @@ def test_stored_dtype_can_be_another_than_the_sources(source, tmp_path):
     half, full = (bytes_by_tensor(tmp_path / x / GROUP_FILES[0]) for x in ("half", "full"))
     assert half["center"] * 2 == full["center"]
     assert half["experts.0.values"] * 2 == pytest.approx(full["experts.0.values"], rel=0.05)
-    assert load_model(tmp_path / "half").dtype == torch.float32
+    assert load_model(tmp_path / "half").dtype == torch.bfloat16

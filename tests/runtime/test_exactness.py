@@ -118,3 +118,13 @@ def test_a_dense_model_of_odd_sizes_loads_too(family_folder):
     source = family_folder("mixtral")
 
     assert relative_difference(logits_of(load_model(source)), logits_of(dense_model(source))) == 0
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_model_loads_in_the_dtype_it_was_compressed_to(family_folder, tmp_path, dtype):
+    compress(family_folder("mixtral"), tmp_path / "c", dtype=dtype)
+
+    model = load_model(tmp_path / "c")
+
+    wanted = torch.bfloat16 if dtype else torch.float32
+    assert model.dtype == model.model.layers[0].mlp.experts.experts.groups[0].center.dtype == wanted
