@@ -103,10 +103,14 @@ class SourceCheckpoint:
         """
         return self.storages[layer].read(self.sites[layer].shape, expert, self._fetch)
 
+    def read_other(self, name: str) -> Tensor:
+        """A tensor that is no expert's; checked as `read_expert` does."""
+        return self._fetch(name, None)
+
     def _fetch(self, name: str, expert: int | None) -> Tensor:
         file = self.files.holding(name)
         tensor = file.read(name) if expert is None else file.read_index(name, expert)
-        if not torch.isfinite(tensor).all():
+        if tensor.dtype in _DTYPES.values() and not torch.isfinite(tensor).all():
             where = name if expert is None else f"{name}[{expert}]"
             raise UserError(
                 f"{file.path}: tensor {where!r} holds NaN or infinite values; the source "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import shutil
 from collections.abc import Sequence
@@ -234,8 +235,7 @@ class Compression:
     def _copy(self, task: _CopyTask) -> FileEntry:
         path = self.staging / _shard_name(task)
         if not _is_whole(path):
-            files = self.source.files
-            tensors = {name: files.holding(name).read(name) for name in task.names}
+            tensors = {name: self.source.read_other(name) for name in task.names}
             write_tensors(path, tensors, {})
         return _file_entry(path)
 
@@ -273,6 +273,11 @@ class Compression:
             keep=self.settings.keep,
             dtype=dtype,
         )
+        if not all(map(math.isfinite, encoded.squared_errors)):
+            raise UserError(
+                f"{site.module}: experts {experts} hold values too large for {dtype}; choose "
+                "--dtype bfloat16 or float32"
+            )
         residuals = dict(zip(experts, encoded.residuals, strict=True))
         tensors = group_tensors(encoded.center_ID, residuals, output_biases)
         value_bytes, index_bytes = _bytes_by_kind(residuals, output_biases)

@@ -554,3 +554,24 @@ def test_stored_dtype_can_be_another_than_the_sources(source, tmp_path):
     assert half["center"] * 2 == full["center"]
     assert half["experts.0.values"] * 2 == pytest.approx(full["experts.0.values"], rel=0.05)
     assert load_model(tmp_path / "half").dtype == torch.bfloat16
+
+
+def test_not_a_number_outside_the_experts_leaves_nothing(family_folder, tmp_path):
+    harmed = copy_of(family_folder("mixtral"), tmp_path / "source")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    edit_tensors(harmed / "model.safetensors", lambda tensors: tensors[name][2].fill_(math.nan))
+
+    with mistake(f"{re.escape(name)}' holds NaN"):
+        _run(harmed, tmp_path / "c")
+    assert names_in(tmp_path) == {"source"}
+
+
+def test_weights_too_large_for_the_stored_dtype_leave_nothing(family_folder, tmp_path):
+    large = copy_of(family_folder("mixtral"), tmp_path / "source")
+    name = "model.layers.0.block_sparse_moe.experts.2.w1.weight"
+    edit_tensors(large / "model.safetensors", lambda tensors: tensors[name][3].fill_(1e6))
+
+    with mistake("too large for torch.float16; choose"):
+        _run(large, tmp_path / "c", dtype="float16", groups=2)
+    assert names_in(tmp_path) == {"source"}
+    _run(large, tmp_path / "c", dtype="bfloat16", groups=2)
