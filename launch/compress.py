@@ -9,13 +9,17 @@ from __future__ import annotations
 import argparse
 
 from resmoe_dist.cli import add_compress_arguments, run_compress
-from resmoe_dist.parallel.launcher import quiet_libraries, run_entry_point
+from resmoe_dist.parallel.launcher import (
+    add_launcher_arguments,
+    quiet_libraries,
+    run_entry_point,
+)
 
 
 def main() -> int:
     """One rank."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher
+    add_launcher_arguments(parser)
     add_compress_arguments(parser)
     args = parser.parse_args()
     quiet_libraries()

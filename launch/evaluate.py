@@ -10,7 +10,12 @@ import sys
 from pathlib import Path
 
 from resmoe_dist.cli import add_evaluate_arguments, report_evaluation, run_evaluate
-from resmoe_dist.parallel.launcher import quiet_libraries, run_entry_point, start_grid
+from resmoe_dist.parallel.launcher import (
+    add_grid_arguments,
+    quiet_libraries,
+    run_entry_point,
+    start_grid,
+)
 from resmoe_dist.runtime.loading import check_grid
 
 
@@ -18,9 +23,7 @@ def main() -> None:
     """One rank; rank 0 reports."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks")
-    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher
+    add_grid_arguments(parser)
     add_evaluate_arguments(parser)
     args = parser.parse_args()
     quiet_libraries()

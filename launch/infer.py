@@ -8,8 +8,8 @@ Without --model the embedded tiny model is used: trained and compressed on first
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,13 @@ from resmoe_dist.embedded import DEMO_PROMPTS, embedded_checkpoint
 from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import load_tokenizer
 from resmoe_dist.evaluation.report import human_bytes, text_table
-from resmoe_dist.parallel.launcher import quiet_libraries, run_entry_point, start_grid
+from resmoe_dist.parallel.launcher import (
+    add_grid_arguments,
+    launched_rank,
+    quiet_libraries,
+    run_entry_point,
+    start_grid,
+)
 from resmoe_dist.parallel.topology import Topology
 from resmoe_dist.runtime.generation import GenerationOptions, LaneOutput, generate_on_lane
 from resmoe_dist.runtime.loading import check_grid, load_model
@@ -30,8 +36,7 @@ from resmoe_dist.runtime.memory import RankMemory, rank_memory
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks")
-    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
+    add_grid_arguments(parser)
     parser.add_argument("--model", type=Path, help="compressed folder (default: embedded model)")
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated")
@@ -42,7 +47,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--dtype", choices=sorted(STORED_DTYPES), help="default: the checkpoint's")
     parser.add_argument("--json", type=Path, metavar="F", help="write completions and figures here")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher
     return parser.parse_args()
 
 
@@ -83,7 +87,7 @@ def main() -> None:
     prompts, options = read_prompts(args), generation_options(args)
     if args.model:
         check_grid(args.model, args.ep, args.tp)
-    elif int(os.environ.get("RANK", "0")) == 0:
+    elif launched_rank() == 0:
         # Before there are ranks to share the cores with; they find it in the cache.
         check_grid(embedded_checkpoint(args.ep), args.ep, args.tp)
     topology = start_grid(args.ep, args.tp, sys.argv[0], sys.argv[1:])
@@ -109,14 +113,7 @@ Report = tuple[Topology, LaneOutput, RankMemory]
 def gather(report: tuple[Topology, LaneOutput, RankMemory]) -> list[Report]:
     """Every rank's report, in rank order; process groups do not travel."""
     topology, output, memory = report
-    place = Topology(
-        topology.ep,
-        topology.tp,
-        topology.dp,
-        topology.ep_rank,
-        topology.tp_rank,
-        topology.dp_rank,
-    )
+    place = replace(topology, ep_group=None, tp_group=None)
     if not torch.distributed.is_initialized():
         return [(place, output, memory)]
     reports: list[Report] = [None] * torch.distributed.get_world_size()

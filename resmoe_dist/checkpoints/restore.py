@@ -14,14 +14,9 @@ from resmoe_dist.checkpoints.compressed import (
     GroupFile,
     LayerEntry,
 )
-from resmoe_dist.checkpoints.source import SHARD_INDEX, ModelFiles
-from resmoe_dist.checkpoints.tensor_files import (
-    copy_file,
-    read_json,
-    tensor_bytes,
-    write_json,
-    write_tensors,
-)
+from resmoe_dist.checkpoints.model_folder import set_dtype, shard_name, write_shard_index
+from resmoe_dist.checkpoints.source import ModelFiles
+from resmoe_dist.checkpoints.tensor_files import copy_file, read_json, write_json, write_tensors
 from resmoe_dist.errors import UserError
 
 
@@ -58,27 +53,20 @@ def _write_model(
     layers = checkpoint.index.layers
     count = len(other_shards) + len(layers)
     weight_map: dict[str, str] = {}
-    total_size = 0
     for i, shard in enumerate(other_shards):
-        name = _shard_name(i, count)
+        name = shard_name(i, count)
         copy_file(checkpoint.folder / shard, staging / name)
         weight_map |= {tensor: name for tensor, where in others.locations.items() if where == shard}
-        total_size += sum(tensor_bytes(staging / name).values())
     for i, layer in enumerate(layers, start=len(other_shards)):
-        name = _shard_name(i, count)
+        name = shard_name(i, count)
         tensors = _dense_layer(checkpoint, layer, dtype)
         write_tensors(staging / name, tensors, {})
         weight_map |= dict.fromkeys(tensors, name)
-        total_size += sum(tensor_bytes(staging / name).values())
-    write_json(
-        staging / SHARD_INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    )
+    write_shard_index(staging, weight_map)
     config = read_json(checkpoint.folder / "config.json")
     config.pop("quantization_config", None)
     if dtype is not None:
-        # transformers loads a model in the dtype that its config names.
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(dtype).removeprefix("torch.")
+        set_dtype(config, str(dtype).removeprefix("torch."))
     write_json(staging / "config.json", config)
     for path in sorted(checkpoint.folder.iterdir()):
         skipped = path.name == INDEX_FILE or path.suffix == ".safetensors" or not path.is_file()
@@ -112,7 +100,3 @@ def restored_expert(
     dense_ID = center_ID.to(dtype or center_ID.dtype, copy=True)
     residual.add_to(dense_ID)
     return dense_ID, bias_H
-
-
-def _shard_name(number: int, count: int) -> str:
-    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"

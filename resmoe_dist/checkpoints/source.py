@@ -12,12 +12,11 @@ from torch import Tensor
 from resmoe_dist.checkpoints.compressed import is_compressed
 from resmoe_dist.checkpoints.expert_storage import ExpertStorage, expert_module_of, find_storage
 from resmoe_dist.checkpoints.families import ExpertSite, find_expert_sites, load_config, meta_model
+from resmoe_dist.checkpoints.model_folder import SHARD_INDEX, SINGLE_FILE
 from resmoe_dist.checkpoints.tensor_files import TensorFile
 from resmoe_dist.errors import UserError
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SINGLE_FILE = "model.safetensors"
-SHARD_INDEX = "model.safetensors.index.json"
 
 
 class ModelFiles:

@@ -9,7 +9,6 @@ Legend: N experts of the group, I rows, D columns.
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ import ot
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-
-logger = logging.getLogger(__name__)
 
 # Almost all of the gain comes with the first sweep (design measurements); the second polishes.
 _SWEEPS = 2

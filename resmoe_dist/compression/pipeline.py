@@ -9,7 +9,6 @@ Legend: N experts of the group, I rows, D columns.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
 import shutil
@@ -37,13 +36,18 @@ from resmoe_dist.checkpoints.compressed import (
     group_tensors,
     read_index,
 )
-from resmoe_dist.checkpoints.source import SHARD_INDEX, SourceCheckpoint
+from resmoe_dist.checkpoints.model_folder import (
+    SHARD_INDEX,
+    set_dtype,
+    shard_name,
+    write_shard_index,
+)
+from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.checkpoints.tensor_files import (
     TensorFile,
     copy_file,
     read_json,
     sha256_of,
-    tensor_bytes,
     write_json,
     write_tensors,
 )
@@ -52,8 +56,6 @@ from resmoe_dist.compression.assignment import Alignment, align
 from resmoe_dist.compression.center import encode_group
 from resmoe_dist.compression.scheduling import SingleWorker, Workers, together
 from resmoe_dist.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 _SETTINGS_FILE = "resmoe-settings.json"
 _FAILURE_MARKER = "resmoe-failed"
@@ -96,6 +98,11 @@ class _CopyTask:
     names: tuple[str, ...]
     shard: int
     shards: int
+
+    @property
+    def file(self) -> str:
+        """Name of the shard's file."""
+        return shard_name(self.shard, self.shards)
 
 
 # What each task made.
@@ -233,7 +240,7 @@ class Compression:
         return self._compress_group(task)
 
     def _copy(self, task: _CopyTask) -> FileEntry:
-        path = self.staging / _shard_name(task)
+        path = self.staging / task.file
         if not _is_whole(path):
             tensors = {name: self.source.read_other(name) for name in task.names}
             write_tensors(path, tensors, {})
@@ -306,7 +313,8 @@ class Compression:
     def _finish(self, entries: _Entries) -> None:
         """Index, config and companions; then the folder gets its name."""
         copies = [task for task in entries if isinstance(task, _CopyTask)]
-        self._write_shard_index(sorted(copies, key=lambda task: task.shard))
+        copies.sort(key=lambda task: task.shard)
+        write_shard_index(self.staging, {name: task.file for task in copies for name in task.names})
         self._write_config()
         ours = ("config.json", SHARD_INDEX, _SETTINGS_FILE)
         for path in sorted(self.source.folder.iterdir()):
@@ -328,7 +336,7 @@ class Compression:
             )
             for i, site in enumerate(self.source.sites)
         ]
-        others = [entries[task] for task in sorted(copies, key=lambda task: task.shard)]
+        others = [entries[task] for task in copies]
         named = (SHARD_INDEX, "config.json")
         others += [_file_entry(self.staging / name) for name in named]
         index = CheckpointIndex(
@@ -345,22 +353,10 @@ class Compression:
         except OSError as error:
             raise UserError(f"{self.output}: cannot be made ({error.strerror})") from error
 
-    def _write_shard_index(self, copies: list[_CopyTask]) -> None:
-        weight_map = {name: _shard_name(task) for task in copies for name in task.names}
-        size = 0
-        for task in copies:
-            size += sum(tensor_bytes(self.staging / _shard_name(task)).values())
-        write_json(
-            self.staging / SHARD_INDEX,
-            {"metadata": {"total_size": size}, "weight_map": weight_map},
-        )
-
     def _write_config(self) -> None:
         config = read_json(self.source.folder / "config.json")
         if self.settings.dtype:
-            # transformers loads a model in the dtype that its config names.
-            config.pop("torch_dtype", None)
-            config["dtype"] = self.settings.dtype
+            set_dtype(config, self.settings.dtype)
         config["quantization_config"] = {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
@@ -403,7 +399,3 @@ def _recorded_entry(path: Path) -> GroupEntry:
 
 def _file_entry(path: Path) -> FileEntry:
     return FileEntry(file=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
-
-
-def _shard_name(task: _CopyTask) -> str:
-    return f"model-{task.shard + 1:05d}-of-{task.shards:05d}.safetensors"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from resmoe_dist.errors import UserError
+from resmoe_dist.errors import UserError, first_line
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
 
 DEFAULT_CONTEXT = 512
@@ -45,9 +45,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # what the tokenizer libraries raise has no common class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{folder}: no tokenizer could be loaded ({reason}); add its files, or give token ids"
+            f"{folder}: no tokenizer could be loaded ({first_line(error)}); add its files, or give "
+            "token ids"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import json
 import logging
@@ -28,6 +29,18 @@ _FAILED_KEY = "resmoe_dist/failed"
 # The launchers look after their ranks about once a second.
 _GRACE_SECONDS = 10
 _STARTED_BY_US = "RESMOE_STARTED_RANKS"
+
+
+def add_grid_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that place a launch script on a grid, and what the launchers themselves add."""
+    parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
+    add_launcher_arguments(parser)
+
+
+def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--local_rank`, which the `deepspeed` launcher adds to every command line; it is not read."""
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
 
 def start_grid(ep: int, tp: int, script: str, arguments: Sequence[str]) -> Topology:
@@ -76,7 +89,7 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
         _leave(130)
     except Exception:
         # A rank whose peers are gone fails too; only the first failure explains anything.
-        _fail(f"rank {_launched_rank()} failed\n{traceback.format_exc()}", 1)
+        _fail(f"rank {launched_rank()} failed\n{traceback.format_exc()}", 1)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -87,7 +100,7 @@ def quiet_libraries() -> None:
     """Warnings only from the libraries, and their progress bars on rank 0's terminal alone."""
     deepspeed.utils.logger.setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
-    if _launched_rank() or not sys.stderr.isatty():
+    if launched_rank() or not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
 
 
@@ -116,7 +129,7 @@ def _join_world() -> None:
 
 def _start_ranks_on_cpu(ranks: int, script: str, arguments: Sequence[str]) -> None:
     """Replace this process by DeepSpeed's launcher; of several ranks started, rank 0 does it."""
-    if int(os.environ.get("RANK", "0")):
+    if launched_rank():
         sys.exit(0)
     print(f"no accelerator here: starting {ranks} ranks on the CPU", file=sys.stderr, flush=True)
     started = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
@@ -138,7 +151,7 @@ def _fail(text: str, code: int) -> None:
     It is usually taken down meanwhile: the launcher passes on the exit code that it sees first,
     and that must be the first rank's. A rank that nobody takes down had a failure of its own.
     """
-    first = _launched_rank() == 0
+    first = launched_rank() == 0
     if torch.distributed.is_initialized():
         # The store lives in rank 0: where it is gone, so is the need to explain.
         first = False
@@ -164,7 +177,7 @@ def _muted_standard_error() -> Iterator[None]:
         os.close(kept)
 
 
-def _launched_rank() -> int:
+def launched_rank() -> int:
     """This process's rank by the word of its launcher; 0 for one that was started alone."""
     found = (os.environ.get(name) for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
     return int(next((rank for rank in found if rank), "0"))

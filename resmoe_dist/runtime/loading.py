@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from resmoe_dist.checkpoints.compressed import is_compressed, read_index
 from resmoe_dist.checkpoints.families import load_config, model_class
-from resmoe_dist.errors import UserError
+from resmoe_dist.errors import UserError, first_line
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology, build_topology, owned_experts
 from resmoe_dist.runtime.quantizer import loading_on
 
@@ -53,8 +53,9 @@ def load_model(
                 **options,
             )
     except (OSError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder}: cannot be loaded ({reason}); fetch or rebuild it") from error
+        raise UserError(
+            f"{folder}: cannot be loaded ({first_line(error)}); fetch or rebuild it"
+        ) from error
     _refuse_incomplete(folder, found)
     return model.to(get_accelerator().current_device_name()).eval()
 
