@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import logging
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from resmoe_dist import __version__
+from resmoe_dist.calibration.activations import LayerActivations
 from resmoe_dist.checkpoints.compressed import (
     STORED_DTYPES,
     CompressedCheckpoint,
@@ -32,68 +38,172 @@ from resmoe_dist.parallel.launcher import quiet_libraries, run_entry_point
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
 from resmoe_dist.runtime.loading import load_model
 
+if TYPE_CHECKING:
+    from resmoe_dist.compression.scheduling import Workers
+
+
+def _share(text: str) -> float:
+    """0.35 or 35%."""
+    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+
 
 def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `compress`, shared with launch/compress.py."""
-    parser.add_argument("source", type=Path, help="Hugging Face model folder (safetensors)")
-    parser.add_argument("output", type=Path, help="folder to write; must not exist")
-    parser.add_argument(
+    add = parser.add_argument
+    add("source", type=Path, help="Hugging Face model folder (safetensors)")
+    add("output", type=Path, help="folder to write; must not exist")
+    add(
         "--ep",
         type=int,
         required=True,
         metavar="G",
         help="groups per layer, each with a centre of its own: the EP size to serve at",
     )
-    parser.add_argument(
+    add(
+        "--groups-per-rank",
+        type=int,
+        default=1,
+        metavar="M",
+        help="centres of each EP rank; its experts are clustered by likeness (default 1)",
+    )
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument(
         "--keep", type=float, default=0.25, help="share of residual entries kept (default 0.25)"
     )
-    parser.add_argument("--codec", choices=("pruned", "low_rank"), default="pruned")
-    parser.add_argument(
+    budget.add_argument(
+        "--target-bytes",
+        type=_share,
+        metavar="SHARE",
+        help="keep as much as fits this share of the dense expert bytes, centres, indices and all",
+    )
+    add("--codec", choices=("pruned", "low_rank"), default="pruned")
+    add(
+        "--preset",
+        choices=sorted(PRESETS),
+        default="default",
+        help="`paper`: --align pot --center barycenter --allocate expert, unless given otherwise",
+    )
+    add(
         "--align",
         choices=("loo", "pot", "none"),
         help="row alignment: leave-one-out descent (default), POT's barycentre, or none",
     )
-    parser.add_argument(
+    add(
+        "--solver",
+        choices=("scipy", "lapx"),
+        default="scipy",
+        help="of assignments in --align loo (default scipy)",
+    )
+    add(
         "--center",
-        choices=("joint", "barycenter", "mean"),
-        default="joint",
-        help="centre chosen with the residuals (default), mean of the aligned experts, or mean of "
-        "the experts as stored",
+        choices=("auto", "joint", "barycenter", "mean", "none"),
+        help="chosen with the residuals, but none where it would not pay for its bytes (default); "
+        "the same without that exception; mean of the aligned experts; mean of the experts as "
+        "stored; or none",
     )
-    parser.add_argument(
-        "--layers", default="all", help="MoE layers to compress: all, last:24, 8-31 or 0,2"
+    add(
+        "--allocate",
+        choices=("expert", "group", "model"),
+        help="what shares one budget of kept entries: an expert, a group (default), or all layers",
     )
-    parser.add_argument(
-        "--dtype", choices=sorted(STORED_DTYPES), help="of stored values (default: the source's)"
+    add(
+        "--calibration",
+        type=Path,
+        metavar="TEXT",
+        help="weigh errors by the activations that this UTF-8 text file causes",
     )
-    parser.add_argument(
-        "--resume", action="store_true", help="continue an interrupted run; keep finished files"
+    add("--layers", default="all", help="MoE layers to compress: all, last:24, 8-31 or 0,2")
+    add("--dtype", choices=sorted(STORED_DTYPES), help="of stored values (default: the source's)")
+    add(
+        "--max-memory",
+        metavar="SIZE",
+        help="bound on each process's memory, page cache aside: 8GB, 7500MiB (default: none)",
     )
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where to compute; with several ranks on a host each takes the next GPU",
+    )
+    add("--resume", action="store_true", help="continue an interrupted run; keep finished files")
+
+
+# What --align, --center and --allocate are where they are not given.
+PRESETS = {
+    "default": {"align": "loo", "center": "auto", "allocate": "group"},
+    "paper": {"align": "pot", "center": "barycenter", "allocate": "expert"},
+}
 
 
 def run_compress(args: argparse.Namespace) -> int:
     """`compress`, on every rank that was started."""
     # Imported here: the other commands need neither POT nor SciPy's optimisers.
+    from resmoe_dist.compression.assignment import check_solver
+    from resmoe_dist.compression.memory import parse_size
     from resmoe_dist.compression.pipeline import Compression, parse_layers
     from resmoe_dist.compression.scheduling import find_workers
 
     workers = find_workers()
-    if args.center == "mean" and args.align in ("loo", "pot"):
-        raise UserError(f"--center mean averages experts as stored; drop --align {args.align}")
+    chosen = {key: getattr(args, key) or value for key, value in PRESETS[args.preset].items()}
+    if chosen["center"] == "mean":
+        if args.align in ("loo", "pot"):
+            raise UserError(f"--center mean averages experts as stored; drop --align {args.align}")
+        chosen["align"] = "none"
+    check_solver(args.solver)
+    max_memory = None if args.max_memory is None else parse_size(args.max_memory)
+    device = _device(args.device, workers)
     source = SourceCheckpoint(args.source)
+    digest, measure = None, None
+    if args.calibration is not None:
+        digest, measure = _calibration(source, args.calibration)
     settings = CompressionSettings(
         groups=args.ep,
+        groups_per_rank=args.groups_per_rank,
         keep=args.keep,
+        target_bytes=args.target_bytes,
         codec=args.codec,
-        align=args.align or ("none" if args.center == "mean" else "loo"),
-        center=args.center,
+        solver=args.solver,
         layers=parse_layers(args.layers, len(source.sites)),
         dtype=args.dtype,
+        calibration=digest,
+        **chosen,
     )
-    Compression(source, args.output, settings, workers).run(resume=args.resume)
+    run = Compression(
+        source,
+        args.output,
+        settings,
+        workers,
+        device=device,
+        max_memory=max_memory,
+        measure=measure,
+    )
+    run.run(resume=args.resume)
     if workers.rank == 0:
         print(layer_table(describe(CompressedCheckpoint(args.output))))
     return 0
+
+
+def _device(name: str, workers: Workers) -> torch.device:
+    """Where to compute: ranks on one host take its GPUs in turn."""
+    if name == "cpu":
+        return torch.device(name)
+    hosts = workers.gather(socket.gethostname())
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device here; leave --device out")
+    number = hosts[: workers.rank].count(hosts[workers.rank])
+    return torch.device(name, number % torch.cuda.device_count())
+
+
+def _calibration(
+    source: SourceCheckpoint, text: Path
+) -> tuple[str, Callable[[], Sequence[LayerActivations]]]:
+    """SHA-256 of a text's token ids, and what measures the activations they cause."""
+    from resmoe_dist.calibration.measuring import calibration_sequences, measure_activations
+
+    sequences = calibration_sequences(text, load_tokenizer(source.folder))
+    check_vocabulary(text, sequences, source.config.get_text_config().vocab_size)
+    digest = hashlib.sha256(json.dumps(sequences).encode()).hexdigest()
+    return digest, lambda: measure_activations(source, sequences)
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -149,7 +259,11 @@ def _tiny_model(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     description = describe(CompressedCheckpoint(args.folder))
-    settings = ", ".join(f"{k} {v}" for k, v in description["settings"].items() if k != "layers")
+    settings = ", ".join(
+        f"{k} {v}"
+        for k, v in description["settings"].items()
+        if k not in ("layers", "calibration") and v is not None
+    )
     print(f"{description['folder']}: {settings}; written by {description['producer']}")
     print(layer_table(description))
     if args.json:

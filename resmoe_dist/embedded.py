@@ -42,7 +42,7 @@ def embedded_checkpoint(groups: int) -> Path:
             keep=0.25,
             codec="pruned",
             align="loo",
-            center="joint",
+            center="auto",
             layers=list(range(len(source.sites))),
         )
         # Another process may be at it too: each works in a folder of its own, the first to finish

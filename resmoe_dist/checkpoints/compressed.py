@@ -2,8 +2,10 @@
 
     config.json            the source's, plus "quantization_config": {"quant_method": "resmoe", …}
     model-*.safetensors    everything that is no expert, under its original names, with its index
-    resmoe-LLLLL-of-LLLLL-group-GGG.safetensors    centre and residuals of one group
+    resmoe-LLLLL-of-LLLLL-group-GGG.safetensors    centre (or none) and residuals of one group
     resmoe.json            the index, described by the models below
+
+Version 2 lets groups be any partition of a layer's experts, and a group do without a centre.
 
 Legend: I rows, D columns, H hidden.
 """
@@ -25,7 +27,7 @@ from resmoe_dist.codecs import CODECS, EncodedResidual, codec_named
 from resmoe_dist.design_matrix import ExpertShape
 from resmoe_dist.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX_FILE = "resmoe.json"
 QUANT_METHOD = "resmoe"
 
@@ -58,9 +60,11 @@ class FileEntry(_Entry):
 class GroupEntry(_Entry):
     """One group of experts of one layer, and what storing it cost.
 
-    experts: their numbers in the layer. squared_errors: ‖T_k W_k − restored_k‖² per expert (paper
-    001, appendix A.6, before its mean). squared_norms: ‖W_k‖² per expert. *_bytes: of the stored
-    tensors, by what they hold. objective: of the alignment (paper 001, equation 4).
+    experts: their numbers in the layer, ascending. squared_errors: ‖T_k W_k − restored_k‖² per
+    expert (paper 001, appendix A.6, before its mean). squared_norms: ‖W_k‖² per expert; weighted_*:
+    the same two in the activation-weighted norm, None without calibration. *_bytes: of the stored
+    tensors, by what they hold. objective: of the alignment (paper 001, equation 4). keep: share of
+    residual entries that the masks kept; None where there are no masks, or the writer did not say.
     """
 
     file: FileEntry
@@ -72,6 +76,14 @@ class GroupEntry(_Entry):
     value_bytes: int
     index_bytes: int
     objective: float
+    keep: float | None = None
+    weighted_squared_errors: list[float] | None = None
+    weighted_squared_norms: list[float] | None = None
+
+    @property
+    def has_center(self) -> bool:
+        """Whether a centre is stored; without one it counts as zero."""
+        return self.center_bytes > 0
 
     @property
     def stored_bytes(self) -> int:
@@ -80,9 +92,10 @@ class GroupEntry(_Entry):
 
 
 class LayerEntry(_Entry):
-    """One experts module: its name in the model, its shape, its codec and its groups in order.
+    """One experts module: its name in the model, its shape, its codec and its groups.
 
-    storage: the source's tensor names, in which `restore` writes the dense experts back.
+    groups: each expert is in one of them, in whatever order. storage: the source's tensor names, in
+    which `restore` writes the dense experts back.
     """
 
     module: str
@@ -106,15 +119,23 @@ class LayerEntry(_Entry):
 class CompressionSettings(_Entry):
     """How the checkpoint was made: the options of `resmoe-dist compress`.
 
-    groups: G, the `--ep` it was compressed for. layers: positions of the compressed layers among
-    the model's MoE layers; the others are stored dense. dtype None: as the source.
+    groups: G, the `--ep` it was compressed for. groups_per_rank: of each of its G ranks. layers:
+    positions of the compressed layers among the model's MoE layers; the others are stored dense.
+    dtype None: as the source. target_bytes: share of the dense expert bytes that everything stored
+    was to take; `keep` is then what that came to. allocate: over what one budget of kept entries
+    is shared out. calibration: SHA-256 of the calibration token ids.
     """
 
     groups: int
+    groups_per_rank: int = 1
     keep: float
+    target_bytes: float | None = None
+    allocate: Literal["expert", "group", "model"] = "group"
     codec: Literal["pruned", "low_rank"]
     align: Literal["loo", "pot", "none"]
-    center: Literal["joint", "barycenter", "mean"]
+    solver: Literal["scipy", "lapx"] = "scipy"
+    center: Literal["auto", "joint", "barycenter", "mean", "none"]
+    calibration: str | None = None
     layers: list[int]
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
 
@@ -166,8 +187,8 @@ class GroupFile:
         self._check_dtype()
 
     def read_center(self, start: int, stop: int) -> Tensor | None:
-        """Rows [start, stop) of the centre; None for a codec without one."""
-        return self._read("center", start, stop) if self._codec.uses_center else None
+        """Rows [start, stop) of the centre; None for a group without one."""
+        return self._read("center", start, stop) if self.group.has_center else None
 
     def read_residual(self, expert: int, start: int, stop: int) -> EncodedResidual:
         """Rows [start, stop) of one expert's residual."""
@@ -187,13 +208,12 @@ class GroupFile:
         return self._read(f"experts.{expert}.output_bias", 0, None)
 
     def _read(self, name: str, start: int, stop: int | None) -> Tensor:
-        # A copy, so that a running model neither maps the whole tensor nor depends on the file.
-        return self._file.read(name, start, stop).clone()
+        return self._file.read(name, start, stop)
 
     def _check_shapes(self) -> None:
         shape = self.layer.shape
         expected: dict[str, tuple[int | None, ...]] = {}
-        if self._codec.uses_center:
+        if self.group.has_center:
             expected["center"] = (shape.rows, shape.columns)
         for k in self.group.experts:
             for name, dims in self._codec.expected_tensors(shape.rows, shape.columns).items():
@@ -296,6 +316,10 @@ def read_index(folder: Path) -> CheckpointIndex:
         index = CheckpointIndex.model_validate(raw)
         for layer in index.layers:
             _check_layer(layer)
+        if version == 1 and index.settings.center != "joint":
+            # Version 1 gave each expert a budget, unless it chose centre and masks together.
+            settings = index.settings.model_copy(update={"allocate": "expert"})
+            index = index.model_copy(update={"settings": settings})
     except (ValidationError, ValueError) as error:
         reason = str(error).splitlines()
         raise UserError(
@@ -307,6 +331,9 @@ def read_index(folder: Path) -> CheckpointIndex:
 def _check_layer(layer: LayerEntry) -> None:
     if layer.codec not in CODECS:
         raise ValueError(f"codec {layer.codec!r} is not one of {', '.join(CODECS)}")
-    experts = [k for group in layer.groups for k in group.experts]
+    for group in layer.groups:
+        if not group.experts or group.experts != sorted(group.experts):
+            raise ValueError(f"{layer.module}: a group's experts {group.experts} do not ascend")
+    experts = sorted(k for group in layer.groups for k in group.experts)
     if experts != list(range(layer.num_experts)):
-        raise ValueError(f"{layer.module}: the groups do not hold each expert once, in order")
+        raise ValueError(f"{layer.module}: the groups do not hold each expert once")

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from resmoe_dist.checkpoints.families import ExpertSite
-from resmoe_dist.design_matrix import ExpertShape, from_rows, to_rows
+from resmoe_dist.design_matrix import ExpertShape, from_rows
 from resmoe_dist.errors import UserError
 
 # What the projections of one expert are called across families.
@@ -34,8 +36,25 @@ _FUSED = re.compile(r"^(?P<module>.+\.experts)\.(?P<name>(gate_up|up|down)_proj(
 
 _EXPERT = "{expert}"
 
-# fetch(name, expert) reads one tensor, or its slice `expert` along the first dimension.
-Fetch = Callable[[str, "int | None"], Tensor]
+# fetch(name, expert, start, stop) reads rows [start, stop) of one tensor, or of its slice `expert`
+# along the first dimension.
+Fetch = Callable[[str, "int | None", int, int], Tensor]
+
+# Entries to read at a time (8 MiB in bfloat16), so that a tensor is never held twice.
+_ENTRIES_AT_ONCE = 1 << 22
+
+
+class _Part(NamedTuple):
+    """Rows of a stored tensor, and the view of a design matrix that they fill.
+
+    Stored rows from `first` on go into `target`, `rows` of them into each element of its first
+    dimension.
+    """
+
+    name: str
+    target: Tensor
+    first: int = 0
+    rows: int = 1
 
 
 class ExpertStorage(BaseModel):
@@ -81,22 +100,43 @@ class ExpertStorage(BaseModel):
         fused |= {"inputs_bias": (width,), "output_bias": (shape.hidden,)}
         return {name: (num_experts, *fused[key]) for key, name in self.tensors.items()}
 
-    def read(self, shape: ExpertShape, expert: int, fetch: Fetch) -> tuple[Tensor, Tensor | None]:
-        """Design matrix [I, D] of one expert and its output bias [H] (None without biases)."""
+    def read_into(
+        self, shape: ExpertShape, expert: int, fetch: Fetch, out_ID: Tensor
+    ) -> Tensor | None:
+        """Fill out_ID [I, D] with the design matrix of one expert, cast to its dtype.
+
+        Returns the output bias [H] as stored, None without biases.
+        """
+        index = expert if self.fused else None
+        for name, target, first, rows in self._parts(shape, out_ID):
+            fill(target, partial(fetch, _named(name, expert), index), first, rows)
+        bias = self.tensors.get("output_bias" if self.fused else f"{shape.output}_bias")
+        return None if bias is None else fetch(_named(bias, expert), index, 0, shape.hidden)
+
+    def _parts(self, shape: ExpertShape, out_ID: Tensor) -> list[_Part]:
+        """All that is stored of one expert but the output bias, and where it goes in out_ID."""
+        views = from_rows(shape, out_ID)
         if not self.fused:
-            found = {key: fetch(_named(name, expert), None) for key, name in self.tensors.items()}
-            output_bias = found.pop(f"{shape.output}_bias", None)
-            return to_rows(shape, found), output_bias
-        found = {key: fetch(name, expert) for key, name in self.tensors.items()}
-        inputs, output = found["inputs"], found["output"]
+            return [_Part(self.tensors[key], view) for key, view in views.items()]
+        output = views[shape.output].T if self.transposed else views[shape.output]
+        parts = [_Part(self.tensors["output"], output)]
+        G, H = len(shape.inputs), shape.hidden
+        inputs_IGH = out_ID[:, : G * H].unflatten(1, (G, H))
         if self.transposed:
-            inputs, output = inputs.T, output.T
-        projections = {shape.output: output}
-        for i, name in enumerate(shape.inputs):
-            projections[name] = self._pick(inputs, i, shape)
-            if shape.row_bias:
-                projections[f"{name}_bias"] = self._pick(found["inputs_bias"], i, shape)
-        return to_rows(shape, projections), found.get("output_bias")
+            order = (2, 0, 1) if self.interleaved else (2, 1, 0)
+            parts.append(_Part(self.tensors["inputs"], inputs_IGH.permute(order)))
+        else:
+            parts += self._rows_of_inputs("inputs", inputs_IGH)
+        if shape.row_bias:
+            parts += self._rows_of_inputs("inputs_bias", out_ID[:, (G + 1) * H :])
+        return parts
+
+    def _rows_of_inputs(self, key: str, target_IG: Tensor) -> list[_Part]:
+        """Stored rows of G projections, one after the other or interleaved. target_IG: [I, G, …]"""
+        name, (rows, count) = self.tensors[key], target_IG.shape[:2]
+        if self.interleaved:
+            return [_Part(name, target_IG, rows=count)]
+        return [_Part(name, target_IG[:, g], first=g * rows) for g in range(count)]
 
     def write(
         self, shape: ExpertShape, experts: Iterable[tuple[Tensor, Tensor | None]]
@@ -126,15 +166,25 @@ class ExpertStorage(BaseModel):
                 stacked["output_bias"].append(output_bias)
         return {name: torch.stack(stacked[key]) for key, name in self.tensors.items()}
 
-    def _pick(self, fused: Tensor, index: int, shape: ExpertShape) -> Tensor:
-        """Projection `index` out of rows that hold several, one after the other or interleaved."""
-        if self.interleaved:
-            return fused[index :: len(shape.inputs)]
-        return fused[index * shape.rows : (index + 1) * shape.rows]
-
     def _join(self, parts: list[Tensor]) -> Tensor:
-        """The inverse of `_pick`."""
+        """Rows of several projections in the order in which they are stored."""
         return torch.stack(parts, 1).flatten(0, 1) if self.interleaved else torch.cat(parts)
+
+
+def fill(
+    target: Tensor, fetch_rows: Callable[[int, int], Tensor], first: int = 0, rows: int = 1
+) -> None:
+    """Copy stored rows into a tensor, a few at a time.
+
+    fetch_rows(start, stop) reads stored rows [start, stop), of which `rows` make one element of
+    target's first dimension; the first element begins at row `first`.
+    """
+    step = max(1, _ENTRIES_AT_ONCE // max(target[:1].numel(), 1))
+    for start in range(0, target.shape[0], step):
+        part = target[start : start + step]
+        begin, end = (first + k * rows for k in (start, start + part.shape[0]))
+        # No name for what was read: it would live on while the next rows are.
+        part.copy_(fetch_rows(begin, end).reshape(part.shape))
 
 
 def find_storage(site: ExpertSite, names: Iterable[str]) -> ExpertStorage:

@@ -77,11 +77,11 @@ def _write_model(
 def _dense_layer(
     checkpoint: CompressedCheckpoint, layer: LayerEntry, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    experts: list[tuple[Tensor, Tensor | None]] = []
+    experts: dict[int, tuple[Tensor, Tensor | None]] = {}
     for group in layer.groups:
         file = checkpoint.open_group(layer, group)
-        experts += [restored_expert(file, k, dtype) for k in group.experts]
-    return layer.storage.write(layer.shape, experts)
+        experts |= {k: restored_expert(file, k, dtype) for k in group.experts}
+    return layer.storage.write(layer.shape, [experts[k] for k in range(layer.num_experts)])
 
 
 def restored_expert(

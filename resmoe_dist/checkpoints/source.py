@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from resmoe_dist.checkpoints.compressed import is_compressed
-from resmoe_dist.checkpoints.expert_storage import ExpertStorage, expert_module_of, find_storage
+from resmoe_dist.checkpoints.expert_storage import (
+    ExpertStorage,
+    expert_module_of,
+    fill,
+    find_storage,
+)
 from resmoe_dist.checkpoints.families import ExpertSite, find_expert_sites, load_config, meta_model
+from resmoe_dist.checkpoints.fp8 import DEQUANTIZED, SCALE_SUFFIX, blocks_of, find_scaled
 from resmoe_dist.checkpoints.model_folder import SHARD_INDEX, SINGLE_FILE
 from resmoe_dist.checkpoints.tensor_files import TensorFile
 from resmoe_dist.errors import UserError
@@ -59,9 +67,10 @@ class SourceCheckpoint:
 
     sites: its expert modules, in order; storages: how each one's tensors are laid out on disk;
     other_names: every tensor that is no expert's. Nothing is read but headers until asked for.
+    Float8 weights read as bfloat16, their scales applied and counted among no names.
 
     Raises UserError for a model without experts, a damaged or incomplete checkpoint, tensors that
-    do not fit the config, or a dtype that is not supported.
+    do not fit the config, or a dtype or quantisation that is not supported.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -71,10 +80,7 @@ class SourceCheckpoint:
         self.config = load_config(str(folder))
         if is_compressed(folder):
             raise UserError(f"{folder}: compressed already; give the model it was made from")
-        if getattr(self.config, "quantization_config", None):
-            raise UserError(
-                f"{folder}: the model is quantised already; compress the unquantised checkpoint"
-            )
+        self._blocks = blocks_of(folder, getattr(self.config, "quantization_config", None))
         self.sites = find_expert_sites(meta_model(self.config))
         if not self.sites:
             raise UserError(
@@ -82,6 +88,7 @@ class SourceCheckpoint:
                 "Mixture-of-Experts model"
             )
         self.files = ModelFiles(folder)
+        self._scaled = find_scaled(self.files, self._blocks)
         names_of, self.other_names = self._sort_tensors()
         self.storages: list[ExpertStorage] = []
         for site in self.sites:
@@ -90,39 +97,102 @@ class SourceCheckpoint:
             self.storages.append(storage)
 
     def dtype(self, layer: int) -> torch.dtype:
-        """Dtype in which a layer's experts are stored."""
+        """Dtype in which a layer's experts are read."""
         storage, site = self.storages[layer], self.sites[layer]
-        name = storage.names(site.num_experts)[0]
-        return _DTYPES[self.files.holding(name).dtype(name)]
+        return _DTYPES[self._dtype_name(storage.names(site.num_experts)[0])]
+
+    def fingerprint(self) -> str:
+        """A hex digest of what the source holds: config, file sizes, headers, and some values.
+
+        The same wherever the folder lies. A model of the same shape gives another digest, but a few
+        changed values may not: reading all of them would take as long as a run.
+        """
+        digest = hashlib.sha256()
+        parts = [(self.folder / "config.json").read_bytes()]
+        for name in sorted(set(self.files.locations.values())):
+            file = self.files.file(name)
+            size = file.path.stat().st_size
+            parts += [name.encode(), str(size).encode(), file.header(), file.glimpse()]
+        for part in parts:
+            digest.update(len(part).to_bytes(8, "little") + part)
+        return digest.hexdigest()
 
     def read_expert(self, layer: int, expert: int) -> tuple[Tensor, Tensor | None]:
         """Design matrix [I, D] of one expert, rows as stored, and its output bias [H] if any.
 
         Raises UserError, with the tensor's name, where a value is NaN or infinite.
         """
-        return self.storages[layer].read(self.sites[layer].shape, expert, self._fetch)
+        shape = self.sites[layer].shape
+        matrix_ID = torch.empty(shape.rows, shape.columns, dtype=self.dtype(layer))
+        return matrix_ID, self.read_expert_into(layer, expert, matrix_ID)
+
+    def read_expert_into(self, layer: int, expert: int, out_ID: Tensor) -> Tensor | None:
+        """`read_expert` into a matrix of any float dtype, holding a few MiB besides.
+
+        out_ID: [I, D], filled. Returns the output bias [H] as stored, if any.
+        """
+        shape = self.sites[layer].shape
+        assert out_ID.shape == (shape.rows, shape.columns)
+        return self.storages[layer].read_into(shape, expert, self._fetch, out_ID)
 
     def read_other(self, name: str) -> Tensor:
         """A tensor that is no expert's; checked as `read_expert` does."""
-        return self._fetch(name, None)
-
-    def _fetch(self, name: str, expert: int | None) -> Tensor:
         file = self.files.holding(name)
-        tensor = file.read(name) if expert is None else file.read_index(name, expert)
-        if tensor.dtype in _DTYPES.values() and not torch.isfinite(tensor).all():
+        if name not in self._scaled:
+            tensor = file.read(name)
+            self._check_finite(name, None, tensor)
+            return tensor
+        tensor = torch.empty(file.shape(name), dtype=_DTYPES[DEQUANTIZED])
+        if tensor.dim() == 2:
+            fill(tensor, partial(self._fetch, name, None))
+        else:
+            for k, target in enumerate(tensor):
+                fill(target, partial(self._fetch, name, k))
+        return tensor
+
+    def _fetch(self, name: str, expert: int | None, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor, or of its slice `expert`, as plain finite floats."""
+        rows = self._read_rows(name, expert, start, stop)
+        if name in self._scaled:
+            blocks, scale_name = self._blocks, name + SCALE_SUFFIX
+            begin, end = start // blocks.rows, -(-stop // blocks.rows)
+            scale = self._read_rows(scale_name, expert, begin, end).float()
+            self._check_finite(scale_name, expert, scale)
+            rows = blocks.dequantize(rows, scale, start - begin * blocks.rows)
+        self._check_finite(name, expert, rows)
+        return rows
+
+    def _read_rows(self, name: str, expert: int | None, start: int, stop: int) -> Tensor:
+        file = self.files.holding(name)
+        if expert is None:
+            return file.read(name, start, stop)
+        return file.read_index(name, expert, start, stop)
+
+    def _check_finite(self, name: str, expert: int | None, tensor: Tensor) -> None:
+        if tensor.dtype not in _DTYPES.values() or not tensor.numel():
+            return
+        # NaN is the least and the largest of what it is among; torch.isfinite makes three copies.
+        least, largest = torch.aminmax(tensor)
+        if not (torch.isfinite(least) and torch.isfinite(largest)):
             where = name if expert is None else f"{name}[{expert}]"
             raise UserError(
-                f"{file.path}: tensor {where!r} holds NaN or infinite values; the source "
-                "checkpoint is damaged or was saved from a diverged run"
+                f"{self.files.holding(name).path}: tensor {where!r} holds NaN or infinite values; "
+                "the source checkpoint is damaged or was saved from a diverged run"
             )
-        return tensor
+
+    def _dtype_name(self, name: str) -> str:
+        """Safetensors' name of the dtype in which a tensor is read."""
+        return DEQUANTIZED if name in self._scaled else self.files.holding(name).dtype(name)
 
     def _sort_tensors(self) -> tuple[dict[str, list[str]], list[str]]:
         """Tensor names of each expert module, and all the others."""
         site_of = {_block(site.module): site.module for site in self.sites}
         names_of: dict[str, list[str]] = {site.module: [] for site in self.sites}
         others = []
+        scales = {name + SCALE_SUFFIX for name in self._scaled}
         for name in self.files.locations:
+            if name in scales:
+                continue
             module = expert_module_of(name)
             site = None if module is None else site_of.get(_block(module))
             if site is None:
@@ -148,15 +218,16 @@ class SourceCheckpoint:
                     f"{file.path}: tensor {name!r} has shape {list(file.shape(name))}, "
                     f"config.json asks for {list(shape)}"
                 )
-            if file.dtype(name) not in _DTYPES:
+            found_dtype = self._dtype_name(name)
+            if found_dtype not in _DTYPES:
                 raise UserError(
-                    f"{file.path}: tensor {name!r} is stored as {file.dtype(name)}; supported are "
+                    f"{file.path}: tensor {name!r} is stored as {found_dtype}; supported are "
                     f"{', '.join(_DTYPES)}"
                 )
-            dtype = dtype or file.dtype(name)
-            if file.dtype(name) != dtype:
+            dtype = dtype or found_dtype
+            if found_dtype != dtype:
                 raise UserError(
-                    f"{file.path}: tensor {name!r} is stored as {file.dtype(name)}, others of "
+                    f"{file.path}: tensor {name!r} is stored as {found_dtype}, others of "
                     f"{site.module} as {dtype}; convert them to one dtype"
                 )
 

@@ -1,4 +1,4 @@
-"""Safetensors files: opened once, read by slices, written atomically; errors a user can act on."""
+"""Safetensors files: read by ranges, written atomically; errors a user can act on."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,10 +20,34 @@ from torch import Tensor
 from resmoe_dist.errors import UserError
 
 _HASH_CHUNK = 1 << 22
+_LENGTH_BYTES = 8
+_GLIMPSES, _GLIMPSE_BYTES = 32, 1024
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class TensorFile:
-    """One safetensors file, memory-mapped: what is not sliced is not read.
+    """One safetensors file: its header is kept, and of its data only what is asked for is read.
+
+    Tensors own their memory. A memory map would count every page it ever touched as this process's
+    memory, and safetensors reads a whole tensor to slice it without one.
 
     Raises UserError, naming the file, where it is missing, truncated or no safetensors file.
     """
@@ -32,48 +57,111 @@ class TensorFile:
         if not path.is_file():
             raise UserError(f"{path}: this file is missing; fetch or rebuild it")
         try:
-            self._handle = safe_open(str(path), framework="pt")
-            self.names = frozenset(self._handle.keys())
+            with safe_open(str(path), framework="pt"):
+                pass  # the header is whole, and the data fit it
+            header = self.header()
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{path}: not a whole safetensors file ({error}); fetch or rebuild it"
             ) from error
+        data = _LENGTH_BYTES + len(header)
+        entries = json.loads(header)
+        self.metadata: dict[str, str] = entries.pop("__metadata__", None) or {}
+        self._entries = {name: _Entry.of(entry, data) for name, entry in entries.items()}
+        self.names = frozenset(self._entries)
 
-    @property
-    def metadata(self) -> dict[str, str]:
-        """The free-form strings of the header."""
-        return self._handle.metadata() or {}
+    def header(self) -> bytes:
+        """The header as it stands in the file: JSON, padded with spaces."""
+        with open(self.path, "rb") as file:
+            return file.read(int.from_bytes(file.read(_LENGTH_BYTES), "little"))
+
+    def glimpse(self) -> bytes:
+        """A few KiB from all over the file."""
+        step = max(1, self.path.stat().st_size // _GLIMPSES)
+        with open(self.path, "rb") as file:
+            return b"".join(
+                os.pread(file.fileno(), _GLIMPSE_BYTES, i * step) for i in range(_GLIMPSES)
+            )
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header alone."""
-        return tuple(self._slice(name).get_shape())
+        return self._entry(name).shape
 
     def dtype(self, name: str) -> str:
         """Safetensors' name of a tensor's dtype (F32, BF16, U8 …), from the header alone."""
-        return self._slice(name).get_dtype()
+        return self._entry(name).dtype
+
+    def size(self, name: str) -> int:
+        """Bytes of a tensor, from the header alone."""
+        return self._entry(name).size
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Elements [start, stop) of the first dimension; the whole tensor by default."""
-        if start == 0 and stop is None:
-            self._slice(name)
-            return self._handle.get_tensor(name)
-        return self._slice(name)[start:stop]
+        entry = self._entry(name)
+        return self._load(name, entry if entry.shape == () else entry.rows(start, stop))
 
-    def read_index(self, name: str, index: int) -> Tensor:
-        """Slice `index` of the first dimension, that dimension dropped."""
-        return self._slice(name)[index]
+    def read_index(self, name: str, index: int, start: int = 0, stop: int | None = None) -> Tensor:
+        """Slice `index` of the first dimension, that dimension dropped; of what then is the first
+        dimension, elements [start, stop)."""
+        return self._load(name, self._entry(name).element(index).rows(start, stop))
 
-    def _slice(self, name: str) -> Any:
-        try:
-            return self._handle.get_slice(name)
-        except SafetensorError as error:
+    def _entry(self, name: str) -> _Entry:
+        if name not in self._entries:
+            raise UserError(f"{self.path}: tensor {name!r} is missing; fetch or rebuild the file")
+        return self._entries[name]
+
+    def _load(self, name: str, entry: _Entry) -> Tensor:
+        if entry.dtype not in _DTYPES:
             raise UserError(
-                f"{self.path}: tensor {name!r} is missing; fetch or rebuild the file"
-            ) from error
+                f"{self.path}: tensor {name!r} is stored as {entry.dtype}, which is not supported"
+            )
+        tensor = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
+        unread = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(entry.begin)
+                # Linux reads at most 2 GiB at a time.
+                while unread and (count := file.readinto(unread)):
+                    unread = unread[count:]
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
+        if unread:
+            raise UserError(f"{self.path}: was cut short while it was read; fetch or rebuild it")
+        return tensor
+
+
+class _Entry(NamedTuple):
+    """Where a tensor, or a range of it, lies: its first byte counts from the file's beginning."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    size: int
+
+    @classmethod
+    def of(cls, entry: dict[str, Any], data: int) -> _Entry:
+        """An entry of a header, in a file whose data begin at byte `data`."""
+        begin, end = entry["data_offsets"]
+        return cls(entry["dtype"], tuple(entry["shape"]), data + begin, end - begin)
+
+    def rows(self, start: int, stop: int | None) -> _Entry:
+        """Elements [start, stop) of the first dimension."""
+        start, stop, _ = slice(start, stop).indices(self.shape[0])
+        count = max(stop - start, 0)
+        size = self.size // max(self.shape[0], 1)
+        return _Entry(self.dtype, (count, *self.shape[1:]), self.begin + start * size, count * size)
+
+    def element(self, index: int) -> _Entry:
+        """Element `index` of the first dimension, that dimension dropped."""
+        assert 0 <= index < self.shape[0]
+        row = self.rows(index, index + 1)
+        return row._replace(shape=row.shape[1:])
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file under a temporary name, fsync it, and rename it into place.
+
+    Tensors are written from where they lie: safetensors copies them first only before its 0.8.
 
     metadata: at most one entry, which takes the place of the format that transformers asks for in
     files it loads: safetensors writes several in an order that differs from run to run, and the
@@ -116,12 +204,8 @@ def tensor_bytes(path: Path) -> dict[str, int]:
 
     Raises UserError as `TensorFile` does.
     """
-    TensorFile(path)  # the header is whole, and the data fit it
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    header.pop("__metadata__", None)
-    spans = {name: entry["data_offsets"] for name, entry in header.items()}
-    return {name: end - begin for name, (begin, end) in spans.items()}
+    file = TensorFile(path)
+    return {name: file.size(name) for name in file.names}
 
 
 def sha256_of(path: Path) -> str:

@@ -57,6 +57,14 @@ class EncodedResidual(nn.Module, ABC):
     def expected_tensors(cls, rows: int, columns: int) -> dict[str, tuple[int | None, ...]]:
         """Names and shapes in the file of an expert [rows, columns]; None where data decides."""
 
+    @classmethod
+    @abstractmethod
+    def stored_bytes(cls, rows: int, columns: int, keep: float, itemsize: int) -> int:
+        """The most that the tensors of an expert [rows, columns] take at `keep`, in bytes.
+
+        itemsize: bytes of a stored value.
+        """
+
     @property
     @abstractmethod
     def rows(self) -> int:
@@ -69,6 +77,14 @@ class EncodedResidual(nn.Module, ABC):
     @abstractmethod
     def slice_rows(self, start: int, stop: int) -> EncodedResidual:
         """Rows [start, stop) of this residual, without copying where the layout allows."""
+
+    @classmethod
+    def join_rows(cls, parts: list[EncodedResidual]) -> EncodedResidual:
+        """The residual whose consecutive row ranges are `parts`: `slice_rows` undone.
+
+        Only codecs that choose single entries can be encoded in parts.
+        """
+        raise NotImplementedError(f"{cls.name} encodes whole matrices")
 
     def add_to(self, dense_RD: Tensor) -> None:
         """dense += decode(), in place: with the centre in `dense` this restores the expert."""

@@ -33,6 +33,10 @@ class DenseResidual(EncodedResidual):
     def expected_tensors(cls, rows: int, columns: int) -> dict[str, tuple[int | None, ...]]:
         return {"weight": (rows, columns)}
 
+    @classmethod
+    def stored_bytes(cls, rows: int, columns: int, keep: float, itemsize: int) -> int:
+        return rows * columns * itemsize
+
     @property
     def rows(self) -> int:
         return self.weight.shape[0]

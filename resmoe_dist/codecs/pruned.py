@@ -8,11 +8,16 @@ Legend: I rows, R rows held here, D columns, P = ⌈D/8⌉ bytes of bitmap per r
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from resmoe_dist.codecs.base import EncodedResidual, TensorReader
 from resmoe_dist.ops.bitmap import bytes_per_row, has_stray_bits, pack_bitmap, unpack_bitmap
+
+# So many values, and their offsets need 64 bits.
+_INT32_VALUES = 2**31
 
 
 def largest_entries(residual_ID: Tensor, keep: float) -> Tensor:
@@ -42,17 +47,12 @@ class PrunedResidual(EncodedResidual):
         """Keep the entries of `mask_ID` where given, else the share `keep` of largest magnitude."""
         if mask_ID is None:
             mask_ID = largest_entries(residual_ID, keep)
-        counts_I = mask_ID.sum(1)
-        row_offsets = torch.zeros(mask_ID.shape[0] + 1, dtype=torch.int64, device=mask_ID.device)
-        torch.cumsum(counts_I, 0, out=row_offsets[1:])
-        if int(row_offsets[-1]) < 2**31:
-            row_offsets = row_offsets.int()
         return cls(
             residual_ID.shape[1],
             {
                 "bitmap": pack_bitmap(mask_ID),
                 "values": residual_ID[mask_ID].to(dtype),
-                "row_offsets": row_offsets,
+                "row_offsets": _row_offsets(mask_ID.sum(1)),
             },
         )
 
@@ -80,6 +80,13 @@ class PrunedResidual(EncodedResidual):
             "row_offsets": (rows + 1,),
         }
 
+    @classmethod
+    def stored_bytes(cls, rows: int, columns: int, keep: float, itemsize: int) -> int:
+        # Experts that share a budget may round theirs up.
+        values = math.ceil(keep * rows * columns)
+        offset = 4 if values < _INT32_VALUES else 8
+        return rows * bytes_per_row(columns) + values * itemsize + (rows + 1) * offset
+
     @property
     def rows(self) -> int:
         return self.bitmap.shape[0]
@@ -98,6 +105,25 @@ class PrunedResidual(EncodedResidual):
                 "row_offsets": self.row_offsets[start : stop + 1] - first,
             },
         )
+
+    @classmethod
+    def join_rows(cls, parts: list[PrunedResidual]) -> PrunedResidual:
+        counts_I = torch.cat([part.row_offsets.diff() for part in parts])
+        return cls(
+            parts[0].columns,
+            {
+                "bitmap": torch.cat([part.bitmap for part in parts]),
+                "values": torch.cat([part.values for part in parts]),
+                "row_offsets": _row_offsets(counts_I),
+            },
+        )
+
+
+def _row_offsets(counts_I: Tensor) -> Tensor:
+    """[I + 1]: where each row's values begin, and where the last one's end."""
+    offsets = torch.zeros(len(counts_I) + 1, dtype=torch.int64, device=counts_I.device)
+    torch.cumsum(counts_I, 0, out=offsets[1:])
+    return offsets.int() if int(offsets[-1]) < _INT32_VALUES else offsets
 
 
 def _popcount(bytes_RP: Tensor) -> Tensor:

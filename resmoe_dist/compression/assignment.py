@@ -1,170 +1,186 @@
-"""Row alignment of a group's experts: the permutations T_k of paper 001, equation 4.
+"""The best assignment of one matrix's rows to another's: exact, and without a solver if possible.
 
-The objective is (1/N) Σ_k ‖T_k W_k − C‖² with C the mean of the aligned experts. For equal uniform
-masses optimal transport is an assignment (Peyré and Cuturi 2020, proposition 2.1); row norms do not
-depend on it, so one assignment maximises Σ_i ⟨target_i, W_k[perm_i]⟩: a single matrix product.
+For equal uniform masses optimal transport is an assignment (Peyré and Cuturi 2020, proposition
+2.1); row norms do not depend on it, so it maximises Σ_i s_{i,perm(i)} with s = target · expertᵀ.
 
-Legend: N experts of the group, I rows, D columns.
+- Where the best partners of all rows differ, they are the optimum. A product of 8-bit integers
+  proves it, as long as every row's lead is larger than what rounding can have changed.
+- Elsewhere a solver runs on float32 scores. It is exact from any column prices, and fast from good
+  ones: two steps of Sinkhorn's algorithm give them.
+
+Products are made in blocks; one I × I matrix is held, and only for a solver.
+
+Legend: I rows, D columns, B rows of a block.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib.util
+from collections.abc import Callable, Iterator
 
 import numpy as np
-import ot
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-# Almost all of the gain comes with the first sweep (design measurements); the second polishes.
-_SWEEPS = 2
-# Up to this many rows an assignment takes milliseconds, and a second start costs next to nothing.
-_TWO_STARTS_ROWS = 512
+from resmoe_dist.compression.aligned import CPU, unit_of
+from resmoe_dist.errors import UserError
+
+# Rows of a block: products run at full speed, and its scores take some tens of MB.
+_BLOCK_ROWS = 1024
+# Multiplications from which on it pays to try 8 bits first.
+_CERTIFY_FROM = 1 << 28
+# More undecided rows than this in a block, and a solver will be needed anyway.
+_UNDECIDED_AT_MOST = _BLOCK_ROWS // 8
+_INT8_MAX = 127
+# Sinkhorn's entropy in standard deviations of the scores, and its steps: more of either took longer
+# than it saved the solver. With fewer rows the solver is done sooner than the prices.
+_SINKHORN_ENTROPY = 0.1
+_SINKHORN_STEPS = 2
+_SINKHORN_FROM = 512
 
 
-@dataclass(frozen=True)
-class Alignment:
-    """permutations_NI: aligned expert k is W_k[permutations_NI[k]]. objective: of equation 4."""
+def best_assignment(
+    target_ID: Tensor, expert_ID: Tensor, *, solver: str = "scipy", device: torch.device = CPU
+) -> Tensor:
+    """The permutation [I] that maximises Σ_i ⟨target_i, expert[perm_i]⟩.
 
-    permutations_NI: Tensor
-    objective: float
-
-    def apply(self, experts_NID: Tensor) -> Tensor:
-        """Aligned copies [N, I, D] of the experts."""
-        return torch.stack(
-            [expert[perm] for expert, perm in zip(experts_NID, self.permutations_NI, strict=True)]
-        )
-
-
-def objective_of(experts_NID: Tensor, permutations_NI: Tensor) -> float:
-    """(1/N) Σ_k ‖W_k[perm_k] − C‖² with C the mean, in float64."""
-    count = len(experts_NID)
-    total = torch.zeros(experts_NID.shape[1:], dtype=torch.float64)
-    for expert, perm in zip(experts_NID, permutations_NI, strict=True):
-        total += expert[perm]
-    squares = sum(float(expert.double().square().sum()) for expert in experts_NID)
-    return max(squares / count - float(total.square().sum()) / count**2, 0.0)
-
-
-def best_assignment(target_ID: Tensor, expert_ID: Tensor) -> Tensor:
-    """The permutation [I] that maximises Σ_i ⟨target_i, expert[perm_i]⟩, exactly."""
-    # In units of the target's largest entry: squares of very large or small weights leave float32.
-    unit = float(target_ID.abs().max()) or 1.0
-    score_II = (target_ID / unit) @ expert_ID.T
-    # Where the best partner of every row is a different one, no assignment can do better. Upcycled
-    # experts are usually that easy, and the solver is then not needed.
-    best_I = score_II.argmax(1)
-    if torch.equal(best_I.sort().values, torch.arange(len(best_I))):
+    target_ID: float32. expert_ID: any float dtype. solver: a key of `SOLVERS`. device: where the
+    products are made.
+    """
+    rows, columns = target_ID.shape
+    if device == CPU and rows * rows * columns >= _CERTIFY_FROM and _multiplies_int8(columns):
+        certified_I = _certified_partners(target_ID, expert_ID)
+        if certified_I is not None:
+            return certified_I
+    # In the solvers' own type and sign, so that they make no copy.
+    cost_II = torch.empty(rows, rows, dtype=torch.float64)
+    for block, score_IB in _score_columns(target_ID.to(device), expert_ID):
+        cost_II[:, block] = score_IB.neg_().cpu()
+    best_I = cost_II.argmin(1)
+    if _is_permutation(best_I):
         return best_I
-    _, columns = linear_sum_assignment(score_II.numpy(), maximize=True)
-    return torch.from_numpy(columns)
+    if rows >= _SINKHORN_FROM:
+        cost_II -= _sinkhorn_prices(cost_II)
+    return torch.from_numpy(SOLVERS[solver](cost_II.numpy()))
 
 
-def align_leave_one_out(experts_NID: Tensor) -> Tensor:
-    """Align each expert to the sum of the others: permutations [N, I].
+def _score_columns(target_ID: Tensor, expert_ID: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Scores of all rows with one block of the expert's after the other, float32 [I, B].
 
-    Minimising equation 4 over T_k with the others fixed is an assignment to Σ_{j≠k} T_j W_j: each
-    step lowers the objective or leaves it. Started progressively: W_2 to W_1, W_3 to W_1 + W_2 …
-
-    With few rows the descent may end above the papers' alternation (of random groups of 2 to 8
-    experts with 8 to 64 rows one in 200 does, by up to 5 %). There it is started a second time,
-    where that alternation ends, and the lower end is kept. With more rows it was seen above only
-    where there are far fewer columns than rows.
+    In units of the expert's largest entries: squares of very large or small ones leave float32.
     """
-    count, rows, _ = experts_NID.shape
-    permutations = _progressive_start(experts_NID)
-    # Two experts have one assignment between them: it is already the optimum.
-    if count <= 2:
-        return permutations
-    permutations = _descend(experts_NID, permutations)
-    if rows > _TWO_STARTS_ROWS:
-        return permutations
-    second = _descend(experts_NID, _alternation_start(experts_NID))
-    return min(permutations, second, key=lambda found: objective_of(experts_NID, found))
+    unit = unit_of(expert_ID)
+    for block in _blocks(len(expert_ID)):
+        expert_BD = expert_ID[block].to(target_ID.device, torch.float32) / unit
+        yield block, target_ID @ expert_BD.T
 
 
-def _progressive_start(experts_NID: Tensor) -> Tensor:
-    permutations = align_none(experts_NID)
-    total_ID = experts_NID[0].clone()
-    for k in range(1, len(experts_NID)):
-        permutations[k] = best_assignment(total_ID, experts_NID[k])
-        total_ID += experts_NID[k][permutations[k]]
-    return permutations
+def _blocks(rows: int) -> Iterator[slice]:
+    for start in range(0, rows, _BLOCK_ROWS):
+        yield slice(start, min(start + _BLOCK_ROWS, rows))
 
 
-def _alternation_start(experts_NID: Tensor) -> Tensor:
-    """Where the papers' alternation ends: all experts to their mean, from the first expert on."""
-    target_ID, objective = experts_NID[0], float("inf")
-    permutations = align_none(experts_NID)
-    while True:
-        found = torch.stack([best_assignment(target_ID, expert) for expert in experts_NID])
-        reached = Alignment(found, objective_of(experts_NID, found))
-        # Rounding alone may trade equals for ever: without a gain it is over.
-        if not reached.objective < objective:
-            return permutations
-        permutations, objective = found, reached.objective
-        target_ID = reached.apply(experts_NID).mean(0)
+def _is_permutation(partner_I: Tensor) -> bool:
+    return torch.equal(partner_I.sort().values, torch.arange(len(partner_I)))
 
 
-def _descend(experts_NID: Tensor, permutations_NI: Tensor) -> Tensor:
-    """Up to `_SWEEPS` sweeps of leave-one-out steps from `permutations_NI`."""
-    permutations = permutations_NI.clone()
-    total_ID = torch.zeros_like(experts_NID[0])
-    for expert_ID, perm in zip(experts_NID, permutations, strict=True):
-        total_ID += expert_ID[perm]
-    for _ in range(_SWEEPS):
-        moved = False
-        for k, expert_ID in enumerate(experts_NID):
-            total_ID -= expert_ID[permutations[k]]
-            better = best_assignment(total_ID, expert_ID)
-            moved |= not torch.equal(better, permutations[k])
-            permutations[k] = better
-            total_ID += expert_ID[better]
-        if not moved:
-            break
-    return permutations
+def _multiplies_int8(columns: int) -> bool:
+    """Whether this CPU multiplies 8-bit integers exactly and faster than floats."""
+    has_instructions = getattr(torch.cpu, "_is_vnni_supported", lambda: False)()
+    return has_instructions and columns * _INT8_MAX**2 < 2**31
 
 
-def align_pot(experts_NID: Tensor) -> Tensor:
-    """The papers' way: POT's free-support barycentre started at the first expert, then transport.
+class _Rounded:
+    """A matrix in 8-bit integers and one scale per row, with what the rounding is at most worth.
 
-    Paper 001, section 4.2. POT's own iteration limits apply; a transport plan that it left short of
-    a permutation is rounded to the nearest one. Returns permutations [N, I].
+    norm_I: ‖scale · integers‖ of each row. error_I: ‖row − scale · integers‖, a little more.
     """
-    count, rows, _ = experts_NID.shape
-    weights_I = np.full(rows, 1.0 / rows)
-    points = [expert.double().numpy() for expert in experts_NID]
-    with warnings.catch_warnings():
-        # POT warns when its solver stops at the iteration limit; the papers used it as it is.
-        warnings.simplefilter("ignore")
-        barycenter_ID = ot.lp.free_support_barycenter(
-            points, [weights_I] * count, X_init=points[0].copy(), b=weights_I
-        )
-        plans = [
-            ot.emd(weights_I, weights_I, ot.dist(barycenter_ID, expert_ID)) for expert_ID in points
-        ]
-    return torch.stack(
-        [torch.from_numpy(linear_sum_assignment(plan, maximize=True)[1]) for plan in plans]
-    )
+
+    def __init__(self, matrix_ID: Tensor) -> None:
+        rows, columns = matrix_ID.shape
+        self.integers_ID = torch.empty(rows, columns, dtype=torch.int8)
+        self.scale_I, self.norm_I, self.error_I = torch.empty(3, rows)
+        unit = unit_of(matrix_ID)
+        for block in _blocks(rows):
+            matrix_BD = matrix_ID[block].float() / unit
+            scale_B = (matrix_BD.abs().amax(1) / _INT8_MAX).clamp(min=torch.finfo().tiny)
+            rounded_BD = (matrix_BD / scale_B.unsqueeze(1)).round_()
+            self.integers_ID[block] = rounded_BD.to(torch.int8)
+            rounded_BD *= scale_B.unsqueeze(1)
+            self.scale_I[block], self.norm_I[block] = scale_B, rounded_BD.norm(dim=1)
+            self.error_I[block] = (matrix_BD - rounded_BD).norm(dim=1)
+        # For the rounding of the sums above and of the scores to float32.
+        self.error_I += 1e-5 * self.norm_I
 
 
-def align_none(experts_NID: Tensor) -> Tensor:
-    """Rows in the order they are stored in: permutations [N, I]."""
-    count, rows, _ = experts_NID.shape
-    return torch.arange(rows).repeat(count, 1)
+def _certified_partners(target_ID: Tensor, expert_ID: Tensor) -> Tensor | None:
+    """The optimum [I] where it is each row's best partner; None where that cannot be shown.
+
+    By Cauchy and Schwarz a rounded score is wrong by at most ‖δt_i‖·‖w_j‖ + ‖t̂_i‖·‖δw_j‖.
+    """
+    target, expert = _Rounded(target_ID), _Rounded(expert_ID)
+    reach_I = expert.norm_I + expert.error_I
+    best_I = torch.empty(len(target_ID), dtype=torch.int64)
+    for block in _blocks(len(target_ID)):
+        products_BI = torch._int_mm(target.integers_ID[block], expert.integers_ID.T)
+        score_BI = products_BI.float()
+        score_BI *= expert.scale_I
+        score_BI *= target.scale_I[block].unsqueeze(1)
+        score_B, best_B = score_BI.max(1)
+        score_BI.addr_(target.error_I[block], reach_I)
+        score_BI.addr_(target.norm_I[block], expert.error_I)
+        at_most_B = score_BI.gather(1, best_B.unsqueeze(1)).squeeze(1)
+        rivals_BI = score_BI.scatter_(1, best_B.unsqueeze(1), -torch.inf)
+        at_least_B = 2 * score_B - at_most_B
+        undecided = (at_least_B <= rivals_BI.amax(1)).nonzero().squeeze(1)
+        if len(undecided) > _UNDECIDED_AT_MOST:
+            return None
+        if len(undecided):
+            rows_UD = target_ID[block][undecided]
+            exact_UI = torch.cat([s for _, s in _score_columns(rows_UD, expert_ID)], 1)
+            best_B[undecided] = exact_UI.argmax(1)
+        best_I[block] = best_B
+    return best_I if _is_permutation(best_I) else None
 
 
-ALIGNERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "loo": align_leave_one_out,
-    "pot": align_pot,
-    "none": align_none,
+def _sinkhorn_prices(cost_II: Tensor) -> Tensor:
+    """Column prices [I]: with them subtracted, few columns are wanted by more than one row.
+
+    Cuturi 2013, from the columns' side only: prices of rows are found by a solver at once.
+    """
+    entropy = _SINKHORN_ENTROPY * float(cost_II[:_BLOCK_ROWS].std())
+    price_I = torch.zeros(len(cost_II))
+    if not entropy > 0:
+        return price_I
+    for _ in range(_SINKHORN_STEPS):
+        wanted_I = torch.zeros(len(cost_II))
+        for block in _blocks(len(cost_II)):
+            choice_BI = ((price_I - cost_II[block].float()) / entropy).softmax(1)
+            wanted_I += choice_BI.sum(0)
+        price_I -= entropy * wanted_I.clamp(min=torch.finfo().tiny).log()
+    return price_I
+
+
+def _solve_scipy(cost_II: np.ndarray) -> np.ndarray:
+    return linear_sum_assignment(cost_II)[1]
+
+
+def _solve_lapx(cost_II: np.ndarray) -> np.ndarray:
+    import lap  # optional: `pip install lapx`
+
+    return lap.lapjv(cost_II, return_cost=False)[0].astype(np.int64)
+
+
+# Exact solvers of the assignment problem: cost [I, I] (float64, may be overwritten) to the column
+# of each row. They agree but where several assignments cost the same.
+SOLVERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "scipy": _solve_scipy,
+    "lapx": _solve_lapx,
 }
 
 
-def align(experts_NID: Tensor, method: str = "loo") -> Alignment:
-    """Align experts [N, I, D] (float32) by `method`, a key of `ALIGNERS`."""
-    permutations = ALIGNERS[method](experts_NID)
-    return Alignment(permutations, objective_of(experts_NID, permutations))
+def check_solver(name: str) -> None:
+    """Raise UserError where a solver's package is not installed."""
+    if name == "lapx" and importlib.util.find_spec("lap") is None:
+        raise UserError("--solver lapx: not installed; run pip install lapx, or use scipy")

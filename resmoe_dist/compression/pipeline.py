@@ -1,67 +1,65 @@
 """Source checkpoint to compressed checkpoint: one (layer, group) at a time, one file each.
 
-The run writes into `OUTPUT.partial` and renames it to OUTPUT when all is done, so OUTPUT is whole
-or absent. Each file appears there at once, under its final name; a resumed run keeps those.
+    cluster     where a rank has several centres: which of its experts share one
+    plan        where the whole model shares one budget: align, and price each group's entries
+    compress    read, align, choose the centre, encode, write
 
-Legend: N experts of the group, I rows, D columns.
+Each phase hands its tasks to the ranks as they become free. The run works in `OUTPUT.partial` (see
+`staging`); each file appears there at once, under its final name and with the same bytes whichever
+rank made it, and a resumed run keeps those.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
-import shutil
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from resmoe_dist import __version__
+from resmoe_dist.calibration.activations import (
+    LayerActivations,
+    load_activations,
+    save_activations,
+)
 from resmoe_dist.checkpoints.compressed import (
     FORMAT_VERSION,
-    INDEX_FILE,
-    QUANT_METHOD,
-    STORED_DTYPES,
     CheckpointIndex,
     CompressionSettings,
     FileEntry,
     GroupEntry,
     LayerEntry,
     group_file_name,
-    group_tensors,
     read_index,
 )
-from resmoe_dist.checkpoints.model_folder import (
-    SHARD_INDEX,
-    set_dtype,
-    shard_name,
-    write_shard_index,
-)
 from resmoe_dist.checkpoints.source import SourceCheckpoint
-from resmoe_dist.checkpoints.tensor_files import (
-    TensorFile,
-    copy_file,
-    read_json,
-    sha256_of,
-    write_json,
-    write_tensors,
+from resmoe_dist.checkpoints.tensor_files import TensorFile, write_tensors
+from resmoe_dist.compression.aligned import CPU
+from resmoe_dist.compression.budget import allocate_over_model, keep_for
+from resmoe_dist.compression.group import GroupCompressor, GroupPlan
+from resmoe_dist.compression.memory import ExpertStore
+from resmoe_dist.compression.model_files import (
+    PRODUCER,
+    Shard,
+    file_entry,
+    shards_of,
+    write_model_files,
 )
-from resmoe_dist.codecs import DenseResidual, EncodedResidual, codec_named
-from resmoe_dist.compression.assignment import Alignment, align
-from resmoe_dist.compression.center import encode_group
-from resmoe_dist.compression.scheduling import SingleWorker, Workers, together
+from resmoe_dist.compression.scheduling import (
+    HindranceError,
+    Schedule,
+    SingleWorker,
+    Workers,
+    together,
+)
+from resmoe_dist.compression.staging import Claims, StagingFolder
 from resmoe_dist.errors import UserError
 
-_SETTINGS_FILE = "resmoe-settings.json"
-_FAILURE_MARKER = "resmoe-failed"
-# What a model folder holds besides weights and config: tokenizer, templates, generation defaults.
-_COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 _RECORD = "resmoe_record"
+_ACTIVATIONS = "activations.safetensors"
 
 
 def parse_layers(text: str, count: int) -> list[int]:
@@ -87,33 +85,22 @@ def parse_layers(text: str, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _GroupTask:
+    """One group of one layer, counted from 0, and its experts' numbers in the layer."""
+
     layer: int
     group: int
-
-
-@dataclass(frozen=True)
-class _CopyTask:
-    """Tensors of one source file that are no expert's, to become shard `shard` of `shards`."""
-
-    names: tuple[str, ...]
-    shard: int
-    shards: int
-
-    @property
-    def file(self) -> str:
-        """Name of the shard's file."""
-        return shard_name(self.shard, self.shards)
-
-
-# What each task made.
-_Entries = dict[_GroupTask | _CopyTask, GroupEntry | FileEntry]
+    experts: tuple[int, ...]
 
 
 class Compression:
     """One run of `resmoe-dist compress`.
 
-    Raises UserError for whatever the user can mend: see `SourceCheckpoint`, and experts that do not
-    divide into groups, or an output folder that exists.
+    device: where products and the choice of centres are computed. max_memory: bytes of anonymous
+    memory that each rank may take. measure: the activations of each MoE layer, to weigh errors by;
+    called on one rank.
+
+    Raises UserError for whatever the user can mend: see `SourceCheckpoint`; settings that do not
+    fit the model or each other; an output folder that exists.
     """
 
     def __init__(
@@ -122,204 +109,207 @@ class Compression:
         output: Path,
         settings: CompressionSettings,
         workers: Workers | None = None,
+        *,
+        device: torch.device = CPU,
+        max_memory: int | None = None,
+        measure: Callable[[], Sequence[LayerActivations]] | None = None,
     ) -> None:
-        self.source, self.output, self.settings = source, output, settings
+        self.source, self.output, self._measure = source, output, measure
         self.workers = workers or SingleWorker()
-        self.staging = output.parent / f"{output.name}.partial"
-        if settings.groups < 1:
-            raise UserError(f"--ep {settings.groups}: must be 1 or more")
-        if not 0 < settings.keep <= 1:
-            raise UserError(f"--keep {settings.keep}: must lie in (0, 1]")
-        for site in source.sites:
-            if site.num_experts % settings.groups:
-                raise UserError(
-                    f"--ep {settings.groups}: {site.module} has {site.num_experts} experts, which "
-                    f"do not divide into {settings.groups} groups; choose a divisor"
-                )
+        self._staging = StagingFolder(output)
+        _check_settings(source, settings)
+
+        def compressor(settings: CompressionSettings) -> GroupCompressor:
+            store = ExpertStore(self._staging.scratch, max_memory)
+            return GroupCompressor(source, settings, store, device=device)
+
+        if settings.target_bytes is not None:
+            keep = _keep_for_target(source, compressor(settings), settings)
+            settings = settings.model_copy(update={"keep": keep})
+        self.settings = settings
+        self._compressor = compressor(settings)
 
     def run(self, *, resume: bool = False) -> CheckpointIndex:
         """Compress everything and return the index, on every rank.
 
-        A mistake in the input, or a full disk, leaves nothing behind unless `resume` is set; an
-        interrupted run leaves `OUTPUT.partial`, from which `resume` continues.
+        A mistake in the input leaves nothing behind, unless `resume` is set. An interrupted run, or
+        one that met a full disk after something was finished, leaves `OUTPUT.partial`, from which
+        `resume` continues.
         """
-        first = self.workers.rank == 0
-        if together(self.workers, lambda: first and self._make_staging(resume))[0]:
-            return read_index(self.output)
+        schedule = None
         try:
-            entries = {}
-            for part in together(self.workers, self._do_my_tasks):
-                entries |= part
-            together(self.workers, lambda: first and self._finish(entries))
-        except UserError:
-            if first and not resume:
-                shutil.rmtree(self.staging, ignore_errors=True)
+            claims = together(self.workers, lambda: self._is_first and self._begin(resume))[0]
+            if claims is not None:
+                schedule = Schedule(self.workers, claims)
+                self._compress(schedule, resume)
+        except KeyboardInterrupt as interruption:
+            # Of ranks that are interrupted together, the one that closes the claims speaks; where
+            # a failed rank has closed them, that is what there is to say.
+            if self._is_first if schedule is None else schedule.claims.close():
+                interruption.args = ("interrupted; continue with --resume",)
             raise
+        finally:
+            self._staging.release()
         return read_index(self.output)
 
-    def _do_my_tasks(self) -> _Entries:
-        """Every so-many-th task: what each made. A rank that fails stops the others early."""
-        entries: _Entries = {}
-        tasks = self._tasks()[self.workers.rank :: self.workers.size]
-        for task in tqdm(tasks, desc="compressing", unit="task", disable=self._quiet):
-            if (self.staging / _FAILURE_MARKER).exists():
-                break
-            try:
-                entries[task] = self._do(task)
-            except UserError:
-                with suppress(OSError):  # the disk may be full
-                    (self.staging / _FAILURE_MARKER).touch()
-                raise
-        return entries
-
     @property
-    def _quiet(self) -> bool | None:
-        # None lets tqdm decide: no bar where standard error is no terminal.
-        return True if self.workers.rank else None
+    def _is_first(self) -> bool:
+        return self.workers.rank == 0
 
-    def _make_staging(self, resume: bool) -> bool:
-        """Make or find the staging folder; True if OUTPUT is complete already."""
-        if self.output.exists():
+    def _identity(self) -> dict[str, Any]:
+        """What a run must have in common with one that it continues."""
+        return self.settings.model_dump() | {
+            "source": self.source.fingerprint(),
+            "producer": f"{PRODUCER}, format {FORMAT_VERSION}",
+        }
+
+    def _begin(self, resume: bool) -> Claims | None:
+        """Enter the staging folder; None if OUTPUT is complete already."""
+        claims = self._staging.acquire(self._identity(), resume=resume)
+        if claims is None:
             if not resume:
                 raise UserError(f"{self.output}: exists already; remove it or choose another one")
             if read_index(self.output).settings != self.settings:
                 raise UserError(
                     f"{self.output}: was made with other options; choose another folder"
                 )
-            return True
-        wanted = self.settings.model_dump() | {"source": str(self.source.folder.resolve())}
-        if self.staging.exists():
-            if not resume:
-                raise UserError(
-                    f"{self.staging}: an unfinished run is here; continue it with --resume or "
-                    "remove it"
-                )
-            if self._unfinished_settings() != wanted:
-                raise UserError(
-                    f"{self.staging}: the unfinished run had other options; remove it to start anew"
-                )
-            (self.staging / _FAILURE_MARKER).unlink(missing_ok=True)
-            # What a run that was killed was writing just then: ours, and safetensors' own.
-            for stray in self.staging.glob(".*"):
-                stray.unlink()
-            return False
+        return claims
+
+    def _compress(self, schedule: Schedule, resume: bool) -> None:
+        """All phases, then what rank 0 alone writes."""
         try:
-            self.staging.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"{self.staging}: cannot be made ({error.strerror})") from error
-        try:
-            write_json(self.staging / _SETTINGS_FILE, wanted)
-        except UserError:
-            self.staging.rmdir()
+            if self._measure is not None:
+                self._compressor.activations = self._calibrate(schedule, self._measure)
+            tasks = self._group_tasks(schedule)
+            keeps = self._shared_out(schedule, tasks)
+
+            def compress(task: _GroupTask | Shard) -> GroupEntry | FileEntry:
+                return self._copy(task) if isinstance(task, Shard) else self._do(task, keeps)
+
+            # Copies last: the last tasks are waited for.
+            everything = [*tasks, *shards_of(self.source)]
+            entries = schedule.run_phase("compressing", everything, compress, self._is_finished)
+            together(self.workers, lambda: self._is_first and self._finish(entries))
+        except UserError as error:
+            # A second run meets the same mistake in the input, but perhaps more room on the disk.
+            hindered = isinstance(error, HindranceError)
+            keep = hindered or resume
+            kept = together(
+                self.workers, lambda: self._is_first and self._staging.give_up(keep=keep)
+            )[0]
+            if kept and hindered:
+                raise UserError(
+                    f"{error}; finished work is kept, run again with --resume"
+                ) from error
             raise
-        return False
 
-    def _unfinished_settings(self) -> object:
-        """What the run in the staging folder was started with; None if that cannot be told."""
-        try:
-            return json.loads((self.staging / _SETTINGS_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
+    def _calibrate(
+        self, schedule: Schedule, measure: Callable[[], Sequence[LayerActivations]]
+    ) -> list[LayerActivations]:
+        """Activations of all MoE layers, measured by one rank, or by an earlier run."""
+        path, sites = self._staging.scratch / _ACTIVATIONS, self.source.sites
 
-    def _tasks(self) -> list[_GroupTask | _CopyTask]:
-        tasks: list[_GroupTask | _CopyTask] = [
-            _GroupTask(layer, group)
-            for layer in range(len(self.source.sites))
-            for group in range(self.settings.groups)
+        def calibrate(_: str) -> None:
+            if not _is_whole(path):
+                save_activations(path, sites, measure())
+
+        schedule.run_phase("calibrating", ["calibration"], calibrate, lambda _: _is_whole(path))
+        return load_activations(path, sites)
+
+    def _group_tasks(self, schedule: Schedule) -> list[_GroupTask]:
+        """All groups, from the most work to the least."""
+        owned = [
+            _GroupTask(layer, rank, tuple(range(rank * size, (rank + 1) * size)))
+            for layer, site in enumerate(self.source.sites)
+            for size in (site.num_experts // self.settings.groups,)
+            for rank in range(self.settings.groups)
         ]
-        by_file: dict[str, list[str]] = {}
-        for name in self.source.other_names:
-            by_file.setdefault(self.source.files.locations[name], []).append(name)
-        shards = [tuple(sorted(names)) for _, names in sorted(by_file.items())]
-        tasks += [_CopyTask(names, i, len(shards)) for i, names in enumerate(shards)]
-        return tasks
+        clusters = self.settings.groups_per_rank
+        split = [task for task in owned if clusters > 1 and task.layer in self.settings.layers]
 
-    def _do(self, task: _GroupTask | _CopyTask) -> GroupEntry | FileEntry:
-        if isinstance(task, _CopyTask):
-            return self._copy(task)
-        return self._compress_group(task)
+        def cluster(task: _GroupTask) -> list[list[int]]:
+            return self._compressor.cluster(task.layer, task.experts, clusters)
 
-    def _copy(self, task: _CopyTask) -> FileEntry:
-        path = self.staging / task.file
-        if not _is_whole(path):
-            tensors = {name: self.source.read_other(name) for name in task.names}
-            write_tensors(path, tensors, {})
-        return _file_entry(path)
+        found = schedule.run_phase("clustering", split, cluster) if split else {}
+        tasks = [
+            _GroupTask(task.layer, task.group * len(parts) + i, tuple(experts))
+            for task in owned
+            for parts in (found.get(task, [task.experts]),)
+            for i, experts in enumerate(parts)
+        ]
+        return sorted(tasks, key=self._work, reverse=True)
 
-    def _compress_group(self, task: _GroupTask) -> GroupEntry:
-        path = self.staging / group_file_name(task.layer, len(self.source.sites), task.group)
-        if _is_whole(path):
-            return _recorded_entry(path)
-        site = self.source.sites[task.layer]
-        size = site.num_experts // self.settings.groups
-        experts = list(range(task.group * size, (task.group + 1) * size))
-        dtype = self._stored_dtype(task.layer)
+    def _work(self, task: _GroupTask) -> tuple[bool, int]:
+        """Orders groups by how long they take: dense ones are only copied."""
+        entries = len(task.experts) * self.source.sites[task.layer].shape.entries
+        return task.layer in self.settings.layers, entries
 
-        matrices, output_biases, source_bytes = [], {}, 0
-        for k in experts:
-            matrix_ID, bias_H = self.source.read_expert(task.layer, k)
-            source_bytes += matrix_ID.nbytes
-            matrices.append(matrix_ID.float())
-            if bias_H is not None:
-                source_bytes += bias_H.nbytes
-                output_biases[k] = bias_H.to(dtype)
-        experts_NID = torch.stack(matrices)
-        del matrices
+    def _shared_out(self, schedule: Schedule, tasks: list[_GroupTask]) -> dict[_GroupTask, float]:
+        """The share to keep of each group that does not simply keep the settings' share."""
+        if self.settings.allocate != "model":
+            return {}
+        planned = [task for task in tasks if task.layer in self.settings.layers]
 
-        codec = self._codec(task.layer)
-        if codec.uses_center:
-            alignment = align(experts_NID, self.settings.align)
-            aligned_NID = alignment.apply(experts_NID)
-        else:
-            alignment, aligned_NID = Alignment(torch.empty(0), 0.0), experts_NID
-        del experts_NID
-        encoded = encode_group(
-            aligned_NID,
-            codec,
-            center=self.settings.center,
-            keep=self.settings.keep,
-            dtype=dtype,
+        def plan(task: _GroupTask) -> GroupPlan:
+            path = self._plan_path(task)
+            found = GroupPlan.load(path)
+            if found is None:
+                found = self._compressor.plan(task.layer, task.experts)
+                found.save(path)
+            # The alignment is read again where it is needed: not every rank needs all of them.
+            return found.without_alignment()
+
+        plans = schedule.run_phase(
+            "planning",
+            planned,
+            plan,
+            lambda task: GroupPlan.load(self._plan_path(task)) is not None,
         )
-        if not all(map(math.isfinite, encoded.squared_errors)):
-            raise UserError(
-                f"{site.module}: experts {experts} hold values too large for {dtype}; choose "
-                "--dtype bfloat16 or float32"
-            )
-        residuals = dict(zip(experts, encoded.residuals, strict=True))
-        tensors = group_tensors(encoded.center_ID, residuals, output_biases)
-        value_bytes, index_bytes = _bytes_by_kind(residuals, output_biases)
-        record = {
-            "experts": experts,
-            "squared_errors": [_rounded(error) for error in encoded.squared_errors],
-            "squared_norms": [_rounded(float(m.double().square().sum())) for m in aligned_NID],
-            "source_bytes": source_bytes,
-            "center_bytes": 0 if encoded.center_ID is None else encoded.center_ID.nbytes,
-            "value_bytes": value_bytes,
-            "index_bytes": index_bytes,
-            "objective": _rounded(alignment.objective),
-        }
-        write_tensors(path, tensors, {_RECORD: json.dumps(record)})
-        return _recorded_entry(path)
+        curves = [plans[task].curve for task in planned]
+        budgets = [plans[task].keep * plans[task].curve.values for task in planned]
+        return dict(zip(planned, allocate_over_model(curves, budgets), strict=True))
 
-    def _codec(self, layer: int) -> type[EncodedResidual]:
-        chosen = layer in self.settings.layers
-        return codec_named(self.settings.codec) if chosen else DenseResidual
+    def _plan_path(self, task: _GroupTask) -> Path:
+        name = f"plan-{task.layer:05d}-{task.group:05d}.safetensors"
+        return self._staging.scratch / name
 
-    def _stored_dtype(self, layer: int) -> torch.dtype:
-        if self.settings.dtype and layer in self.settings.layers:
-            return STORED_DTYPES[self.settings.dtype]
-        return self.source.dtype(layer)
+    def _path(self, task: _GroupTask | Shard) -> Path:
+        if isinstance(task, Shard):
+            return self._staging.model / task.file
+        name = group_file_name(task.layer, len(self.source.sites), task.group)
+        return self._staging.model / name
 
-    def _finish(self, entries: _Entries) -> None:
+    def _is_finished(self, task: _GroupTask | Shard) -> bool:
+        """Whether an earlier run made the task's file, and it is whole."""
+        path = self._path(task)
+        return _is_whole(path) if isinstance(task, Shard) else _record_in(path) is not None
+
+    def _copy(self, shard: Shard) -> FileEntry:
+        path = self._path(shard)
+        if not _is_whole(path):
+            write_tensors(path, {n: self.source.read_other(n) for n in shard.names}, {})
+        return file_entry(path)
+
+    def _do(self, task: _GroupTask, keeps: dict[_GroupTask, float]) -> GroupEntry:
+        path = self._path(task)
+        record = _record_in(path)
+        if record is None:
+            plan = None
+            if task in keeps:
+                plan = GroupPlan.load(self._plan_path(task))
+                assert plan is not None
+                plan = replace(plan, keep=keeps[task])
+            made = self._compressor.compress(task.layer, task.experts, plan)
+            record = made.record
+            write_tensors(path, made.tensors, {_RECORD: json.dumps(record)})
+        return GroupEntry(file=file_entry(path), **record)
+
+    def _finish(self, entries: dict[_GroupTask | Shard, GroupEntry | FileEntry]) -> None:
         """Index, config and companions; then the folder gets its name."""
-        copies = [task for task in entries if isinstance(task, _CopyTask)]
-        copies.sort(key=lambda task: task.shard)
-        write_shard_index(self.staging, {name: task.file for task in copies for name in task.names})
-        self._write_config()
-        ours = ("config.json", SHARD_INDEX, _SETTINGS_FILE)
-        for path in sorted(self.source.folder.iterdir()):
-            if path.is_file() and path.suffix in _COMPANION_SUFFIXES and path.name not in ours:
-                copy_file(path, self.staging / path.name)
+        groups = sorted(
+            (task for task in entries if isinstance(task, _GroupTask)),
+            key=lambda task: (task.layer, task.group),
+        )
         layers = [
             LayerEntry(
                 module=site.module,
@@ -329,57 +319,71 @@ class Compression:
                 gated=site.shape.gated,
                 row_bias=site.shape.row_bias,
                 output_bias=site.shape.output_bias,
-                codec=self._codec(i).name,
-                dtype=str(self._stored_dtype(i)).removeprefix("torch."),
-                storage=self.source.storages[i],
-                groups=[entries[_GroupTask(i, g)] for g in range(self.settings.groups)],
+                codec=self._compressor.codec(layer).name,
+                dtype=str(self._compressor.dtype(layer)).removeprefix("torch."),
+                storage=self.source.storages[layer],
+                groups=[entries[task] for task in groups if task.layer == layer],
             )
-            for i, site in enumerate(self.source.sites)
+            for layer, site in enumerate(self.source.sites)
         ]
-        others = [entries[task] for task in copies]
-        named = (SHARD_INDEX, "config.json")
-        others += [_file_entry(self.staging / name) for name in named]
-        index = CheckpointIndex(
-            format_version=FORMAT_VERSION,
-            producer=f"resmoe-dist {__version__}",
-            settings=self.settings,
-            layers=layers,
-            other_files=others,
+        shards = {shard: entries[shard] for shard in shards_of(self.source)}
+        write_model_files(self._staging.model, self.source, self.settings, layers, shards)
+        self._staging.finish()
+
+
+def _check_settings(source: SourceCheckpoint, settings: CompressionSettings) -> None:
+    if settings.groups < 1:
+        raise UserError(f"--ep {settings.groups}: must be 1 or more")
+    if not 0 < settings.keep <= 1:
+        raise UserError(f"--keep {settings.keep}: must lie in (0, 1]")
+    if settings.allocate == "model" and settings.codec != "pruned":
+        raise UserError(f"--allocate model: needs --codec pruned, not {settings.codec}")
+    for site in source.sites:
+        if site.num_experts % settings.groups:
+            raise UserError(
+                f"--ep {settings.groups}: {site.module} has {site.num_experts} experts, which "
+                f"do not divide into {settings.groups} groups; choose a divisor"
+            )
+        owned = site.num_experts // settings.groups
+        if not 1 <= settings.groups_per_rank <= owned:
+            raise UserError(
+                f"--groups-per-rank {settings.groups_per_rank}: a rank has {owned} experts of "
+                f"{site.module}; choose 1 to {owned}"
+            )
+
+
+def _keep_for_target(
+    source: SourceCheckpoint, compressor: GroupCompressor, settings: CompressionSettings
+) -> float:
+    """The keep at which all experts' tensors take the share `target_bytes` of what they take dense.
+
+    Raises UserError for a share that centres, indices and dense layers alone exceed.
+    """
+    assert settings.target_bytes is not None
+    fixed = dense = 0
+    sizes = []
+    for layer, site in enumerate(source.sites):
+        size = compressor.size(layer, site.num_experts)
+        here = size.fixed + size.count * size.rows * size.columns * size.itemsize
+        dense += here
+        if layer in settings.layers:
+            groups = settings.groups * settings.groups_per_rank
+            # Its centres, and its experts, which cost the same in groups of whatever size.
+            sizes += [replace(size, count=0, fixed=0)] * groups
+            sizes.append(replace(size, has_center=False))
+        else:
+            fixed += here
+
+    def total(keep: float) -> int:
+        return fixed + sum(size.bytes_at(keep) for size in sizes)
+
+    keep = keep_for(settings.target_bytes * dense, total)
+    if not keep:
+        raise UserError(
+            f"--target-bytes {settings.target_bytes}: centres, indices and layers left dense alone "
+            f"take {total(0.0) / dense:.3f} of the dense experts; allow more, or use a smaller --ep"
         )
-        write_json(self.staging / INDEX_FILE, index.model_dump())
-        (self.staging / _SETTINGS_FILE).unlink()
-        try:
-            self.staging.rename(self.output)
-        except OSError as error:
-            raise UserError(f"{self.output}: cannot be made ({error.strerror})") from error
-
-    def _write_config(self) -> None:
-        config = read_json(self.source.folder / "config.json")
-        if self.settings.dtype:
-            set_dtype(config, self.settings.dtype)
-        config["quantization_config"] = {
-            "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
-            "groups": self.settings.groups,
-            "codec": self.settings.codec,
-            "keep": self.settings.keep,
-        }
-        write_json(self.staging / "config.json", config)
-
-
-def _bytes_by_kind(
-    residuals: dict[int, EncodedResidual], output_biases: dict[int, Tensor]
-) -> tuple[int, int]:
-    """Bytes of stored values, and of the indices that say where they belong."""
-    tensors = [tensor for residual in residuals.values() for tensor in residual.buffers()]
-    tensors += output_biases.values()
-    values = sum(tensor.nbytes for tensor in tensors if tensor.is_floating_point())
-    return values, sum(tensor.nbytes for tensor in tensors) - values
-
-
-def _rounded(sum_of_squares: float) -> float:
-    """To nine digits: the last of sixteen depend on how many threads shared the sum."""
-    return float(f"{sum_of_squares:.9g}")
+    return keep
 
 
 def _is_whole(path: Path) -> bool:
@@ -391,11 +395,9 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _recorded_entry(path: Path) -> GroupEntry:
-    """The entry of a finished group file, from the record in its own header."""
-    record = json.loads(TensorFile(path).metadata[_RECORD])
-    return GroupEntry(file=_file_entry(path), **record)
-
-
-def _file_entry(path: Path) -> FileEntry:
-    return FileEntry(file=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
+def _record_in(path: Path) -> dict[str, Any] | None:
+    """The record in the header of a finished group file; None where the file is none."""
+    try:
+        return json.loads(TensorFile(path).metadata[_RECORD])
+    except (UserError, KeyError, ValueError):
+        return None

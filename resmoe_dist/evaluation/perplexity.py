@@ -66,7 +66,7 @@ def sequences_from_text(
     windows = [ids[i : i + context] for i in range(0, len(ids), context)]
     windows = [window for window in windows if len(window) > 1]
     if not windows:
-        raise UserError(f"{path}: too short; a perplexity needs two tokens or more")
+        raise UserError(f"{path}: too short; two tokens or more are needed")
     return windows
 
 
@@ -132,7 +132,7 @@ def _batch_nll(model: PreTrainedModel, ids_BS: torch.Tensor) -> tuple[float, int
     """Summed NLL and number of predicted tokens."""
     if model.config.is_encoder_decoder:
         half = ids_BS.shape[1] // 2
-        labels = ids_BS[:, half:]
+        labels = ids_BS[:, half:].contiguous()  # T5 models view them as one row
         logits = model(input_ids=ids_BS[:, :half], labels=labels).logits
     else:
         labels = ids_BS[:, 1:]

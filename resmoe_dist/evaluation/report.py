@@ -9,14 +9,18 @@ from typing import Any
 
 from resmoe_dist.checkpoints.compressed import STORED_DTYPES, CompressedCheckpoint, LayerEntry
 from resmoe_dist.checkpoints.tensor_files import tensor_bytes
+from resmoe_dist.codecs import codec_named
 
 
 def describe(checkpoint: CompressedCheckpoint) -> dict[str, Any]:
     """Settings, and per layer and in total: error, and bytes before and after by kind.
 
     `error` is (1/N) Σ_k ‖T_k W_k − restored_k‖² (paper 001, appendix A.6), `relative_error` its
-    share of (1/N) Σ_k ‖W_k‖². Bytes are what the files' headers say lies in them; `dense_bytes` is
-    what the experts would take dense in the stored dtype, `source_bytes` what they took in theirs.
+    share of (1/N) Σ_k ‖W_k‖², `weighted_relative_error` the same in the activation-weighted norm.
+    `keep` is the share of residual entries kept. These last two are None where the index does not
+    say. `groups_without_center` leaves layers stored dense out. Bytes are what the files' headers
+    say lies in them; `dense_bytes` is what the experts would take dense in the stored dtype,
+    `source_bytes` what they took in theirs.
     """
     index = checkpoint.index
     layers = [_describe_layer(checkpoint, layer) for layer in index.layers]
@@ -24,10 +28,8 @@ def describe(checkpoint: CompressedCheckpoint) -> dict[str, Any]:
     keys += ("center_bytes", "value_bytes", "index_bytes", "stored_bytes")
     total: dict[str, Any] = {key: sum(layer[key] for layer in layers) for key in keys}
     total["ratio"] = total["stored_bytes"] / total["source_bytes"]
-    compressed = [layer for layer in layers if layer["codec"] != "dense"]
-    error = sum(layer["error"] * layer["experts"] for layer in compressed)
-    norm = sum(layer["norm"] * layer["experts"] for layer in compressed)
-    total["relative_error"] = error / norm if norm else 0.0
+    total |= _accuracy([layer for layer in index.layers if layer.codec != "dense"])
+    total["groups_without_center"] = sum(layer["groups_without_center"] for layer in layers)
     other = sum(
         sum(tensor_bytes(checkpoint.folder / entry.file).values())
         for entry in index.other_files
@@ -60,11 +62,12 @@ def _describe_layer(checkpoint: CompressedCheckpoint, layer: LayerEntry) -> dict
         "dtype": layer.dtype,
         "experts": layer.num_experts,
         "groups": len(layer.groups),
+        "groups_without_center": _groups_without_center(layer),
         "rows": layer.rows,
         "columns": layer.shape.columns,
         "error": error,
         "norm": norm,
-        "relative_error": error / norm if norm else 0.0,
+        **_accuracy([layer]),
         "source_bytes": source,
         "dense_bytes": _dense_bytes(layer),
         "center_bytes": bytes_by_kind["center"],
@@ -74,6 +77,36 @@ def _describe_layer(checkpoint: CompressedCheckpoint, layer: LayerEntry) -> dict
         "ratio": stored / source,
         "bits_per_entry": 8 * stored / (layer.num_experts * layer.shape.entries),
     }
+
+
+def _accuracy(layers: list[LayerEntry]) -> dict[str, float | None]:
+    """Relative errors and kept share over all experts of some layers."""
+    groups = [group for layer in layers for group in layer.groups]
+    errors = [group.weighted_squared_errors for group in groups]
+    norms = [group.weighted_squared_norms for group in groups]
+    calibrated = bool(groups) and None not in errors + norms
+    masked = bool(groups) and all(group.keep is not None for group in groups)
+    sizes = [len(g.experts) * layer.shape.entries for layer in layers for g in layer.groups]
+    return {
+        "relative_error": _relative(
+            [group.squared_errors for group in groups], [group.squared_norms for group in groups]
+        ),
+        "weighted_relative_error": _relative(errors, norms) if calibrated else None,
+        "keep": (
+            sum(group.keep * size for group, size in zip(groups, sizes, strict=True)) / sum(sizes)
+            if masked
+            else None
+        ),
+    }
+
+
+def _relative(errors: list[list[float]], norms: list[list[float]]) -> float:
+    norm = sum(map(sum, norms))
+    return sum(map(sum, errors)) / norm if norm else 0.0
+
+
+def _groups_without_center(layer: LayerEntry) -> int:
+    return sum(codec_named(layer.codec).uses_center and not g.has_center for g in layer.groups)
 
 
 def _dense_bytes(layer: LayerEntry) -> int:
@@ -89,12 +122,17 @@ def _kind(tensor_name: str) -> str:
 
 def layer_table(description: dict[str, Any]) -> str:
     """The layers and the total of `describe` as a text table."""
-    header = ["layer", "codec", "error", "relative", "before", "centre", "values", "indices"]
-    header += ["after", "share"]
-    rows = [_row(layer["module"], layer) for layer in description["layers"]]
-    total = {"codec": "", "error": None} | description["experts"]
-    rows.append(_row("all experts", total))
-    lines = [text_table(header, rows, left=2)]
+    layers, total = description["layers"], description["experts"]
+    rows = [_row(layer["module"], layer) for layer in layers]
+    rows.append(_row("all experts", {"codec": "", "groups": "", "error": None} | total))
+    # A column that there is nothing to say in is left out.
+    header = [name for name in rows[0] if any(row[name] for row in rows)]
+    lines = [text_table(header, [[row[name] for name in header] for row in rows], left=2)]
+    if without := total["groups_without_center"]:
+        groups = sum(layer["groups"] for layer in layers if layer["codec"] != "dense")
+        asked_for = description["settings"]["center"] == "none"
+        why = "as --center none asks" if asked_for else "there it would not pay for its bytes"
+        lines.append(f"no centre in {without} of {groups} groups: {why}")
     if total["dense_bytes"] != total["source_bytes"]:
         # Narrower values alone are no achievement of the compression.
         share = total["stored_bytes"] / total["dense_bytes"]
@@ -109,17 +147,27 @@ def layer_table(description: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _row(name: str, values: dict[str, Any]) -> list[str]:
-    error = values["error"]
-    kinds = ("source_bytes", "center_bytes", "value_bytes", "index_bytes", "stored_bytes")
-    return [
-        name,
-        values["codec"],
-        "" if error is None else f"{error:.4g}",
-        f"{values['relative_error']:.4f}",
-        *(human_bytes(values[kind]) for kind in kinds),
-        f"{values['ratio']:.1%}",
-    ]
+def _row(name: str, values: dict[str, Any]) -> dict[str, str]:
+    """Cells by column."""
+
+    def cell(value: float | None, digits: str) -> str:
+        return "" if value is None else format(value, digits)
+
+    return {
+        "layer": name,
+        "codec": values["codec"],
+        "groups": str(values["groups"]),
+        "keep": cell(values["keep"], ".3f"),
+        "error": cell(values["error"], ".4g"),
+        "relative": cell(values["relative_error"], ".4f"),
+        "weighted": cell(values["weighted_relative_error"], ".4f"),
+        "before": human_bytes(values["source_bytes"]),
+        "centre": human_bytes(values["center_bytes"]),
+        "values": human_bytes(values["value_bytes"]),
+        "indices": human_bytes(values["index_bytes"]),
+        "after": human_bytes(values["stored_bytes"]),
+        "share": f"{values['ratio']:.1%}",
+    }
 
 
 def text_table(header: list[str], rows: list[list[str]], left: int = 1) -> str:

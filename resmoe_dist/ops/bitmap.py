@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 _BITS = 8
+# One bit per byte of a word (little-endian, as all that torch runs on): bits 7, 14 … 56; bit 0 of
+# each byte; bit i of byte i, as a signed number.
+_GATHER = 0x0102040810204080
+_SPREAD = 0x0101010101010101
+_DIAGONAL = 0x8040201008040201 - (1 << 64)
 
 
 def bytes_per_row(columns: int) -> int:
@@ -21,15 +26,16 @@ def pack_bitmap(mask_RD: Tensor) -> Tensor:
     rows, columns = mask_RD.shape
     padded = mask_RD.new_zeros(rows, bytes_per_row(columns) * _BITS)
     padded[:, :columns] = mask_RD
-    weights = 2 ** torch.arange(_BITS, device=mask_RD.device, dtype=torch.uint8)
-    return (padded.unflatten(1, (-1, _BITS)) * weights).sum(-1, dtype=torch.uint8)
+    # Eight booleans are a word with a bit in each byte; the product brings bit 8·i to bit 56 + i.
+    words_RP = padded.view(torch.int64)
+    return ((words_RP * _GATHER) >> 56).bitwise_and_(0xFF).to(torch.uint8)
 
 
 def unpack_bitmap(bitmap_RP: Tensor, columns: int) -> Tensor:
     """Bytes [R, P] back to a boolean mask [R, D]."""
-    shifts = torch.arange(_BITS, device=bitmap_RP.device, dtype=torch.uint8)
-    bits = bitmap_RP.unsqueeze(-1).bitwise_right_shift(shifts).bitwise_and_(1)
-    return bits.flatten(1)[:, :columns].bool()
+    # The other way: the byte in all eight bytes of a word, of each of which one bit counts.
+    words_RP = (bitmap_RP.long() * _SPREAD).bitwise_and_(_DIAGONAL)
+    return (words_RP.view(torch.uint8) != 0)[:, :columns]
 
 
 def has_stray_bits(bitmap_RP: Tensor, columns: int) -> bool:

@@ -7,12 +7,15 @@ import base64
 import json
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from types import FrameType
 
 import deepspeed
 import torch
@@ -24,10 +27,14 @@ from resmoe_dist.errors import UserError
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology, build_topology
 
 USER_ERROR = 2
-_BROKEN_PIPE = 128 + 13  # as a shell reports a process that SIGPIPE ended
+# As a shell reports a process that a signal ended.
+_SIGNALLED = 128
+_BROKEN_PIPE = _SIGNALLED + signal.SIGPIPE
 _FAILED_KEY = "resmoe_dist/failed"
 # The launchers look after their ranks about once a second.
 _GRACE_SECONDS = 10
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+_INTERRUPT_SECONDS = 2
 _STARTED_BY_US = "RESMOE_STARTED_RANKS"
 
 
@@ -74,22 +81,27 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit with its code.
 
     A UserError becomes one line on standard error and exit code 2; of several ranks that fail
-    together, the first one speaks. Any failure ends this process at once, without waiting in
-    destructors for ranks that wait for it, and the launcher then takes the others down.
+    together, the first one speaks. SIGINT and SIGTERM raise KeyboardInterrupt in `main`: the text
+    that leaves it with, if any, is printed, and the exit code is 130 or 143. Any failure ends this
+    process at once, without waiting in destructors for ranks that wait for it, and the launcher
+    then takes the others down.
     """
-    try:
-        code = main() or 0
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read the output has seen enough (`… | head`); there is nobody left to tell.
-        os._exit(_BROKEN_PIPE)
-    except UserError as error:
-        _fail(f"error: {error}", USER_ERROR)
-    except KeyboardInterrupt:
-        _leave(130)
-    except Exception:
-        # A rank whose peers are gone fails too; only the first failure explains anything.
-        _fail(f"rank {launched_rank()} failed\n{traceback.format_exc()}", 1)
+    with _interrupts_raised() as seen:
+        try:
+            code = main() or 0
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Whoever read the output has seen enough (`… | head`); there is nobody left to tell.
+            os._exit(_BROKEN_PIPE)
+        except UserError as error:
+            _fail(f"error: {error}", USER_ERROR)
+        except KeyboardInterrupt as interruption:
+            if str(interruption):
+                print(interruption, file=sys.stderr, flush=True)
+            _leave(_SIGNALLED + (seen or [signal.SIGINT])[0])
+        except Exception:
+            # A rank whose peers are gone fails too; only the first failure explains anything.
+            _fail(f"rank {launched_rank()} failed\n{traceback.format_exc()}", 1)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -158,9 +170,52 @@ def _fail(text: str, code: int) -> None:
         with suppress(Exception), _muted_standard_error():
             first = _get_default_store().add(_FAILED_KEY, 1) == 1
     if not first:
+        # What takes it down is the first rank's failure, not an interruption to speak of.
+        for number in _INTERRUPTS:
+            signal.signal(number, signal.SIG_DFL)
         time.sleep(_GRACE_SECONDS)
     print(text, file=sys.stderr, flush=True)
     _leave(code)
+
+
+@contextmanager
+def _interrupts_raised() -> Iterator[list[int]]:
+    """Within it, the first of `_INTERRUPTS` is noted and raises KeyboardInterrupt.
+
+    Those after it, such as a launcher's when Ctrl-C reached it as well as its ranks, do nothing:
+    the process is leaving. If compiled code, or a rank that does not answer, holds the exception
+    up, the process ends without it. A signal that was ignored before stays ignored.
+    """
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if not seen:
+            seen.append(number)
+            raise KeyboardInterrupt
+
+    def leave_in_time() -> None:
+        while arrived := os.read(read_end, 1):
+            if arrived[0] in _INTERRUPTS:
+                time.sleep(_INTERRUPT_SECONDS)
+                os._exit(_SIGNALLED + arrived[0])
+        os.close(read_end)
+
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    threading.Thread(target=leave_in_time, daemon=True).start()
+    # Unlike handlers, this is done the moment that a signal comes.
+    other_end = signal.set_wakeup_fd(write_end)
+    before = {number: signal.getsignal(number) for number in _INTERRUPTS}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, note)
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(other_end)
+        os.close(write_end)
 
 
 @contextmanager
@@ -179,7 +234,10 @@ def _muted_standard_error() -> Iterator[None]:
 
 def launched_rank() -> int:
     """This process's rank by the word of its launcher; 0 for one that was started alone."""
-    found = (os.environ.get(name) for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
+    found = (
+        os.environ.get(name)
+        for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+    )
     return int(next((rank for rank in found if rank), "0"))
 
 

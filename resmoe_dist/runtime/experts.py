@@ -38,20 +38,23 @@ class Workspace:
 
 
 class ExpertGroup(nn.Module):
-    """The local experts that share one centre: center [S, D] (or none) and a residual each.
+    """The local experts of one group: center [S, D] (None counts as zero) and a residual each.
 
-    residuals: in the order of the experts' numbers. output_biases: [H] per expert, or empty.
+    experts: their numbers in the layer; the lists go with them. output_biases: [H] per expert, or
+    empty.
     """
 
     center: Tensor | None
 
     def __init__(
         self,
+        experts: list[int],
         center_SD: Tensor | None,
         residuals: list[EncodedResidual],
         output_biases: list[Tensor],
     ) -> None:
         super().__init__()
+        self.experts = experts
         self.register_buffer("center", center_SD, persistent=False)
         self.residuals = nn.ModuleList(residuals)
         biases = torch.stack(output_biases) if output_biases else None
@@ -62,6 +65,7 @@ class ExpertGroup(nn.Module):
         """Rows [start, stop) of some of a group's experts, from its file."""
         biases = [file.read_output_bias(k) for k in experts]
         return cls(
+            experts,
             file.read_center(start, stop),
             [file.read_residual(k, start, stop) for k in experts],
             [bias for bias in biases if bias is not None],
@@ -70,12 +74,15 @@ class ExpertGroup(nn.Module):
     def restore(self, index: int, workspace: Workspace) -> Tensor:
         """Rows of expert `index` of this group, dense [S, D]: C + decode(residual)."""
         residual = self.residuals[index]
-        if self.center is None:
+        if self.center is None and not residual.uses_center:
+            # Stored whole: decoding is no work, and takes no memory.
             return residual.decode()
-        dense_SD = workspace.matrix(
-            *self.center.shape, dtype=self.center.dtype, device=self.center.device
-        )
-        dense_SD.copy_(self.center)
+        values = next(tensor for tensor in residual.buffers() if tensor.is_floating_point())
+        dense_SD = workspace.matrix(residual.rows, residual.columns, values.dtype, values.device)
+        if self.center is None:
+            dense_SD.zero_()
+        else:
+            dense_SD.copy_(self.center)
         residual.add_to(dense_SD)
         return dense_SD
 
@@ -83,7 +90,8 @@ class ExpertGroup(nn.Module):
 class CompressedExperts(nn.Module):
     """The local experts of one layer, executed by restoring one at a time (paper 000, algorithm 2).
 
-    Inference only. With tensor parallelism the output is this rank's partial sum.
+    places: (group, index in it) of each local expert, by its number. Inference only. With tensor
+    parallelism the output is this rank's partial sum.
     """
 
     def __init__(
@@ -98,6 +106,9 @@ class CompressedExperts(nn.Module):
         super().__init__()
         self.shape = shape
         self.groups = nn.ModuleList(groups)
+        # Tokens come sorted by expert, while neighbours among the experts may be of any groups.
+        places = {k: (g, i) for g, group in enumerate(groups) for i, k in enumerate(group.experts)}
+        self.places = [places[k] for k in sorted(places)]
         self.activation = activation
         self.workspace = workspace
         # Exactly one rank of a TP group adds the output bias, or the sum would hold it tp times.
@@ -146,13 +157,12 @@ class CompressedExperts(nn.Module):
     def forward(self, x_RH: Tensor, tokens_per_expert: list[int]) -> Tensor:
         """Partial outputs y_RH of tokens sorted by local expert."""
         y_RH = torch.empty_like(x_RH)
-        begin = local_expert = 0
-        for group in self.groups:
-            for index in range(len(group.residuals)):
-                end = begin + tokens_per_expert[local_expert]
-                if end > begin:
-                    y_RH[begin:end] = self._run(group, index, x_RH[begin:end])
-                begin, local_expert = end, local_expert + 1
+        begin = 0
+        for (group, index), tokens in zip(self.places, tokens_per_expert, strict=True):
+            end = begin + tokens
+            if tokens:
+                y_RH[begin:end] = self._run(self.groups[group], index, x_RH[begin:end])
+            begin = end
         return y_RH
 
     def _run(self, group: ExpertGroup, index: int, x_RH: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from resmoe_dist.runtime.layer import ResMoE
 class RankMemory:
     """center_bytes, residual_bytes (values, indices, output biases) and other_bytes of one rank.
 
-    groups: centres held, over all layers. num_experts: of a layer, over all ranks.
+    groups: those it holds experts of, over all layers. num_experts: of a layer, over all ranks.
     dense_expert_bytes: what all experts of the model would take dense, in the model's dtype.
     """
 

@@ -24,7 +24,8 @@ from tests.checkpoints.damage import (
     names_in,
     truncate,
 )
-from tests.models import compress
+from tests.checkpoints.regrouping import regroup
+from tests.models import compress, logits_of
 
 GROUP = "resmoe-00002-of-00002-group-001.safetensors"  # experts 2 and 3 of the second layer
 
@@ -56,9 +57,44 @@ def test_folder_that_holds_no_compressed_checkpoint(tmp_path):
 
 def test_newer_format_version(folder):
     # The rest of a newer index need not make sense to this program.
-    edit_text(folder / "resmoe.json", '{"format_version": 2, "tiles": []}')
-    with mistake(r"resmoe.json: format version 2 is newer than this program reads \(1\); upgrade"):
+    edit_text(folder / "resmoe.json", '{"format_version": 3, "tiles": []}')
+    with mistake(r"resmoe.json: format version 3 is newer than this program reads \(2\); upgrade"):
         read_index(folder)
+
+
+def _as_version_1(index):
+    """The fields that version 1 had, and no others."""
+    index["format_version"] = 1
+    known = {"groups", "keep", "codec", "align", "center", "layers", "dtype"}
+    index["settings"] = {key: index["settings"][key] for key in known}
+    known = {"file", "experts", "squared_errors", "squared_norms", "source_bytes", "objective"}
+    known |= {"center_bytes", "value_bytes", "index_bytes"}
+    for layer in index["layers"]:
+        layer["groups"] = [{key: group[key] for key in known} for group in layer["groups"]]
+
+
+def test_version_1_is_still_read(folder):
+    expected = logits_of(load_model(folder))
+    edit_json(folder / "resmoe.json", _as_version_1)
+
+    assert torch.equal(logits_of(load_model(folder)), expected)
+    assert CompressedCheckpoint(folder).faults() == []
+    settings = read_index(folder).settings
+    assert (settings.groups_per_rank, settings.target_bytes, settings.calibration) == (
+        1,
+        None,
+        None,
+    )
+    assert (settings.allocate, settings.solver) == ("group", "scipy")
+
+
+def test_version_1_kept_a_share_of_each_expert_where_the_centre_was_no_choice_of_its_own(
+    family_folder, tmp_path
+):
+    compress(family_folder("mixtral"), tmp_path / "c", center="barycenter", allocate="group")
+    edit_json(tmp_path / "c" / "resmoe.json", _as_version_1)
+
+    assert read_index(tmp_path / "c").settings.allocate == "expert"
 
 
 @pytest.mark.parametrize("text", ["{cut", "", "[]", "{}", '{"format_version": "1"}', "\xff"])
@@ -85,6 +121,57 @@ def test_index_that_contradicts_itself_or_lacks_something(folder, change):
     edit_json(folder / "resmoe.json", change)
     with mistake(r"resmoe.json: damaged \("):
         read_index(folder)
+
+
+@pytest.mark.parametrize(
+    ("groups", "reason"),
+    [
+        ([[0, 1], [1, 2, 3]], "each expert once"),
+        ([[0, 1], [2, 2, 3]], "each expert once"),
+        ([[0, 1], [3]], "each expert once"),
+        ([[0, 1], [2, 3, 4]], "each expert once"),
+        ([[-1, 0, 1], [2, 3]], "each expert once"),
+        ([[1, 0], [2, 3]], "do not ascend"),
+        ([[0, 1, 2, 3], []], "do not ascend"),
+    ],
+)
+def test_groups_that_are_no_partition_of_the_experts_are_refused(folder, groups, reason):
+    def change(index):
+        layer = index["layers"][1]
+        layer["groups"] = [
+            group | {"experts": experts}
+            for group, experts in zip(layer["groups"], groups, strict=True)
+        ]
+
+    edit_json(folder / "resmoe.json", change)
+    with mistake(rf"resmoe.json: damaged \(.*layers.1.*{reason}"):
+        read_index(folder)
+
+
+def test_groups_may_be_any_partition_of_the_experts(pristine, tmp_path):
+    regroup(pristine, tmp_path / "r", [[3], [0, 2], [1]])
+
+    assert [group.experts for group in read_index(tmp_path / "r").layers[1].groups] == [
+        [3],
+        [0, 2],
+        [1],
+    ]
+    assert CompressedCheckpoint(tmp_path / "r").faults() == []
+
+
+@pytest.mark.parametrize(("stored", "said"), [(True, False), (False, True)])
+def test_a_centre_of_which_index_and_file_tell_differently(pristine, tmp_path, stored, said):
+    folder = regroup(pristine, tmp_path / "r", [[0, 1], [2, 3]], centerless=[] if stored else [1])
+
+    def change(index):
+        groups = index["layers"][1]["groups"]
+        groups[1]["center_bytes"] = groups[0]["center_bytes"] if said else 0
+
+    edit_json(folder / "resmoe.json", change)
+    with mistake(f"{folder / GROUP}: (damaged|tensor 'center' is missing)"):
+        load_model(folder)
+    (fault,) = CompressedCheckpoint(folder).faults()
+    assert fault.startswith(GROUP)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from tests.checkpoints.damage import (
     sharded_copy,
     truncate,
 )
+from tests.checkpoints.regrouping import regroup
 from tests.models import FAMILIES, compress, dense_model
 
 LAYOUTS = [(name, fused) for name in FAMILIES for fused in (False, True)]
@@ -168,6 +169,20 @@ def test_keeping_everything_restores_each_expert_up_to_the_order_of_its_rows(
             in_order = (matrix[matrix[:, 0].argsort()] for matrix in (mine, want))
             torch.testing.assert_close(*in_order, rtol=1e-6, atol=1e-6)
     assert moved  # or order would have been no question
+
+
+@pytest.mark.parametrize(("name", "fused"), LAYOUTS)
+def test_experts_are_written_by_number_whatever_their_groups(family_folder, tmp_path, name, fused):
+    compress(family_folder(name, fused), tmp_path / "c")
+    regroup(tmp_path / "c", tmp_path / "r", [[1, 3], [2], [0]], centerless=[0])
+
+    restore_checkpoint(tmp_path / "c", tmp_path / "before")
+    restore_checkpoint(tmp_path / "r", tmp_path / "after")
+
+    before, after = _tensors(tmp_path / "before"), _tensors(tmp_path / "after")
+    assert before.keys() == after.keys()
+    for tensor_name, tensor in before.items():
+        torch.testing.assert_close(after[tensor_name], tensor, rtol=1e-6, atol=1e-6)
 
 
 def test_experts_can_be_written_in_another_dtype(compressed, tmp_path):

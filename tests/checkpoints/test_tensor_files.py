@@ -11,7 +11,7 @@ import stat
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from resmoe_dist.checkpoints import tensor_files
 from resmoe_dist.checkpoints.tensor_files import (
@@ -21,7 +21,8 @@ from resmoe_dist.checkpoints.tensor_files import (
     write_json,
     write_tensors,
 )
-from tests.checkpoints.damage import bytes_by_tensor, mistake, names_in
+from tests.checkpoints.damage import bytes_by_tensor, header_of, mistake, names_in, truncate
+from tests.checkpoints.resident import MIB, at_most_resident
 
 TENSORS = {"b": torch.arange(6.0).view(2, 3), "a": torch.ones(5, dtype=torch.bfloat16)}
 
@@ -37,6 +38,102 @@ def test_what_is_written_is_what_is_read(tmp_path):
     assert torch.equal(file.read("b"), TENSORS["b"])
     assert torch.equal(file.read("b", 1, 2), TENSORS["b"][1:2])
     assert torch.equal(file.read_index("b", 1), TENSORS["b"][1])
+
+
+DTYPES = [
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool),
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0), (4, 3), (3, 2, 5)])
+def test_tensors_of_every_type_and_rank(tmp_path, dtype, shape):
+    raw = torch.randint(0, 2, (*shape, dtype.itemsize), dtype=torch.uint8)
+    tensor = raw.view(-1).view(dtype).view(shape)
+    save_file({"before": torch.ones(3), "x": tensor}, tmp_path / "x")
+
+    read = TensorFile(tmp_path / "x").read("x")
+
+    assert (read.dtype, read.shape) == (dtype, shape)
+    assert read.reshape(-1).view(torch.uint8).tolist() == raw.view(-1).tolist()
+
+
+@pytest.mark.parametrize("stop", [None, 0, 1, 3, 5, 8])
+@pytest.mark.parametrize("start", [0, 1, 4, 5, 7])
+def test_ranges_are_those_of_slicing(tmp_path, start, stop):
+    whole = torch.arange(60.0).view(5, 4, 3)
+    write_tensors(tmp_path / "x", {"x": whole, "y": torch.ones(2)}, {})
+    file = TensorFile(tmp_path / "x")
+
+    assert torch.equal(file.read("x", start, stop), whole[start:stop])
+    for k in range(5):
+        assert torch.equal(file.read_index("x", k, start, stop), whole[k, start:stop])
+
+
+def test_a_type_that_pytorch_has_not_is_named(tmp_path):
+    save_file({"x": torch.ones(4, dtype=torch.uint8)}, tmp_path / "x")
+    raw = (tmp_path / "x").read_bytes()
+    (tmp_path / "x").write_bytes(raw.replace(b'"U8","shape":[4]', b'"F4","shape":[8]'))
+
+    with mistake(f"{tmp_path}/x: tensor 'x' is stored as F4, which is not supported"):
+        TensorFile(tmp_path / "x").read("x")
+
+
+def test_the_header_is_given_as_it_stands_in_the_file(tmp_path):
+    write_tensors(tmp_path / "x", TENSORS, {})
+
+    _, begin = header_of(tmp_path / "x")
+    assert TensorFile(tmp_path / "x").header() == (tmp_path / "x").read_bytes()[8:begin]
+
+
+def test_file_that_is_cut_short_after_it_was_opened(tmp_path):
+    write_tensors(tmp_path / "x", TENSORS, {})
+    file = TensorFile(tmp_path / "x")
+    truncate(tmp_path / "x", (tmp_path / "x").stat().st_size - 1)
+
+    with mistake(f"{tmp_path}/x: was cut short while it was read"):
+        [file.read(name) for name in file.names]
+
+
+def test_file_that_is_gone_after_it_was_opened(tmp_path):
+    write_tensors(tmp_path / "x", TENSORS, {})
+    file = TensorFile(tmp_path / "x")
+    (tmp_path / "x").unlink()
+
+    with mistake(f"{tmp_path}/x: cannot be read .*No such file"):
+        file.read("a")
+
+
+@pytest.fixture
+def large(tmp_path):
+    """A file of four tensors [8, 2, 2 Mi] in uint8, each 32 MiB."""
+    tensors = {str(i): torch.full((8, 2, 2 * MIB), i, dtype=torch.uint8) for i in range(4)}
+    write_tensors(tmp_path / "x", tensors, {})
+    return TensorFile(tmp_path / "x")
+
+
+def test_what_was_read_before_takes_no_memory(large):
+    with at_most_resident(36 * MIB):
+        for name in large.names:
+            assert large.read(name).aminmax() == (int(name), int(name))
+
+
+def test_reading_a_part_takes_the_memory_of_the_part(large):
+    with at_most_resident(8 * MIB):
+        for k in range(8):
+            large.read("3", k, k + 1)
+            large.read_index("3", k)
+            large.read_index("3", k, 1, 2)
+
+
+def test_writing_takes_no_second_copy(tmp_path):
+    tensors = {str(i): torch.ones(8 * MIB) for i in range(4)}
+
+    with at_most_resident(8 * MIB):
+        write_tensors(tmp_path / "x", tensors, {})
 
 
 @pytest.mark.parametrize("metadata", [{}, {"record": "{}"}])

@@ -99,6 +99,57 @@ def test_factors_in_bfloat16_are_within_its_rounding_of_the_exact_ones():
     assert bool(((rounded.decode().float() - exact.decode()).abs() <= bound).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "columns"), [(9, 14), (14, 9)])
+def test_keeping_everything_takes_no_rounding(rows, columns, dtype):
+    matrix = torch.randn(rows, columns).to(dtype)
+
+    encoded = LowRankResidual.encode(matrix, keep=1.0, dtype=dtype)
+
+    assert torch.equal(encoded.decode(), matrix)
+
+
+def test_a_residual_of_nothing_is_restored():
+    encoded = LowRankResidual.encode(torch.zeros(12, 17), keep=0.5, dtype=torch.float32)
+
+    assert torch.equal(encoded.decode(), torch.zeros(12, 17))
+
+
+@pytest.fixture
+def threads():
+    """threads(n): PyTorch on n threads, until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# With LAPACK on as many threads, or products that are not cut up, most of these differ.
+@pytest.mark.parametrize("limit", [8, 2048], ids=["randomised", "exact"])
+@pytest.mark.parametrize(("rows", "columns"), [(500, 3500), (3500, 500), (20, 6144), (300, 290)])
+def test_the_bytes_do_not_depend_on_the_number_of_threads(
+    monkeypatch, threads, limit, rows, columns
+):
+    monkeypatch.setattr(low_rank, "_EXACT_SVD_LIMIT", limit)
+    matrix = torch.randn(rows, columns)
+    encoded = []
+    for count in (1, 2, 3, 4):
+        threads(count)
+        encoded.append(LowRankResidual.encode(matrix, keep=0.25, dtype=torch.float32))
+        assert torch.get_num_threads() == count
+
+    for other in encoded[1:]:
+        assert torch.equal(encoded[0].left, other.left)
+        assert torch.equal(encoded[0].right, other.right)
+
+
+def test_the_number_of_threads_is_what_it_was_after_a_failure(threads):
+    threads(3)
+    with pytest.raises(torch.linalg.LinAlgError):
+        LowRankResidual.encode(torch.full((9, 14), torch.nan), keep=0.5, dtype=torch.float32)
+
+    assert torch.get_num_threads() == 3
+
+
 @pytest.fixture
 def past_the_exact_limit(monkeypatch):
     """A matrix that takes the way of large ones, with the slow spectrum that is hardest there."""

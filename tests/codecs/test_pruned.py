@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resmoe_dist.codecs import PrunedResidual
-from resmoe_dist.codecs.pruned import largest_entries
+from resmoe_dist.codecs.pruned import _row_offsets, largest_entries
 
 EIGHTHS = st.integers(0, 8).map(lambda n: n / 8)  # exact in binary: ⌊keep·I·D⌋ has no rounding
 
@@ -193,3 +193,65 @@ def test_a_reader_asks_for_the_rows_and_values_of_its_range_alone():
 
     first, last = tensors["row_offsets"][[2, 5]].tolist()
     assert asked == {"row_offsets": (2, 6), "bitmap": (2, 5), "values": (first, last)}
+
+
+@given(residual=residuals(), keep=EIGHTHS, data=st.data())
+@settings(deadline=None)
+def test_joining_slices_gives_the_tensors_of_the_whole(residual, keep, data):
+    encoded = PrunedResidual.encode(residual, keep=keep, dtype=torch.bfloat16)
+    rows = residual.shape[0]
+    # Also none, and parts of no rows.
+    cuts = sorted(data.draw(st.lists(st.integers(0, rows), max_size=4)))
+    bounds = zip([0, *cuts], [*cuts, rows], strict=True)
+
+    joined = PrunedResidual.join_rows([encoded.slice_rows(*bound) for bound in bounds])
+
+    assert joined.columns == encoded.columns
+    for name, tensor in encoded.tensors().items():
+        found = joined.tensors()[name]
+        assert found.dtype == tensor.dtype
+        assert torch.equal(found, tensor), name
+
+
+@given(residual=residuals(), seed=st.integers(0, 2**32 - 1))
+@settings(deadline=None)
+def test_parts_that_were_encoded_on_their_own_join_to_what_the_whole_encodes_to(residual, seed):
+    mask = torch.from_numpy(np.random.default_rng(seed).random(residual.shape) < 0.4)
+
+    def encode(rows: slice) -> PrunedResidual:
+        return PrunedResidual.encode(
+            residual[rows], keep=0.4, dtype=torch.float32, mask_ID=mask[rows]
+        )
+
+    joined = PrunedResidual.join_rows([encode(slice(0, 2)), encode(slice(2, None))])
+
+    for name, tensor in encode(slice(None)).tensors().items():
+        assert torch.equal(joined.tensors()[name], tensor), name
+
+
+def test_offsets_have_64_bits_where_there_are_more_values_than_32_bits_count():
+    largest = 2**31 - 1
+
+    few, many = (_row_offsets(torch.tensor([largest - 5, last])) for last in (5, 6))
+
+    assert (few.dtype, few.tolist()) == (torch.int32, [0, largest - 5, largest])
+    assert (many.dtype, many.tolist()) == (torch.int64, [0, largest - 5, largest + 1])
+
+
+@given(residual=residuals(), keep=st.floats(0, 1))
+@settings(deadline=None)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_told_before_encoding_are_reached_up_to_one_value(residual, keep, dtype):
+    encoded = PrunedResidual.encode(residual, keep=keep, dtype=dtype)
+
+    told = PrunedResidual.stored_bytes(*residual.shape, keep, dtype.itemsize)
+    assert encoded.nbytes <= told <= encoded.nbytes + dtype.itemsize
+
+
+def test_bytes_told_of_more_values_than_32_bits_count_are_with_offsets_of_64():
+    rows, columns = 2**16, 2**16
+
+    half, less = (PrunedResidual.stored_bytes(rows, columns, k, 2) for k in (0.5, 0.5 - 2**-32))
+
+    assert less == rows * columns // 8 + (2**31 - 1) * 2 + (rows + 1) * 4
+    assert half == rows * columns // 8 + 2**31 * 2 + (rows + 1) * 8

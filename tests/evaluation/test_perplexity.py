@@ -185,7 +185,7 @@ def test_text_that_cannot_be_read(tokenizer, tmp_path, content):
 @pytest.mark.parametrize("content", ["", "a"])
 def test_text_that_is_too_short(tokenizer, tmp_path, content):
     (tmp_path / "text").write_text(content)
-    with mistake(f"{tmp_path}/text: too short; a perplexity needs two tokens or more"):
+    with mistake(f"{tmp_path}/text: too short; two tokens or more are needed"):
         sequences_from_text(tmp_path / "text", tokenizer, 16)
 
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.checkpoints.restore import restore_checkpoint
 from resmoe_dist.evaluation.report import describe, human_bytes, layer_table
-from tests.checkpoints.damage import bytes_by_tensor, copy_of, edit_tensors
+from tests.checkpoints.damage import bytes_by_tensor, copy_of, edit_json, edit_tensors
+from tests.checkpoints.regrouping import regroup
 from tests.models import compress
 
 CASES = [
@@ -219,3 +220,119 @@ def test_a_checkpoint_no_smaller_than_dense_is_told_so(family_folder, tmp_path, 
     assert (
         "no smaller than dense" in layer_table(describe(CompressedCheckpoint(tmp_path / "c")))
     ) is said
+
+
+@pytest.fixture(scope="module")
+def regrouped(family_folder, tmp_path_factory):
+    """Two layers of three groups: [0, 3] and [1] with a centre, [2] without."""
+    folder = tmp_path_factory.mktemp("regrouped")
+    compress(family_folder("mixtral"), folder / "c")
+    return regroup(folder / "c", folder / "r", [[0, 3], [2], [1]], centerless=[1])
+
+
+def _described(folder):
+    return describe(CompressedCheckpoint(folder))
+
+
+def test_groups_without_a_centre_are_counted(regrouped):
+    found = _described(regrouped)
+
+    assert [layer["groups"] for layer in found["layers"]] == [3, 3]
+    assert [layer["groups_without_center"] for layer in found["layers"]] == [1, 1]
+    assert found["experts"]["groups_without_center"] == 2
+    assert found["experts"]["center_bytes"] == 2 * 2 * 27 * 60 * 4  # layers, centres, I, D, bytes
+    assert "\nno centre in 2 of 6 groups: there it would not pay" in layer_table(found)
+
+
+def test_a_checkpoint_that_was_to_have_no_centres_is_not_excused_for_it(regrouped, tmp_path):
+    folder = copy_of(regrouped, tmp_path / "r")
+    edit_json(folder / "resmoe.json", lambda index: index["settings"].update(center="none"))
+
+    assert "no centre in 2 of 6 groups: as --center none asks" in layer_table(_described(folder))
+
+
+def test_layers_left_dense_are_no_groups_that_lack_a_centre(family_folder, tmp_path):
+    compress(family_folder("mixtral"), tmp_path / "c", layers=[1])
+    found = _described(tmp_path / "c")
+
+    assert found["experts"]["groups_without_center"] == 0
+    assert "no centre" not in layer_table(found)
+
+
+def _set_per_group(folder, **values):
+    """Values of new fields for each group in turn; each layer gets the same."""
+
+    def change(index):
+        for layer in index["layers"]:
+            for i, group in enumerate(layer["groups"]):
+                group.update({key: per_group[i] for key, per_group in values.items()})
+
+    edit_json(folder / "resmoe.json", change)
+
+
+def _columns(table):
+    return table.splitlines()[0].split()
+
+
+def test_kept_share_counts_each_group_by_its_experts(regrouped, tmp_path):
+    folder = copy_of(regrouped, tmp_path / "r")
+    _set_per_group(folder, keep=[0.5, 0.1, 0.3])
+    found = _described(folder)
+
+    kept = pytest.approx((2 * 0.5 + 0.1 + 0.3) / 4)
+    assert [layer["keep"] for layer in found["layers"]] == [kept, kept]
+    assert found["experts"]["keep"] == kept
+    assert "keep" in _columns(layer_table(found))
+    assert all("  0.350  " in line for line in layer_table(found).splitlines()[2:5])
+
+
+def test_weighted_error_is_taken_over_all_experts(regrouped, tmp_path):
+    folder = copy_of(regrouped, tmp_path / "r")
+    _set_per_group(
+        folder,
+        weighted_squared_errors=[[1.0, 2.0], [0.0], [3.0]],
+        weighted_squared_norms=[[10.0, 10.0], [5.0], [23.0]],
+    )
+    found = _described(folder)
+
+    for part in (*found["layers"], found["experts"]):
+        assert part["weighted_relative_error"] == pytest.approx(6 / 48)
+    assert "weighted" in _columns(layer_table(found))
+    assert all("  0.1250  " in line for line in layer_table(found).splitlines()[2:5])
+
+
+def test_columns_that_no_layer_has_anything_for_are_left_out(regrouped):
+    found = _described(regrouped)
+
+    for part in (*found["layers"], found["experts"]):
+        assert part["keep"] is None
+        assert part["weighted_relative_error"] is None
+    assert not {"keep", "weighted"} & set(_columns(layer_table(found)))
+
+
+def test_what_one_group_does_not_say_is_not_guessed_for_its_layer(regrouped, tmp_path):
+    folder = copy_of(regrouped, tmp_path / "r")
+    _set_per_group(
+        folder,
+        keep=[0.5, None, 0.5],
+        weighted_squared_errors=[[1.0, 1.0], None, [1.0]],
+        weighted_squared_norms=[[2.0, 2.0], [2.0], [2.0]],
+    )
+    found = _described(folder)
+
+    assert [layer["keep"] for layer in found["layers"]] == [None, None]
+    assert found["experts"]["weighted_relative_error"] is None
+
+
+def test_dense_layers_are_left_out_of_what_is_said_of_all_compressed_ones(family_folder, tmp_path):
+    compress(family_folder("mixtral"), tmp_path / "c", layers=[1])
+
+    def change(index):
+        (group,) = index["layers"][1]["groups"]
+        group.update(keep=0.25, weighted_squared_errors=[1.0] * 4, weighted_squared_norms=[4.0] * 4)
+
+    edit_json(tmp_path / "c" / "resmoe.json", change)
+    found = _described(tmp_path / "c")
+
+    assert found["experts"]["keep"] == 0.25
+    assert found["experts"]["weighted_relative_error"] == 0.25

@@ -1,6 +1,12 @@
-"""Joining, starting and refusing grids, without processes."""
+"""Joining, starting and refusing grids, without processes; and how a process ends."""
 
 from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -77,3 +83,76 @@ def test_a_grid_has_at_least_one_rank_each_way(machine, ep, tp):
 
     with pytest.raises(UserError, match="must be 1 or more"):
         launcher.start_grid(ep, tp, "launch/infer.py", [])
+
+
+# What a process does until a signal comes: nothing, in Python and in code that no signal ends.
+WAITS = {
+    "python": "time.sleep(30)",
+    "compiled code": (
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM}); "
+        "ctypes.CDLL(None).usleep(30_000_000)"
+    ),
+}
+
+
+def _start(body, *, ignored=False):
+    """A process that runs `body` as an entry point, and has begun it."""
+    script = (
+        "import ctypes, signal, time\n"
+        "from resmoe_dist.parallel.launcher import run_entry_point\n"
+        f"def main():\n    print('begun', flush=True)\n    {body}\n"
+        "run_entry_point(main)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
+        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None,
+    )
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(0.2)
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("wait", WAITS)
+def test_signal_ends_a_process_soon_and_quietly_whatever_it_does(wait, number, code):
+    process = _start(WAITS[wait])
+    begun = time.monotonic()
+    process.send_signal(number)
+    # A launcher often sends one more to a rank that leaves, when it has noticed.
+    time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+
+    assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == code
+    assert time.monotonic() - begun < 5
+
+
+@pytest.mark.slow
+def test_interrupted_work_may_say_a_word():
+    process = _start(
+        "try: time.sleep(30)\n    except KeyboardInterrupt: raise KeyboardInterrupt('gone on at 7')"
+    )
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=30) == ("", "gone on at 7\n")
+    assert process.returncode == 143
+
+
+@pytest.mark.slow
+def test_signal_that_is_ignored_stays_ignored():
+    process = _start("time.sleep(1); return 7", ignored=True)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == 7
+
+
+def test_entry_point_leaves_signals_as_they_were():
+    before = [signal.getsignal(number) for number in launcher._INTERRUPTS]
+    with pytest.raises(SystemExit):
+        launcher.run_entry_point(lambda: 0)
+    assert [signal.getsignal(number) for number in launcher._INTERRUPTS] == before
+    assert signal.set_wakeup_fd(-1) == -1

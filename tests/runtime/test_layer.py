@@ -17,6 +17,7 @@ from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.checkpoints.restore import restored_expert
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.design_matrix import from_rows
+from tests.checkpoints.regrouping import regroup
 from tests.models import compress, relative_difference
 from tests.ranks import run_on_ranks
 
@@ -122,10 +123,10 @@ def _naive(folder: Path, x_TH, index_TK, weights_TK) -> torch.Tensor:
     """Token by token, expert by expert, in float64, from the stored tensors."""
     checkpoint = CompressedCheckpoint(folder)
     layer = checkpoint.index.layers[0]
-    dense = []
+    dense = {}
     for group in layer.groups:
         file = checkpoint.open_group(layer, group)
-        dense += [restored_expert(file, k, torch.float64)[0] for k in group.experts]
+        dense |= {k: restored_expert(file, k, torch.float64)[0] for k in group.experts}
     out_TH = torch.zeros(x_TH.shape, dtype=torch.float64)
     for t in range(len(x_TH)):
         for k, weight in zip(index_TK[t].tolist(), weights_TK[t].double(), strict=True):
@@ -156,17 +157,19 @@ def test_routed_output_is_the_naive_sum_over_experts(family_folder, tmp_path, co
     assert relative_difference(found.double(), expected) <= 1e-5
 
 
-def test_bfloat16_output_is_within_the_rounding_of_its_steps(family_folder, tmp_path):
+@pytest.mark.parametrize("centerless", [(), (1,)])
+def test_bfloat16_output_is_within_the_rounding_of_its_steps(family_folder, tmp_path, centerless):
     # Each of C + R, gate, up, their product, and down is rounded to bf16 (relative 2⁻⁹ each, and
     # the products sum rounded terms); 2⁻⁶ of the largest output leaves a factor of about two.
     compress(family_folder("mixtral"), tmp_path / "c", groups=2, dtype="bfloat16")
+    regroup(tmp_path / "c", tmp_path / "r", [[0, 1], [2, 3]], centerless=centerless, keep=0.5)
     x_TH, index_TK, weights_TK = _routed(64)
     x_TH = x_TH.bfloat16()
 
-    found = ResMoE.from_checkpoint(tmp_path / "c", 0)(x_TH, index_TK, weights_TK)
+    found = ResMoE.from_checkpoint(tmp_path / "r", 0)(x_TH, index_TK, weights_TK)
 
     assert found.dtype == torch.bfloat16
-    expected = _naive(tmp_path / "c", x_TH, index_TK, weights_TK)
+    expected = _naive(tmp_path / "r", x_TH, index_TK, weights_TK)
     assert relative_difference(found.double(), expected) <= 2**-6
 
 

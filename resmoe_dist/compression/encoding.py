@@ -1,0 +1,235 @@
+"""Residuals of a group against its centre, and what was lost.
+
+Legend: N experts of the group, I rows, D columns, B rows of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from resmoe_dist.codecs import EncodedResidual
+from resmoe_dist.compression.aligned import AlignedExperts
+from resmoe_dist.compression.center import joint_center, mean_center
+from resmoe_dist.compression.selection import order_statistic
+
+_MAX_ALTERNATIONS = 10
+# Alternation stops when a round gains less than this share of the error.
+_ALTERNATION_GAIN = 1e-3
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Of one expert: ‖T_k W_k − restored_k‖² and ‖W_k‖², the same with weights (where there are
+    any), and how many of the residual's entries the codec kept."""
+
+    squared_error: float
+    squared_norm: float
+    weighted_squared_error: float
+    weighted_squared_norm: float
+    kept: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A group after encoding: center_ID in the stored dtype (None: no centre), and per expert its
+    residual and what it lost, with everything rounded as stored."""
+
+    center_ID: Tensor | None
+    residuals: list[EncodedResidual]
+    losses: list[Loss]
+
+    @property
+    def squared_error(self) -> float:
+        """Of the whole group, weighted: what the choices minimise."""
+        return sum(loss.weighted_squared_error for loss in self.losses)
+
+
+def encode_group(
+    aligned: AlignedExperts,
+    codec: type[EncodedResidual],
+    *,
+    center: str,
+    keep: float,
+    allocate: str,
+    dtype: torch.dtype,
+) -> Encoded:
+    """Centre and residuals of aligned experts.
+
+    center: `joint`, `barycenter`, `mean` (the last two are the same average; with `mean` the caller
+    has not aligned) or `none`. keep: share of residual entries to keep, of each expert's own where
+    allocate is `expert`, else of the group's. dtype: of stored values.
+    """
+    if not codec.uses_center or center == "none":
+        center_ID = None
+    elif center != "joint":
+        center_ID = mean_center(aligned, dtype)
+    elif codec.chooses_entries:
+        center_ID = joint_center(aligned, keep, dtype)
+    else:
+        return _alternate(aligned, codec, keep, dtype)
+    if codec.chooses_entries:
+        return _encode_entries(aligned, center_ID, codec, keep, allocate, dtype)
+    return _encode_matrices(aligned, center_ID, codec, keep, dtype)
+
+
+def _encode_entries(
+    aligned: AlignedExperts,
+    center_ID: Tensor | None,
+    codec: type[EncodedResidual],
+    keep: float,
+    allocate: str,
+    dtype: torch.dtype,
+) -> Encoded:
+    """Keep the entries that are furthest from the centre as it is stored, block by block."""
+    everyone = list(range(aligned.count))
+    sharing = [[k] for k in everyone] if allocate == "expert" else [everyone]
+    residuals, losses = [], []
+    for experts in sharing:
+        threshold, drop_ties = _threshold(aligned, center_ID, experts, keep)
+        for k in experts:
+            parts, lost = [], []
+            for rows in aligned.blocks(1):
+                expert_BD = aligned.expert_rows(k, rows)
+                residual_BD = _residual(expert_BD, center_ID, rows)
+                away_BD = _away(aligned, residual_BD, rows)
+                mask_BD, drop_ties = _beyond(away_BD, threshold, drop_ties)
+                part = codec.encode(residual_BD, keep=keep, dtype=dtype, mask_ID=mask_BD)
+                lost.append(_loss(aligned, expert_BD, residual_BD, part, rows, int(mask_BD.sum())))
+                parts.append(part.cpu())
+            residuals.append(codec.join_rows(parts))
+            losses.append(_total(lost))
+    return Encoded(center_ID, residuals, losses)
+
+
+def _threshold(
+    aligned: AlignedExperts, center_ID: Tensor | None, experts: list[int], keep: float
+) -> tuple[float, int]:
+    """The weighted magnitude beyond which ⌊keep·n⌋ residual entries lie; how many equal to it drop.
+
+    Entries that are zero are never kept.
+    """
+
+    def magnitudes() -> Iterator[Tensor]:
+        for k in experts:
+            for rows in aligned.blocks(1):
+                residual_BD = _residual(aligned.expert_rows(k, rows), center_ID, rows)
+                yield _away(aligned, residual_BD, rows).flatten()
+
+    total = len(experts) * aligned.entries
+    drops = total - int(keep * total)
+    if not drops:
+        return 0.0, total
+    sample_NS = aligned.sample[experts]
+    if center_ID is not None:
+        sample_NS = sample_NS - aligned.sampled(center_ID)
+    if aligned.sample_weights is not None:
+        sample_NS = sample_NS * aligned.sample_weights
+    threshold, drop_ties = order_statistic(sample_NS.abs(), magnitudes, total, drops)
+    return threshold, drop_ties if threshold else total
+
+
+def _residual(expert_BD: Tensor, center_ID: Tensor | None, rows: slice) -> Tensor:
+    """Against the centre as it is stored: its rounding is made good in the residual."""
+    return expert_BD if center_ID is None else expert_BD - center_ID[rows].to(expert_BD)
+
+
+def _away(aligned: AlignedExperts, residual_BD: Tensor, rows: slice) -> Tensor:
+    return _weigh(aligned, residual_BD / aligned.unit, rows).abs()
+
+
+def _weigh(aligned: AlignedExperts, values_BD: Tensor, rows: slice) -> Tensor:
+    weight_BD = aligned.row_weights(rows)
+    return values_BD if weight_BD is None else values_BD * weight_BD
+
+
+def _beyond(away_BD: Tensor, threshold: float, drop_ties: int) -> tuple[Tensor, int]:
+    """Mask of what is kept, and how many equals of the threshold are still to drop after this."""
+    mask_BD = away_BD > threshold
+    ties_BD = away_BD == threshold
+    ties = int(ties_BD.sum())
+    if ties > drop_ties:
+        mask_BD |= ties_BD & (ties_BD.flatten().cumsum(0) > drop_ties).view_as(ties_BD)
+    return mask_BD, max(0, drop_ties - ties)
+
+
+def _encode_matrices(
+    aligned: AlignedExperts,
+    center_ID: Tensor | None,
+    codec: type[EncodedResidual],
+    keep: float,
+    dtype: torch.dtype,
+) -> Encoded:
+    """Encode one whole residual after the other."""
+    residuals, losses = [], []
+    everything = slice(0, aligned.experts_NID.shape[1])
+    for k in range(aligned.count):
+        expert_ID = aligned.expert_rows(k, everything)
+        residual_ID = _residual(expert_ID, center_ID, everything)
+        residual = codec.encode(residual_ID, keep=keep, dtype=dtype)
+        kept = sum(tensor.numel() for tensor in residual.tensors().values())
+        losses.append(_loss(aligned, expert_ID, residual_ID, residual, everything, kept))
+        residuals.append(residual.cpu())
+    return Encoded(center_ID, residuals, losses)
+
+
+def _alternate(
+    aligned: AlignedExperts, codec: type[EncodedResidual], keep: float, dtype: torch.dtype
+) -> Encoded:
+    """C ← mean over k of (T_k W_k − decode(R_k)), repeated while the error falls.
+
+    Given the decoded residuals that mean is the best centre; the best round is returned, so the
+    result is never worse than the plain barycentre's.
+    """
+    everything = slice(0, aligned.experts_NID.shape[1])
+    best = _encode_matrices(aligned, mean_center(aligned, dtype), codec, keep, dtype)
+    for _ in range(_MAX_ALTERNATIONS):
+        center_ID = torch.zeros(aligned.experts_NID.shape[1:])
+        for k, residual in enumerate(best.residuals):
+            center_ID += aligned.expert_rows(k, everything).cpu() / aligned.count
+            center_ID -= residual.decode().float() / aligned.count
+        trial = _encode_matrices(aligned, center_ID.to(dtype), codec, keep, dtype)
+        gained = best.squared_error - trial.squared_error
+        enough = gained > _ALTERNATION_GAIN * best.squared_error
+        if gained > 0:
+            best = trial
+        if not enough:
+            break
+    return best
+
+
+def _loss(
+    aligned: AlignedExperts,
+    expert_BD: Tensor,
+    residual_BD: Tensor,
+    part: EncodedResidual,
+    rows: slice,
+    kept: int,
+) -> Loss:
+    lost_BD = residual_BD - part.decode().float()
+    plain = _square(lost_BD), _square(expert_BD)
+    if aligned.weights is None:
+        return Loss(*plain, *plain, kept)
+    weighted = (
+        _square(_weigh(aligned, lost_BD, rows)),
+        _square(_weigh(aligned, expert_BD, rows)),
+    )
+    return Loss(*plain, *weighted, kept)
+
+
+def _square(matrix_BD: Tensor) -> float:
+    """‖·‖², in float64: squares of very large weights leave float32."""
+    return float(torch.linalg.vector_norm(matrix_BD, dtype=torch.float64)) ** 2
+
+
+def _total(parts: list[Loss]) -> Loss:
+    return Loss(
+        squared_error=sum(part.squared_error for part in parts),
+        squared_norm=sum(part.squared_norm for part in parts),
+        weighted_squared_error=sum(part.weighted_squared_error for part in parts),
+        weighted_squared_norm=sum(part.weighted_squared_norm for part in parts),
+        kept=sum(part.kept for part in parts),
+    )

@@ -1,0 +1,105 @@
+"""What compressing a group takes in memory, and keeping that under a bound.
+
+Legend: N experts of the group, I rows, D columns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import re
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from resmoe_dist.errors import UserError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {f"{unit}I": 1024**power for power, unit in enumerate("KMGT", start=1)}
+# Blocks of entries, a sample of them, and what the allocator keeps in reserve.
+_SCRATCH = 400 * 1024**2
+# Of each row, for blocks of products.
+_SCRATCH_PER_ROW = 16 * 1024
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `8GB`, `512MiB`, `2e9` …. Raises UserError for anything else."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
+    try:
+        size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < 1:
+        raise UserError(f"--max-memory {text}: not a size; write 8GB or 7500MiB")
+    return size
+
+
+def resident_bytes() -> int:
+    """Anonymous memory of this process: what it cannot give back as page cache."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("Linux tells RssAnon")
+
+
+def return_freed_memory() -> None:
+    """Give the system back what the allocator keeps of freed memory, where it can be told to."""
+    with suppress(AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@dataclass(frozen=True)
+class GroupMemory:
+    """Bytes that compressing one group takes: its experts as read, and everything beside them."""
+
+    experts: int
+    beside: int
+
+    @classmethod
+    def of(
+        cls, count: int, rows: int, columns: int, itemsize: int, *, stored: int, solves: bool
+    ) -> GroupMemory:
+        """Of `count` experts [rows, columns] read in `itemsize` bytes.
+
+        stored: bytes of the compressed group. solves: rows are aligned, with the sum of the experts
+        in float32, and two matrices of 8-bit integers or one I × I matrix for the solver.
+        """
+        matrix = rows * columns
+        align = solves * (4 * matrix + max(2 * matrix, 8 * rows * rows) + rows * _SCRATCH_PER_ROW)
+        # One expert more than is stored: its parts, then the whole.
+        encode = stored + stored // count
+        return cls(count * matrix * itemsize, max(align, encode) + _SCRATCH)
+
+
+class ExpertStore:
+    """Room for a group's experts [N, I, D]: in memory, or in a file where a bound asks for it.
+
+    at_most: bytes of anonymous memory that this process may hold; None for no bound. folder: where
+    the file is made; it has no name there any more once it is open.
+    """
+
+    def __init__(self, folder: Path, at_most: int | None) -> None:
+        self._folder, self._at_most = folder, at_most
+
+    def room(self, need: GroupMemory, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor. Raises UserError where even a file does not help."""
+        if self._at_most is None:
+            return torch.empty(shape, dtype=dtype)
+        left = self._at_most - resident_bytes() - need.beside
+        if left >= need.experts:
+            return torch.empty(shape, dtype=dtype)
+        if left < 0:
+            least = math.ceil((self._at_most - left) / 1024**3 * 10) / 10
+            raise UserError(
+                f"--max-memory: a group of {shape[0]} experts takes {least:.1f} GiB on each rank; "
+                "allow as much, start fewer ranks, or use smaller groups (a larger --ep)"
+            )
+        with tempfile.TemporaryDirectory(dir=self._folder, prefix=".experts-") as scratch:
+            # The mapping outlives the name.
+            size = shape[0] * shape[1] * shape[2]
+            path = Path(scratch) / "experts"
+            return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)

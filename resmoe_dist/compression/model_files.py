@@ -1,0 +1,97 @@
+"""What a compressed folder holds besides its experts: copied tensors, config, companions, index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from resmoe_dist import __version__
+from resmoe_dist.checkpoints.compressed import (
+    FORMAT_VERSION,
+    INDEX_FILE,
+    QUANT_METHOD,
+    CheckpointIndex,
+    CompressionSettings,
+    FileEntry,
+    LayerEntry,
+)
+from resmoe_dist.checkpoints.model_folder import (
+    SHARD_INDEX,
+    set_dtype,
+    shard_name,
+    write_shard_index,
+)
+from resmoe_dist.checkpoints.source import SourceCheckpoint
+from resmoe_dist.checkpoints.tensor_files import copy_file, read_json, sha256_of, write_json
+
+PRODUCER = f"resmoe-dist {__version__}"
+# What a model folder holds besides weights and config: tokenizer, templates, generation defaults.
+_COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Tensors of one source file that are no expert's, to become shard `number` of `count`."""
+
+    names: tuple[str, ...]
+    number: int
+    count: int
+
+    @property
+    def file(self) -> str:
+        """Name of the shard's file."""
+        return shard_name(self.number, self.count)
+
+
+def shards_of(source: SourceCheckpoint) -> list[Shard]:
+    """What has to be copied, sharded as the source is."""
+    by_file: dict[str, list[str]] = {}
+    for name in source.other_names:
+        by_file.setdefault(source.files.locations[name], []).append(name)
+    contents = [tuple(sorted(names)) for _, names in sorted(by_file.items())]
+    return [Shard(names, i, len(contents)) for i, names in enumerate(contents)]
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Name, size and digest of a file."""
+    return FileEntry(file=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
+def write_model_files(
+    folder: Path,
+    source: SourceCheckpoint,
+    settings: CompressionSettings,
+    layers: Sequence[LayerEntry],
+    shards: Mapping[Shard, FileEntry],
+) -> None:
+    """Write shard index, config, companions and, last, the index that accounts for all files."""
+    write_shard_index(folder, {name: shard.file for shard in shards for name in shard.names})
+    _write_config(folder, source, settings)
+    ours = ("config.json", SHARD_INDEX)
+    for path in sorted(source.folder.iterdir()):
+        if path.is_file() and path.suffix in _COMPANION_SUFFIXES and path.name not in ours:
+            copy_file(path, folder / path.name)
+    named = [file_entry(folder / name) for name in (SHARD_INDEX, "config.json")]
+    index = CheckpointIndex(
+        format_version=FORMAT_VERSION,
+        producer=PRODUCER,
+        settings=settings,
+        layers=list(layers),
+        other_files=[*shards.values(), *named],
+    )
+    write_json(folder / INDEX_FILE, index.model_dump())
+
+
+def _write_config(folder: Path, source: SourceCheckpoint, settings: CompressionSettings) -> None:
+    config = read_json(source.folder / "config.json")
+    if settings.dtype:
+        set_dtype(config, settings.dtype)
+    config["quantization_config"] = {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "groups": settings.groups,
+        "codec": settings.codec,
+        "keep": settings.keep,
+    }
+    write_json(folder / "config.json", config)

@@ -1,0 +1,25 @@
+"""How much memory a block of code takes at its peak, mapped files included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+MIB = 1 << 20
+
+
+@contextmanager
+def at_most_resident(limit: int) -> Iterator[None]:
+    """Fail if the block's peak resident set is more than `limit` bytes above what it found."""
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak starts anew
+    before = _status("VmRSS")
+    yield
+    grown = _status("VmHWM") - before
+    assert grown <= limit, f"grew by {grown / MIB:.1f} MiB, {limit / MIB:.1f} allowed"
+
+
+def _status(key: str) -> int:
+    with open("/proc/self/status") as file:
+        (value,) = (line.split()[1] for line in file if line.startswith(f"{key}:"))
+    return int(value) * 1024

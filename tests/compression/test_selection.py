@@ -1,0 +1,98 @@
+"""Order statistics against sorting, whatever sample told where to look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from resmoe_dist.compression.selection import order_statistic
+
+
+def _blocks(values: Tensor, size: int) -> tuple[Callable[[], Iterator[Tensor]], list[int]]:
+    """Makes the values in blocks, and counts how often."""
+    passes: list[int] = []
+
+    def blocks() -> Iterator[Tensor]:
+        passes.append(1)
+        yield from values.split(size)
+
+    return blocks, passes
+
+
+def _expected(values: Tensor, rank: int) -> tuple[float, int]:
+    """By sorting; which of its equals it is, by counting those below."""
+    ordered = np.sort(values.numpy())
+    value = ordered[rank - 1]
+    return float(value), rank - int((ordered < value).sum())
+
+
+def _samples(values: Tensor, entries: int) -> dict[str, Tensor]:
+    """Samples [1 or 5, entries / 5]: honest ones and misleading ones."""
+    ordered = values.sort().values
+    return {
+        "random": values[torch.randperm(len(values))[:entries]].view(1, -1),
+        "of columns": values[torch.randperm(len(values))[:entries]].view(5, -1),
+        "the smallest": ordered[:entries].view(1, -1),
+        "the largest": ordered[-entries:].view(1, -1),
+        "the smallest alone": ordered[:1].repeat(1, entries),
+        "the median alone": ordered[len(values) // 2 : len(values) // 2 + 1].repeat(1, entries),
+        "from elsewhere": 100 + torch.rand(1, entries),
+    }
+
+
+@pytest.mark.parametrize("kind", ["all differ", "heavy ties", "mostly zeros", "all equal"])
+@pytest.mark.parametrize("size", [70, 10**6])
+def test_any_rank_is_found_from_any_sample(kind, size):
+    values = torch.randn(6000)
+    if kind == "heavy ties":
+        values = values.round()
+    elif kind == "mostly zeros":
+        values[: 6000 * 9 // 10] = 0
+        values = values[torch.randperm(6000)].abs()
+    elif kind == "all equal":
+        values = torch.full((6000,), 0.1)
+
+    for name, sample in _samples(values, 500).items():
+        for rank in (1, 2, 600, 3000, 3001, 3002, 5400, 5401, 5999, 6000):
+            found = order_statistic(sample, _blocks(values, size)[0], 6000, rank)
+            assert found == _expected(values, rank), (name, rank)
+
+
+@given(data=st.data(), total=st.integers(2, 40), spread=st.integers(0, 12))
+@settings(deadline=None)
+def test_which_of_its_equals_it_is_is_counted_exactly(data, total, spread):
+    drawn = data.draw(st.lists(st.integers(-spread, spread), min_size=total, max_size=total))
+    values = torch.tensor(drawn, dtype=torch.float32)
+    sample = values[: data.draw(st.integers(1, total))].view(1, -1)
+    rank = data.draw(st.integers(1, total))
+
+    found = order_statistic(sample, _blocks(values, 3)[0], total, rank)
+
+    assert found == _expected(values, rank)
+
+
+def test_an_honest_sample_needs_one_pass():
+    values = torch.randn(100_000)
+    blocks, passes = _blocks(values, 5000)
+
+    for rank in (1, 25_000, 99_999):
+        passes.clear()
+        sample = values[::10].view(1, -1)
+        assert order_statistic(sample, blocks, 100_000, rank) == _expected(values, rank)
+        assert len(passes) == 1
+
+
+def test_a_misleading_sample_needs_more_passes_until_the_value_is_within():
+    values = torch.arange(100_000.0)
+    blocks, passes = _blocks(values, 5000)
+
+    found = order_statistic(values[:1000].view(1, -1), blocks, 100_000, 50_000)
+
+    assert found == (49_999.0, 1)
+    assert len(passes) > 1
