@@ -19,6 +19,8 @@ from torch import Tensor
 
 from resmoe_dist.errors import UserError
 
+# What the system says of a full disk, or of a user's share of it.
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _HASH_CHUNK = 1 << 22
 _LENGTH_BYTES = 8
 _GLIMPSES, _GLIMPSE_BYTES = 32, 1024
@@ -235,7 +237,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 def _write_error(path: Path, error: Exception) -> UserError:
     # safetensors reports I/O errors as text of its own.
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space" in str(error)
+    full = getattr(error, "errno", None) in FULL_DISK or "No space" in str(error)
     if full:
         return UserError(f"{path.parent}: the disk is full; free some space and run again")
     reason = getattr(error, "strerror", None) or error

@@ -20,8 +20,8 @@ from resmoe_dist.compression.memory import return_freed_memory
 
 CPU = torch.device("cpu")
 # Values, over all experts, of one block: its temporaries stay in the processor's cache.
-_BLOCK_VALUES = 1 << 21
-_BLOCKS_PER_TRIM = 32
+_BLOCK_VALUES = 1 << 20
+_BLOCKS_PER_TRIM = 64
 # Entries of a sample: shares read off it are right to 0.07 %. Values: of more experts than eight,
 # fewer entries.
 _SAMPLE_ENTRIES = 1 << 19
@@ -34,7 +34,8 @@ def unit_of(matrix: Tensor) -> float:
     Being a power of two, it changes no digit.
     """
     low, high = matrix.aminmax()
-    return 2.0 ** math.frexp(max(-float(low), float(high)))[1]
+    # Never so small that float32 could not hold its inverse.
+    return 2.0 ** max(math.frexp(max(-float(low), float(high)))[1], -100)
 
 
 @dataclass(frozen=True)

@@ -92,10 +92,12 @@ def align_leave_one_out(experts_NID: Tensor, assign: Assign) -> Tensor:
 
 def _progressive_start(experts_NID: Tensor, assign: Assign) -> Tensor:
     permutations = align_none(experts_NID, assign)
-    total_ID = experts_NID[0].to(torch.float32, copy=True)
+    # A sum in units of the experts stays within float32.
+    share = 1 / unit_of(experts_NID)
+    total_ID = experts_NID[0].float() * share
     for k in range(1, len(experts_NID)):
         permutations[k] = assign(total_ID, experts_NID[k])
-        _add_rows(total_ID, experts_NID[k], permutations[k])
+        _add_rows(total_ID, experts_NID[k], permutations[k], share)
     return permutations
 
 
@@ -110,7 +112,7 @@ def _alternation_start(experts_NID: Tensor, assign: Assign) -> Tensor:
         if not reached.objective < objective:
             return permutations
         permutations, objective = found, reached.objective
-        target_ID = reached.apply(experts_NID).float().mean(0)
+        target_ID = (reached.apply(experts_NID).float() / unit_of(experts_NID)).mean(0)
 
 
 def _descend(
@@ -122,23 +124,27 @@ def _descend(
     """
     count = len(experts_NID)
     permutations = permutations_NI.clone()
+    unit = unit_of(experts_NID)
     total_ID = torch.zeros(experts_NID.shape[1:])
     for expert_ID, perm in zip(experts_NID, permutations, strict=True):
-        _add_rows(total_ID, expert_ID, perm)
+        _add_rows(total_ID, expert_ID, perm, 1 / unit)
     for _ in range(_SWEEPS):
         moved = False
         for k, expert_ID in enumerate(experts_NID):
-            _add_rows(total_ID, expert_ID, permutations[k], sign=-1)
-            if 2 * _gain_at_most(total_ID, expert_ID, permutations[k]) / count < least_drop:
+            _add_rows(total_ID, expert_ID, permutations[k], -1 / unit)
+            most = _gain_at_most(total_ID, expert_ID, permutations[k]) * unit
+            if 2 * most / count < least_drop:
                 return permutations
             better = assign(total_ID, expert_ID)
             moved |= not torch.equal(better, permutations[k])
-            gain = _gain(total_ID, expert_ID, permutations[k], better) if least_drop else 0.0
+            gain = 0.0
+            if least_drop:
+                gain = _gain(total_ID, expert_ID, permutations[k], better) * unit
             permutations[k] = better
             # The objective is Σ‖W‖²/N − ‖Σ T W‖²/N²: its drop is 2·gain/N², N times that a sweep's.
             if 2 * gain / count < least_drop:
                 return permutations
-            _add_rows(total_ID, expert_ID, better)
+            _add_rows(total_ID, expert_ID, better, 1 / unit)
         if not moved:
             break
     return permutations
@@ -148,11 +154,11 @@ def _rows_of_block(matrix_ID: Tensor) -> int:
     return max(1, _BLOCK_ENTRIES // matrix_ID.shape[1])
 
 
-def _add_rows(total_ID: Tensor, expert_ID: Tensor, perm_I: Tensor, *, sign: int = 1) -> None:
-    """total += sign · expert[perm], without a permuted copy of the expert."""
+def _add_rows(total_ID: Tensor, expert_ID: Tensor, perm_I: Tensor, share: float) -> None:
+    """total += share · expert[perm], without a permuted copy of the expert."""
     step = _rows_of_block(expert_ID)
     for total_BD, rows in zip(total_ID.split(step), perm_I.split(step), strict=True):
-        total_BD.add_(expert_ID[rows], alpha=sign)
+        total_BD.add_(expert_ID[rows].float(), alpha=share)
 
 
 def _gain_at_most(target_ID: Tensor, expert_ID: Tensor, perm_I: Tensor) -> float:

@@ -24,10 +24,12 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from resmoe_dist.compression.aligned import CPU, unit_of
+from resmoe_dist.compression.threads import in_parallel
 from resmoe_dist.errors import UserError
 
 # Rows of a block: products run at full speed, and its scores take some tens of MB.
 _BLOCK_ROWS = 1024
+_ROUNDED_ROWS = 64
 # Multiplications from which on it pays to try 8 bits first.
 _CERTIFY_FROM = 1 << 28
 # More undecided rows than this in a block, and a solver will be needed anyway.
@@ -76,9 +78,10 @@ def _score_columns(target_ID: Tensor, expert_ID: Tensor) -> Iterator[tuple[slice
         yield block, target_ID @ expert_BD.T
 
 
-def _blocks(rows: int) -> Iterator[slice]:
-    for start in range(0, rows, _BLOCK_ROWS):
-        yield slice(start, min(start + _BLOCK_ROWS, rows))
+def _blocks(rows: int, at_most: int | None = None) -> Iterator[slice]:
+    step = at_most or _BLOCK_ROWS
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
 
 
 def _is_permutation(partner_I: Tensor) -> bool:
@@ -102,7 +105,8 @@ class _Rounded:
         self.integers_ID = torch.empty(rows, columns, dtype=torch.int8)
         self.scale_I, self.norm_I, self.error_I = torch.empty(3, rows)
         unit = unit_of(matrix_ID)
-        for block in _blocks(rows):
+
+        def fill(block: slice) -> None:
             matrix_BD = matrix_ID[block].float() / unit
             scale_B = (matrix_BD.abs().amax(1) / _INT8_MAX).clamp(min=torch.finfo().tiny)
             rounded_BD = (matrix_BD / scale_B.unsqueeze(1)).round_()
@@ -110,6 +114,9 @@ class _Rounded:
             rounded_BD *= scale_B.unsqueeze(1)
             self.scale_I[block], self.norm_I[block] = scale_B, rounded_BD.norm(dim=1)
             self.error_I[block] = (matrix_BD - rounded_BD).norm(dim=1)
+
+        for _ in in_parallel(fill, _blocks(rows, _ROUNDED_ROWS), device=CPU):
+            pass
         # For the rounding of the sums above and of the scores to float32.
         self.error_I += 1e-5 * self.norm_I
 

@@ -77,7 +77,8 @@ class PriceCurve:
         if not prices.numel():
             return cls(aligned.count * aligned.entries, 0, (0.0,))
         prices = prices.sort().values
-        points = torch.linspace(0, prices.numel() - 1, _CURVE_POINTS).long()
+        last = prices.numel() - 1
+        points = torch.linspace(0, last, _CURVE_POINTS, dtype=torch.float64).long()
         found = prices[points].double() * aligned.unit**2
         return cls(aligned.count * aligned.entries, droppable, tuple(found.tolist()))
 

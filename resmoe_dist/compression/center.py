@@ -6,13 +6,14 @@ Legend: N experts of the group, I rows, D columns, B rows of a block, C entries 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from resmoe_dist.compression.aligned import AlignedExperts
-from resmoe_dist.compression.selection import order_statistic
+from resmoe_dist.compression.selection import OrderStatistic, order_statistic
+from resmoe_dist.compression.threads import in_parallel
 from resmoe_dist.compression.windows import drop_prices, drops_at, drops_for, window_means
 
 # With 64 experts the exact centre takes 1.4 times as long as a trimmed mean and loses 0.2 % less at
@@ -21,14 +22,13 @@ _EXACT_EXPERTS = 64
 _ROUNDS = 8
 
 
-# From values [N, C] of consecutive blocks, and the weights [C] of their entries if there are any,
-# to the centre [C].
+# From values [N, C] and the weights [C] of their entries, if there are any, to a centre [C].
 CenterOf = Callable[[Tensor, "Tensor | None"], Tensor]
 
 
 def mean_center(aligned: AlignedExperts, dtype: torch.dtype) -> Tensor:
     """The mean of the aligned experts [I, D], stored as `dtype` (paper 001, equation 4)."""
-    return _by_blocks(aligned, dtype, lambda values_NC, _: _mean(values_NC))
+    return _each_block(aligned, dtype, lambda values_NC, _: _mean(values_NC))
 
 
 def joint_center(aligned: AlignedExperts, keep: float, dtype: torch.dtype) -> Tensor:
@@ -37,31 +37,34 @@ def joint_center(aligned: AlignedExperts, keep: float, dtype: torch.dtype) -> Te
     Exact up to 64 experts (see `windows`), a trimmed mean for more. In the norm of the weights,
     where `aligned` has them.
     """
-    exact = aligned.count <= _EXACT_EXPERTS
-    return _by_blocks(aligned, dtype, (windowed if exact else trimmed)(aligned, keep))
+    if aligned.count <= _EXACT_EXPERTS:
+        return windowed_center(aligned, keep, dtype)
+    return trimmed_center(aligned, keep, dtype)
 
 
-def windowed(aligned: AlignedExperts, keep: float) -> CenterOf:
+def windowed_center(aligned: AlignedExperts, keep: float, dtype: torch.dtype) -> Tensor:
     """The best centre, exactly. A weight scales the prices of its entry, and not the centre."""
     drops = drops_for(keep, aligned.count, aligned.entries)
-    multiplier, at_multiplier = 0.0, 0
+    last = OrderStatistic(0.0, [])
     if drops > 0:
+        last = order_statistic(
+            _prices(aligned.sample, aligned.sample_weights),
+            lambda rows: _prices(*_block(aligned, rows)).flatten(),
+            aligned.blocks,
+            (aligned.count - 1) * aligned.entries,
+            drops,
+            device=aligned.device,
+        )
 
-        def prices() -> Iterator[Tensor]:
-            for rows in aligned.blocks():
-                yield _prices(*_block(aligned, rows)).flatten()
+    def center(numbered: tuple[int, slice]) -> tuple[slice, Tensor]:
+        number, rows = numbered
+        values_NC, weight_C = _block(aligned, rows)
+        ties = last.ties[number] if last.value else values_NC.numel()
+        drops_C = drops_at(_prices(values_NC, weight_C), last.value, ties)
+        return rows, window_means(values_NC, drops_C)
 
-        total = (aligned.count - 1) * aligned.entries
-        sample = _prices(aligned.sample, aligned.sample_weights)
-        multiplier, at_multiplier = order_statistic(sample, prices, total, drops)
-
-    def best(values_NC: Tensor, weight_C: Tensor | None) -> Tensor:
-        nonlocal at_multiplier
-        drops_C, paid = drops_at(_prices(values_NC, weight_C), multiplier, at_multiplier)
-        at_multiplier -= paid
-        return window_means(values_NC, drops_C)
-
-    return best
+    parts = in_parallel(center, enumerate(aligned.blocks()), device=aligned.device)
+    return _assembled(aligned, dtype, parts)
 
 
 def _prices(values_NC: Tensor, weight_C: Tensor | None) -> Tensor:
@@ -69,7 +72,7 @@ def _prices(values_NC: Tensor, weight_C: Tensor | None) -> Tensor:
     return prices_NC if weight_C is None else prices_NC * weight_C.square()
 
 
-def trimmed(aligned: AlignedExperts, keep: float) -> CenterOf:
+def trimmed_center(aligned: AlignedExperts, keep: float, dtype: torch.dtype) -> Tensor:
     """Means of the values that are near them, iterated.
 
     "Near" is a threshold found on the sample: the one beyond which the share `keep` lies.
@@ -90,7 +93,7 @@ def trimmed(aligned: AlignedExperts, keep: float) -> CenterOf:
             center_C = _trimmed_mean(values_NC, center_C, weight_C, threshold)
         return center_C
 
-    return mean
+    return _each_block(aligned, dtype, mean)
 
 
 def _trimmed_mean(
@@ -119,11 +122,23 @@ def _weighted(values_NC: Tensor, weight_C: Tensor | None) -> Tensor:
     return values_NC if weight_C is None else values_NC * weight_C
 
 
-def _by_blocks(aligned: AlignedExperts, dtype: torch.dtype, center_of: CenterOf) -> Tensor:
-    """A centre [I, D] from one block after the other."""
+def _each_block(aligned: AlignedExperts, dtype: torch.dtype, center_of: CenterOf) -> Tensor:
+    """A centre [I, D] of blocks that do not depend on each other."""
+
+    def center(rows: slice) -> tuple[slice, Tensor]:
+        return rows, center_of(*_block(aligned, rows))
+
+    parts = in_parallel(center, aligned.blocks(), device=aligned.device)
+    return _assembled(aligned, dtype, parts)
+
+
+def _assembled(
+    aligned: AlignedExperts, dtype: torch.dtype, parts: Iterable[tuple[slice, Tensor]]
+) -> Tensor:
+    """A centre [I, D] from the centres [C] of blocks of rows, in units of `aligned.unit`."""
     center_ID = torch.empty(aligned.experts_NID.shape[1:], dtype=dtype)
-    for rows in aligned.blocks():
-        center_BD = center_of(*_block(aligned, rows)).view(-1, center_ID.shape[1])
+    for rows, center_C in parts:
+        center_BD = center_C.view(-1, center_ID.shape[1])
         center_ID[rows] = (center_BD * aligned.unit).to(dtype)
     return center_ID
 

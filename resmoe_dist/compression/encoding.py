@@ -5,8 +5,9 @@ Legend: N experts of the group, I rows, D columns, B rows of a block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from torch import Tensor
 from resmoe_dist.codecs import EncodedResidual
 from resmoe_dist.compression.aligned import AlignedExperts
 from resmoe_dist.compression.center import joint_center, mean_center
-from resmoe_dist.compression.selection import order_statistic
+from resmoe_dist.compression.selection import OrderStatistic, order_statistic
+from resmoe_dist.compression.threads import in_parallel
 
 _MAX_ALTERNATIONS = 10
 # Alternation stops when a round gains less than this share of the error.
@@ -86,50 +88,67 @@ def _encode_entries(
 ) -> Encoded:
     """Keep the entries that are furthest from the centre as it is stored, block by block."""
     everyone = list(range(aligned.count))
-    sharing = [[k] for k in everyone] if allocate == "expert" else [everyone]
     residuals, losses = [], []
-    for experts in sharing:
-        threshold, drop_ties = _threshold(aligned, center_ID, experts, keep)
-        for k in experts:
-            parts, lost = [], []
-            for rows in aligned.blocks(1):
-                expert_BD = aligned.expert_rows(k, rows)
-                residual_BD = _residual(expert_BD, center_ID, rows)
-                away_BD = _away(aligned, residual_BD, rows)
-                mask_BD, drop_ties = _beyond(away_BD, threshold, drop_ties)
-                part = codec.encode(residual_BD, keep=keep, dtype=dtype, mask_ID=mask_BD)
-                lost.append(_loss(aligned, expert_BD, residual_BD, part, rows, int(mask_BD.sum())))
-                parts.append(part.cpu())
-            residuals.append(codec.join_rows(parts))
+    for experts in [[k] for k in everyone] if allocate == "expert" else [everyone]:
+        last = _last_dropped(aligned, center_ID, experts, keep)
+
+        def encode(
+            numbered: tuple[int, tuple[int, slice]], last: OrderStatistic = last
+        ) -> tuple[EncodedResidual, Loss]:
+            number, (k, rows) = numbered
+            expert_BD = aligned.expert_rows(k, rows)
+            residual_BD = _residual(expert_BD, center_ID, rows)
+            away_BD = _away(aligned, residual_BD, rows)
+            ties = last.ties[number] if last.value else away_BD.numel()
+            mask_BD = _beyond(away_BD, last.value, ties)
+            part = codec.encode(residual_BD, keep=keep, dtype=dtype, mask_ID=mask_BD)
+            lost = _loss(aligned, expert_BD, residual_BD, part, rows, int(mask_BD.sum()))
+            return part.cpu(), lost
+
+        encoded = in_parallel(
+            encode, enumerate(_blocks_of(aligned, experts)), device=aligned.device
+        )
+        for _ in experts:
+            parts, lost = zip(*islice(encoded, len(list(aligned.blocks(1)))), strict=True)
+            residuals.append(codec.join_rows(list(parts)))
             losses.append(_total(lost))
     return Encoded(center_ID, residuals, losses)
 
 
-def _threshold(
-    aligned: AlignedExperts, center_ID: Tensor | None, experts: list[int], keep: float
-) -> tuple[float, int]:
-    """The weighted magnitude beyond which ⌊keep·n⌋ residual entries lie; how many equal to it drop.
+def _blocks_of(aligned: AlignedExperts, experts: list[int]) -> Iterator[tuple[int, slice]]:
+    return ((k, rows) for k in experts for rows in aligned.blocks(1))
 
-    Entries that are zero are never kept.
+
+def _last_dropped(
+    aligned: AlignedExperts, center_ID: Tensor | None, experts: list[int], keep: float
+) -> OrderStatistic:
+    """The weighted magnitude beyond which ⌊keep·n⌋ residual entries lie, of all those `experts`'.
+
+    It is zero where no entry that is not has to be dropped: zeros are never kept.
     """
 
-    def magnitudes() -> Iterator[Tensor]:
-        for k in experts:
-            for rows in aligned.blocks(1):
-                residual_BD = _residual(aligned.expert_rows(k, rows), center_ID, rows)
-                yield _away(aligned, residual_BD, rows).flatten()
+    def magnitudes(block: tuple[int, slice]) -> Tensor:
+        k, rows = block
+        residual_BD = _residual(aligned.expert_rows(k, rows), center_ID, rows)
+        return _away(aligned, residual_BD, rows).flatten()
 
     total = len(experts) * aligned.entries
     drops = total - int(keep * total)
     if not drops:
-        return 0.0, total
+        return OrderStatistic(0.0, [])
     sample_NS = aligned.sample[experts]
     if center_ID is not None:
         sample_NS = sample_NS - aligned.sampled(center_ID)
     if aligned.sample_weights is not None:
         sample_NS = sample_NS * aligned.sample_weights
-    threshold, drop_ties = order_statistic(sample_NS.abs(), magnitudes, total, drops)
-    return threshold, drop_ties if threshold else total
+    return order_statistic(
+        sample_NS.abs(),
+        magnitudes,
+        lambda: _blocks_of(aligned, experts),
+        total,
+        drops,
+        device=aligned.device,
+    )
 
 
 def _residual(expert_BD: Tensor, center_ID: Tensor | None, rows: slice) -> Tensor:
@@ -146,14 +165,13 @@ def _weigh(aligned: AlignedExperts, values_BD: Tensor, rows: slice) -> Tensor:
     return values_BD if weight_BD is None else values_BD * weight_BD
 
 
-def _beyond(away_BD: Tensor, threshold: float, drop_ties: int) -> tuple[Tensor, int]:
-    """Mask of what is kept, and how many equals of the threshold are still to drop after this."""
+def _beyond(away_BD: Tensor, threshold: float, drop: int) -> Tensor:
+    """Mask of what is kept: beyond the threshold, or equal to it but for the first `drop`."""
     mask_BD = away_BD > threshold
     ties_BD = away_BD == threshold
-    ties = int(ties_BD.sum())
-    if ties > drop_ties:
-        mask_BD |= ties_BD & (ties_BD.flatten().cumsum(0) > drop_ties).view_as(ties_BD)
-    return mask_BD, max(0, drop_ties - ties)
+    if int(ties_BD.sum()) > drop:
+        mask_BD |= ties_BD & (ties_BD.flatten().cumsum(0) > drop).view_as(ties_BD)
+    return mask_BD
 
 
 def _encode_matrices(
@@ -225,7 +243,7 @@ def _square(matrix_BD: Tensor) -> float:
     return float(torch.linalg.vector_norm(matrix_BD, dtype=torch.float64)) ** 2
 
 
-def _total(parts: list[Loss]) -> Loss:
+def _total(parts: Sequence[Loss]) -> Loss:
     return Loss(
         squared_error=sum(part.squared_error for part in parts),
         squared_norm=sum(part.squared_norm for part in parts),

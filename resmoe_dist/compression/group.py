@@ -137,7 +137,7 @@ class GroupCompressor:
 
     def plan(self, layer: int, experts: Sequence[int]) -> GroupPlan:
         """Align a group, decide whether it has a centre, and find the prices of its entries."""
-        experts_NID, _ = self._read(layer, experts)
+        experts_NID, _ = self._read(layer, experts, keep=0.0)
         plan, aligned = self._plan(layer, experts, experts_NID)
         if self.codec(layer).chooses_entries:
             return replace(plan, curve=PriceCurve.of(aligned, plan.center))
@@ -152,7 +152,8 @@ class GroupCompressor:
         too large for the stored dtype.
         """
         return_freed_memory()
-        experts_NID, biases = self._read(layer, experts)
+        keep = self.settings.keep if plan is None else plan.keep
+        experts_NID, biases = self._read(layer, experts, keep)
         if plan is None:
             plan, aligned = self._plan(layer, experts, experts_NID)
         else:
@@ -197,8 +198,13 @@ class GroupCompressor:
             ]
         return CompressedGroup(group_tensors(encoded.center_ID, residuals, output_biases), record)
 
-    def _read(self, layer: int, experts: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
-        """Design matrices [N, I, D] as stored, and the output biases of those that have one."""
+    def _read(
+        self, layer: int, experts: Sequence[int], keep: float
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Design matrices [N, I, D] as stored, and the output biases of those that have one.
+
+        keep: what will be encoded of them, for which there must be room too.
+        """
         shape, dtype = self.source.sites[layer].shape, self.source.dtype(layer)
         codec = self.codec(layer)
         need = GroupMemory.of(
@@ -206,7 +212,7 @@ class GroupCompressor:
             shape.rows,
             shape.columns,
             dtype.itemsize,
-            stored=self.size(layer, len(experts)).bytes_at(self.settings.keep),
+            stored=self.size(layer, len(experts)).bytes_at(keep),
             solves=codec.uses_center and self.settings.align != "none" and len(experts) > 1,
         )
         matrix_shape = (len(experts), shape.rows, shape.columns)

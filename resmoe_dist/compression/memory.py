@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import re
 import tempfile
 from contextlib import suppress
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from resmoe_dist.checkpoints.tensor_files import FULL_DISK
 from resmoe_dist.errors import UserError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -102,4 +104,18 @@ class ExpertStore:
             # The mapping outlives the name.
             size = shape[0] * shape[1] * shape[2]
             path = Path(scratch) / "experts"
+            self._reserve(path, size * dtype.itemsize)
             return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+
+    @staticmethod
+    def _reserve(path: Path, size: int) -> None:
+        """Make a file of `size` bytes. In one with holes, a full disk would end the process."""
+        try:
+            with open(path, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            reason = "the disk is full" if error.errno in FULL_DISK else error.strerror
+            raise UserError(
+                f"{path.parent.parent}: no room for a group's experts ({reason}); free some space "
+                "or allow more --max-memory"
+            ) from error

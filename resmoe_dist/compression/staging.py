@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from resmoe_dist.checkpoints.tensor_files import write_json
+from resmoe_dist.checkpoints.tensor_files import FULL_DISK, write_json
 from resmoe_dist.errors import UserError
 
 _SETTINGS_FILE = "resmoe-settings.json"
@@ -36,7 +36,6 @@ _LOCK_APPEARS_SECONDS = 0.5
 # What file systems say that cannot lock, such as Lustre without its option for it.
 _CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _GONE = (errno.ENOENT, errno.ESTALE)
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 logger = logging.getLogger(__name__)
 
@@ -314,6 +313,6 @@ def _delete(path: Path) -> None:
 
 
 def _refused(path: Path, error: OSError, verb: str = "written") -> UserError:
-    if error.errno in _FULL:
+    if error.errno in FULL_DISK:
         return UserError(f"{path}: the disk is full; free some space and run again")
     return UserError(f"{path}: cannot be {verb} ({error.strerror})")

@@ -56,16 +56,15 @@ def window_means(values_NC: Tensor, drops_C: Tensor) -> Tensor:
     return mean_C
 
 
-def drops_at(prices_NC: Tensor, multiplier: float, at_multiplier: int) -> tuple[Tensor, int]:
-    """How many experts drop each entry [C], and how many prices of exactly λ were paid.
+def drops_at(prices_NC: Tensor, multiplier: float, at_multiplier: int) -> Tensor:
+    """How many experts drop each entry [C].
 
-    at_multiplier: how many of those are to be; the first entries pay, and the last one may pay
-    more, for part of its steps would leave it off the convex hull. At λ = 0 all drops are free.
+    at_multiplier: how many prices of exactly λ are to be paid; the first entries pay, and the last
+    one may pay more, for part of its steps would leave it off the convex hull.
     """
     tied_C = (prices_NC == multiplier).sum(0)
-    if multiplier > 0:
-        tied_C *= tied_C.cumsum(0) - tied_C < at_multiplier
-    return 1 + (prices_NC < multiplier).sum(0) + tied_C, int(tied_C.sum())
+    tied_C *= tied_C.cumsum(0) - tied_C < at_multiplier
+    return 1 + (prices_NC < multiplier).sum(0) + tied_C
 
 
 def _windows(sorted_NC: Tensor):
