@@ -496,6 +496,6 @@ def test_the_trimmed_centre_is_never_worse_than_the_barycentre(tails, keep):
 
 def test_more_experts_than_are_centred_exactly_have_a_trimmed_centre(monkeypatch):
     experts = torch.randn(center._EXACT_EXPERTS + 1, 8, 9)
-    monkeypatch.setattr(center, "windowed", None)
+    monkeypatch.setattr(center, "windowed_center", None)
 
     joint_center(_as_stored(experts), 0.25, torch.float32)
