@@ -144,6 +144,25 @@ def test_options_become_settings(family_folder, run, tmp_path, arguments, expect
     assert settings | expected == settings
 
 
+@pytest.mark.slow
+def test_compress_weighs_errors_by_what_a_text_activates(embedded_source, run, tmp_path):
+    text = tmp_path / "text.py"
+    text.write_text("def compress(source, output):\n    return source.read()\n" * 20)
+
+    code, out, err = run(
+        "compress", embedded_source, tmp_path / "c", "--ep", 4, "--calibration", text
+    )
+
+    assert (code, err) == (0, "")
+    assert "weighted" in out
+    index = json.loads((tmp_path / "c" / "resmoe.json").read_text())
+    assert len(index["settings"]["calibration"]) == 64
+    for layer in index["layers"]:
+        for group in layer["groups"]:
+            errors, norms = group["weighted_squared_errors"], group["weighted_squared_norms"]
+            assert all(0 < e < 0.1 * n for e, n in zip(errors, norms, strict=True))
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

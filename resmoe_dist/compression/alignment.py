@@ -91,7 +91,7 @@ def align_leave_one_out(experts_NID: Tensor, assign: Assign) -> Tensor:
 
 
 def _progressive_start(experts_NID: Tensor, assign: Assign) -> Tensor:
-    permutations = align_none(experts_NID, assign)
+    permutations = rows_as_stored(experts_NID)
     # A sum in units of the experts stays within float32.
     share = 1 / unit_of(experts_NID)
     total_ID = experts_NID[0].float() * share
@@ -104,7 +104,7 @@ def _progressive_start(experts_NID: Tensor, assign: Assign) -> Tensor:
 def _alternation_start(experts_NID: Tensor, assign: Assign) -> Tensor:
     """Where the papers' alternation ends: all experts to their mean, from the first expert on."""
     target_ID, objective = experts_NID[0].float(), float("inf")
-    permutations = align_none(experts_NID, assign)
+    permutations = rows_as_stored(experts_NID)
     while True:
         found = torch.stack([assign(target_ID, expert) for expert in experts_NID])
         reached = Alignment(found, objective_of(experts_NID, found))
@@ -209,8 +209,8 @@ def align_pot(experts_NID: Tensor, assign: Assign) -> Tensor:
     )
 
 
-def align_none(experts_NID: Tensor, assign: Assign) -> Tensor:
-    """Rows in the order they are stored in: permutations [N, I]."""
+def rows_as_stored(experts_NID: Tensor) -> Tensor:
+    """The permutations [N, I] that change nothing."""
     count, rows, _ = experts_NID.shape
     return torch.arange(rows).repeat(count, 1)
 
@@ -218,7 +218,7 @@ def align_none(experts_NID: Tensor, assign: Assign) -> Tensor:
 ALIGNERS: dict[str, Callable[[Tensor, Assign], Tensor]] = {
     "loo": align_leave_one_out,
     "pot": align_pot,
-    "none": align_none,
+    "none": lambda experts_NID, _: rows_as_stored(experts_NID),
 }
 
 

@@ -21,7 +21,7 @@ from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.checkpoints.tensor_files import TensorFile, write_tensors
 from resmoe_dist.codecs import DenseResidual, EncodedResidual, codec_named
 from resmoe_dist.compression.aligned import CPU, AlignedExperts, EntryWeights
-from resmoe_dist.compression.alignment import Alignment, align
+from resmoe_dist.compression.alignment import Alignment, align, rows_as_stored
 from resmoe_dist.compression.budget import PriceCurve, StoredSize, center_pays, centerless_keep
 from resmoe_dist.compression.clustering import cluster_experts
 from resmoe_dist.compression.encoding import encode_group
@@ -228,8 +228,12 @@ class GroupCompressor:
         self, layer: int, experts: Sequence[int], experts_NID: Tensor
     ) -> tuple[GroupPlan, AlignedExperts]:
         codec, settings = self.codec(layer), self.settings
-        method = settings.align if codec.uses_center and settings.center != "none" else "none"
-        alignment = align(experts_NID, method, solver=settings.solver, device=self.device)
+        if codec.uses_center and settings.center != "none":
+            alignment = align(
+                experts_NID, settings.align, solver=settings.solver, device=self.device
+            )
+        else:
+            alignment = Alignment(rows_as_stored(experts_NID), 0.0)
         aligned = self._aligned(layer, experts, experts_NID, alignment)
         center, keep = settings.center, settings.keep
         if center == "auto":
