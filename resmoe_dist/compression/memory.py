@@ -9,7 +9,7 @@ import ctypes
 import math
 import os
 import re
-import tempfile
+import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,12 +100,15 @@ class ExpertStore:
                 f"--max-memory: a group of {shape[0]} experts takes {least:.1f} GiB on each rank; "
                 "allow as much, start fewer ranks, or use smaller groups (a larger --ep)"
             )
-        with tempfile.TemporaryDirectory(dir=self._folder, prefix=".experts-") as scratch:
-            # The mapping outlives the name.
-            size = shape[0] * shape[1] * shape[2]
-            path = Path(scratch) / "experts"
+        # Hidden, as all that a resumed run clears away if this one is killed just now.
+        path = self._folder / f".experts-{uuid.uuid4().hex}"
+        size = shape[0] * shape[1] * shape[2]
+        try:
             self._reserve(path, size * dtype.itemsize)
+            # The mapping outlives the name.
             return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+        finally:
+            path.unlink(missing_ok=True)
 
     @staticmethod
     def _reserve(path: Path, size: int) -> None:
@@ -116,6 +119,6 @@ class ExpertStore:
         except OSError as error:
             reason = "the disk is full" if error.errno in FULL_DISK else error.strerror
             raise UserError(
-                f"{path.parent.parent}: no room for a group's experts ({reason}); free some space "
+                f"{path.parent}: no room for a group's experts ({reason}); free some space "
                 "or allow more --max-memory"
             ) from error
