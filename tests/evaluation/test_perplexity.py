@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -15,6 +16,7 @@ from resmoe_dist.checkpoints.restore import restore_checkpoint
 from resmoe_dist.evaluation.perplexity import (
     Evaluation,
     check_vocabulary,
+    divergence,
     evaluate,
     load_tokenizer,
     sequences_from_json,
@@ -200,3 +202,44 @@ def test_tokenizer_that_is_damaged(family_folder, tmp_path, content):
     (folder / "tokenizer.json").write_text(content)
     with mistake(f"{folder}: no tokenizer could be loaded"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "switch"])
+def test_divergence_is_the_mean_of_what_its_definition_gives(family_folder, family):
+    reference = load_model(family_folder(family))
+    model = copy.deepcopy(reference)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1.1)
+    sequences = [[3, 4, 5, 6], [7, 8, 9, 10], [11, 12]]
+
+    found = divergence(model, reference, sequences)
+
+    terms = []
+    for sequence in sequences:
+        ids = torch.tensor([sequence])
+        p, q = (_distributions(m, ids) for m in (reference, model))
+        terms += [float((a * (a / b).log()).sum()) for a, b in zip(p, q, strict=True)]
+    assert found == pytest.approx(sum(terms) / len(terms), rel=1e-6)
+    assert found > 0
+    assert divergence(reference, reference, sequences) == 0
+
+
+@torch.no_grad()
+def _distributions(model, ids):
+    """Of each predicted token, as `evaluate` predicts them."""
+    if model.config.is_encoder_decoder:
+        half = ids.shape[1] // 2
+        logits = model(input_ids=ids[:, :half], labels=ids[:, half:]).logits[0]
+    else:
+        logits = model(input_ids=ids).logits[0, :-1]
+    return logits.double().softmax(-1)
+
+
+def test_switch_is_evaluated_in_batches_of_several(family_folder):
+    model = load_model(family_folder("switch"))
+    sequences = [[3, 4, 5, 6, 7], [8, 9, 10, 11, 12], [13, 14, 15, 16, 17]]
+
+    together = evaluate(model, sequences)
+
+    apart = [evaluate(model, [sequence]) for sequence in sequences]
+    assert together.nll == pytest.approx(sum(part.nll for part in apart) / 3, rel=1e-5)
