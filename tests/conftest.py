@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from resmoe_dist.parallel.launcher import quiet_libraries
 from tests.models import FAMILIES, save_family
 
 quiet_libraries()
+# A shell's background job ignores Ctrl-C, and what it starts inherits that; tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

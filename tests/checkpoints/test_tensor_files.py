@@ -123,7 +123,7 @@ def test_what_was_read_before_takes_no_memory(large):
 
 def test_reading_a_part_takes_the_memory_of_the_part(large):
     large.read("3", 0, 1)  # the allocator's own reserve grows once
-    with at_most_resident(8 * MIB):
+    with at_most_resident(16 * MIB):  # parts of 4 MiB; half of what the tensor takes
         for k in range(8):
             large.read("3", k, k + 1)
             large.read_index("3", k)
