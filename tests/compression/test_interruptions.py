@@ -52,7 +52,9 @@ def slow(tmp_path, monkeypatch):
 
 
 def _pid(tmp_path, rank):
-    return int((tmp_path / "pids" / str(rank)).read_text())
+    file = tmp_path / "pids" / str(rank)
+    wait_until(lambda: file.exists() and file.read_text())  # it may be being written
+    return int(file.read_text())
 
 
 @pytest.mark.slow
