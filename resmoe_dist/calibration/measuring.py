@@ -33,6 +33,7 @@ from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import sequences_from_text
 from resmoe_dist.parallel.dispatcher import NO_EXPERT
 from resmoe_dist.runtime.activation import activation_of
+from resmoe_dist.runtime.quantizer import replace_experts
 
 DEFAULT_TOKENS = 4096
 DEFAULT_CONTEXT = 256
@@ -192,12 +193,7 @@ class _MeasuringQuantizer(HfQuantizer):
             switch = is_switch_experts(original)
             kind = _MeasuredSwitchExperts if switch else _MeasuredExperts
             measured = kind(source, layer, activation_of(original))
-            model.set_submodule(site.module, measured)
-            # transformers initialises what no checkpoint file filled, block by block, and would
-            # look for the original experts in theirs.
-            block = model.get_submodule(site.module.rpartition(".")[0])
-            for module in (block, *measured.modules()):
-                module._is_hf_initialized = True
+            replace_experts(model, site.module, measured)
 
     def is_serializable(self) -> bool:
         """The model lives for one measurement."""

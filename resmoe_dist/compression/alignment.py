@@ -132,18 +132,18 @@ def _descend(
         moved = False
         for k, expert_ID in enumerate(experts_NID):
             _add_rows(total_ID, expert_ID, permutations[k], -1 / unit)
-            most = _gain_at_most(total_ID, expert_ID, permutations[k]) * unit
-            if 2 * most / count < least_drop:
-                return permutations
+            # The objective is Σ‖W‖²/N − ‖Σ T W‖²/N²: its drop is 2·gain/N², N times that a sweep's.
+            if least_drop:
+                most = _gain_at_most(total_ID, expert_ID, permutations[k]) * unit
+                if 2 * most / count < least_drop:
+                    return permutations
             better = assign(total_ID, expert_ID)
             moved |= not torch.equal(better, permutations[k])
-            gain = 0.0
+            old, permutations[k] = permutations[k].clone(), better
             if least_drop:
-                gain = _gain(total_ID, expert_ID, permutations[k], better) * unit
-            permutations[k] = better
-            # The objective is Σ‖W‖²/N − ‖Σ T W‖²/N²: its drop is 2·gain/N², N times that a sweep's.
-            if 2 * gain / count < least_drop:
-                return permutations
+                gain = _gain(total_ID, expert_ID, old, better) * unit
+                if 2 * gain / count < least_drop:
+                    return permutations
             _add_rows(total_ID, expert_ID, better, 1 / unit)
         if not moved:
             break

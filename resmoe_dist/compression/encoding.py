@@ -88,6 +88,7 @@ def _encode_entries(
 ) -> Encoded:
     """Keep the entries that are furthest from the centre as it is stored, block by block."""
     everyone = list(range(aligned.count))
+    blocks_each = len(list(aligned.blocks(1)))
     residuals, losses = [], []
     for experts in [[k] for k in everyone] if allocate == "expert" else [everyone]:
         last = _last_dropped(aligned, center_ID, experts, keep)
@@ -109,7 +110,7 @@ def _encode_entries(
             encode, enumerate(_blocks_of(aligned, experts)), device=aligned.device
         )
         for _ in experts:
-            parts, lost = zip(*islice(encoded, len(list(aligned.blocks(1)))), strict=True)
+            parts, lost = zip(*islice(encoded, blocks_each), strict=True)
             residuals.append(codec.join_rows(list(parts)))
             losses.append(_total(lost))
     return Encoded(center_ID, residuals, losses)

@@ -61,6 +61,16 @@ class _Placeholder(nn.Module):
         self.activation = activation
 
 
+def replace_experts(model: PreTrainedModel, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the experts called `name`, before weights are loaded."""
+    model.set_submodule(name, module)
+    # transformers initialises what no checkpoint file filled, block by block, and would look for
+    # the original experts in theirs.
+    block = model.get_submodule(name.rpartition(".")[0])
+    for part in (block, *module.modules()):
+        part._is_hf_initialized = True
+
+
 class ResMoEQuantizer(HfQuantizer):
     """Puts compressed experts into a model that `from_pretrained` is loading."""
 
@@ -72,12 +82,7 @@ class ResMoEQuantizer(HfQuantizer):
         for layer in self._checkpoint.index.layers:
             original = _experts_module(model, layer)
             placeholder = _Placeholder(is_switch_experts(original), activation_of(original))
-            model.set_submodule(layer.module, placeholder)
-            # transformers initialises what no checkpoint file filled, block by block, and would
-            # look for the original experts in theirs.
-            block = model.get_submodule(layer.module.rpartition(".")[0])
-            for module in (block, *placeholder.modules()):
-                module._is_hf_initialized = True
+            replace_experts(model, layer.module, placeholder)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         # Only now: transformers empties all buffers that its checkpoint files do not fill.
