@@ -10,7 +10,8 @@ from pathlib import Path
 from resmoe_dist import __version__
 from resmoe_dist.checkpoints.compressed import FORMAT_VERSION, CompressionSettings, is_compressed
 from resmoe_dist.checkpoints.source import SourceCheckpoint
-from resmoe_dist.tiny import cache_root, cached_tiny_model
+from resmoe_dist.tiny import cached_tiny_model
+from resmoe_dist.user_cache import cache_root
 
 DEMO_PROMPTS = [
     "def __init__(self, ",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from resmoe_dist.codecs.base import EncodedResidual, TensorReader
+from resmoe_dist.codecs.base import EncodedResidual, TensorReader, Weights
 from resmoe_dist.codecs.dense import DenseResidual
 from resmoe_dist.codecs.low_rank import LowRankResidual
 from resmoe_dist.codecs.pruned import PrunedResidual
@@ -24,5 +24,6 @@ __all__ = [
     "LowRankResidual",
     "PrunedResidual",
     "TensorReader",
+    "Weights",
     "codec_named",
 ]

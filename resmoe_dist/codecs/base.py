@@ -1,12 +1,15 @@
-"""What every codec offers: encode, decode, slice rows, read a row range from a file, its bytes.
+"""What every codec offers: encode, decode, slice rows, read a row range from a file, the products
+of tokens with an expert, its bytes.
 
-Legend: I rows of the whole expert, R rows held here (a TP rank's range), D columns.
+Legend: I rows of the whole expert, R rows held here (a TP rank's range), D columns, H hidden,
+T tokens, N copies (a token to an expert), J jobs.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -15,6 +18,19 @@ from torch import Tensor, nn
 # read(name, start, stop) returns elements [start, stop) of a stored tensor's first dimension,
 # and touches no others; stop = None reads to the end.
 TensorReader = Callable[[str, int, "int | None"], Tensor]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Rows of an expert: a centre [R, D] plus a residual. Either may be None, not both."""
+
+    center: Tensor | None
+    residual: EncodedResidual | None
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return len(self.center) if self.residual is None else self.residual.rows
 
 
 class EncodedResidual(nn.Module, ABC):
@@ -89,6 +105,79 @@ class EncodedResidual(nn.Module, ABC):
     def add_to(self, dense_RD: Tensor) -> None:
         """dense += decode(), in place: with the centre in `dense` this restores the expert."""
         dense_RD += self.decode()
+
+    def restore(
+        self, center_RD: Tensor | None, out: Tensor, first_row: int = 0, first_column: int = 0
+    ) -> None:
+        """Centre plus residual, dense: as many rows and columns as `out` has, from those on."""
+        rows = slice(first_row, first_row + out.shape[0])
+        columns = slice(first_column, first_column + out.shape[1])
+        dense_RD = self.slice_rows(rows.start, rows.stop).decode()
+        if center_RD is not None:
+            dense_RD = dense_RD + center_RD[rows]
+        out.copy_(dense_RD[:, columns])
+
+    def multiply(self, x_TH: Tensor, first_column: int) -> Tensor:
+        """x · Rᵀ over the columns [first_column, first_column + H): [T, R]."""
+        return x_TH @ self.decode()[:, first_column : first_column + x_TH.shape[1]].T
+
+    def multiply_back(self, h_TR: Tensor, first_column: int, hidden: int) -> Tensor:
+        """h · R over the columns [first_column, first_column + H): [T, H]."""
+        return h_TR @ self.decode()[:, first_column : first_column + hidden]
+
+    @classmethod
+    def project_in(
+        cls, x_TH: Tensor, token_N: Tensor, counts_J: list[int], jobs: list[Weights], inputs: int
+    ) -> Tensor:
+        """Products of copies with the input columns of their weights: [N, inputs·R], float32.
+
+        token_N: the row of x that each copy is of; the first counts_J[0] copies belong to jobs[0],
+        and so on. Weights are of this codec, of equally many rows.
+        """
+        rows, hidden = jobs[0].rows, x_TH.shape[1]
+        out_NC = x_TH.new_empty(len(token_N), inputs * rows, dtype=torch.float32)
+        begin = 0
+        for weights, count in zip(jobs, counts_J, strict=True):
+            copies = slice(begin, begin + count)
+            begin += count
+            x_nH = x_TH[token_N[copies]]
+            for i in range(inputs):
+                y_nR = out_NC[copies, i * rows : (i + 1) * rows]
+                y_nR.zero_()
+                if weights.center is not None:
+                    y_nR += x_nH @ weights.center[:, i * hidden : (i + 1) * hidden].T
+                if weights.residual is not None:
+                    y_nR += weights.residual.multiply(x_nH, i * hidden)
+        return out_NC
+
+    @classmethod
+    def project_out(
+        cls,
+        h_NR: Tensor,
+        token_N: Tensor,
+        counts_J: list[int],
+        jobs: list[Weights],
+        inputs: int,
+        num_tokens: int,
+        hidden: int,
+    ) -> Tensor:
+        """Products of activations with the output columns, added up per token: [T, H], float32.
+
+        h_NR: a row per copy; jobs and copies as in `project_in`.
+        """
+        out_TH = h_NR.new_zeros(num_tokens, hidden, dtype=torch.float32)
+        first, begin = inputs * hidden, 0
+        for weights, count in zip(jobs, counts_J, strict=True):
+            copies = slice(begin, begin + count)
+            begin += count
+            h_nR, token_n = h_NR[copies], token_N[copies]
+            if weights.center is not None:
+                y_nH = h_nR @ weights.center[:, first : first + hidden]
+                out_TH.index_add_(0, token_n, y_nH.float())
+            if weights.residual is not None:
+                y_nH = weights.residual.multiply_back(h_nR, first, hidden)
+                out_TH.index_add_(0, token_n, y_nH.float())
+        return out_TH
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name."""

@@ -88,6 +88,24 @@ class LowRankResidual(EncodedResidual):
     def add_to(self, dense_RD: Tensor) -> None:
         dense_RD.addmm_(self.left, self.right)
 
+    def restore(
+        self, center_RD: Tensor | None, out: Tensor, first_row: int = 0, first_column: int = 0
+    ) -> None:
+        rows = slice(first_row, first_row + out.shape[0])
+        columns = slice(first_column, first_column + out.shape[1])
+        left_Rr, right_rD = self.left[rows], self.right[:, columns]
+        if center_RD is None:
+            torch.mm(left_Rr, right_rD, out=out)
+        else:
+            torch.addmm(center_RD[rows, columns], left_Rr, right_rD, out=out)
+
+    def multiply(self, x_TH: Tensor, first_column: int) -> Tensor:
+        right_rH = self.right[:, first_column : first_column + x_TH.shape[1]]
+        return (x_TH @ right_rH.T) @ self.left.T
+
+    def multiply_back(self, h_TR: Tensor, first_column: int, hidden: int) -> Tensor:
+        return (h_TR @ self.left) @ self.right[:, first_column : first_column + hidden]
+
     def slice_rows(self, start: int, stop: int) -> LowRankResidual:
         return LowRankResidual(self.columns, {"left": self.left[start:stop], "right": self.right})
 

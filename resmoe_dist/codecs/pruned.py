@@ -13,8 +13,10 @@ import math
 import torch
 from torch import Tensor
 
-from resmoe_dist.codecs.base import EncodedResidual, TensorReader
+from resmoe_dist.codecs.base import EncodedResidual, TensorReader, Weights
+from resmoe_dist.ops import dispatch
 from resmoe_dist.ops.bitmap import bytes_per_row, has_stray_bits, pack_bitmap, unpack_bitmap
+from resmoe_dist.ops.rows import CompressedRows
 
 # So many values, and their offsets need 64 bits.
 _INT32_VALUES = 2**31
@@ -106,6 +108,37 @@ class PrunedResidual(EncodedResidual):
             },
         )
 
+    def restore(
+        self, center_RD: Tensor | None, out: Tensor, first_row: int = 0, first_column: int = 0
+    ) -> None:
+        rows = slice(first_row, first_row + out.shape[0])
+        center = None if center_RD is None else center_RD[rows]
+        # Offsets count from the first value of all, wherever the rows begin.
+        offsets = self.row_offsets[rows.start : rows.stop + 1]
+        part = CompressedRows(center, self.bitmap[rows], self.values, offsets)
+        dispatch.restore(part, out, first_column)
+
+    @classmethod
+    def project_in(
+        cls, x_TH: Tensor, token_N: Tensor, counts_J: list[int], jobs: list[Weights], inputs: int
+    ) -> Tensor:
+        rows = [_compressed_rows(weights) for weights in jobs]
+        return dispatch.project_in(x_TH, token_N, counts_J, rows, inputs)
+
+    @classmethod
+    def project_out(
+        cls,
+        h_NR: Tensor,
+        token_N: Tensor,
+        counts_J: list[int],
+        jobs: list[Weights],
+        inputs: int,
+        num_tokens: int,
+        hidden: int,
+    ) -> Tensor:
+        rows = [_compressed_rows(weights) for weights in jobs]
+        return dispatch.project_out(h_NR, token_N, counts_J, rows, inputs, num_tokens, hidden)
+
     @classmethod
     def join_rows(cls, parts: list[PrunedResidual]) -> PrunedResidual:
         counts_I = torch.cat([part.row_offsets.diff() for part in parts])
@@ -117,6 +150,13 @@ class PrunedResidual(EncodedResidual):
                 "row_offsets": _row_offsets(counts_I),
             },
         )
+
+
+def _compressed_rows(weights: Weights) -> CompressedRows:
+    residual = weights.residual
+    if residual is None:
+        return CompressedRows(weights.center)
+    return CompressedRows(weights.center, residual.bitmap, residual.values, residual.row_offsets)
 
 
 def _row_offsets(counts_I: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """Tokens to the ranks that own their experts, and back: all-to-all with exact sizes, no padding.
 
-Six stages, three each way: preprocess, exchange, permute; (experts); unpermute, exchange,
-postprocess. combine ∘ dispatch with unit weights and identity experts sums a token's K copies.
+A token travels once to each rank that owns some of its experts, however many; there its experts'
+outputs are weighted and added up, and the sum travels back. Six stages, three each way: preprocess,
+exchange, sort; (experts); exchange, sort, postprocess. combine ∘ dispatch with experts that add up
+weight · token multiplies each token by the sum of its weights.
 
-Legend: T tokens, K experts per token, E experts, L local experts, H hidden, N = copies sent
-(T·K less those routed nowhere), R copies received.
+Legend: T tokens, K experts per token, S slots (T·K), E experts, L local experts, P ranks of the EP
+group, H hidden, M rows sent (a token to a rank), R rows received, N copies (a token to an expert).
 """
 
 from __future__ import annotations
@@ -22,21 +24,32 @@ NO_EXPERT = -1
 
 
 @dataclass(frozen=True, kw_only=True)
+class DispatchedTokens:
+    """What a rank's experts have to do.
+
+    x_RH: tokens received. Copies are sorted by local expert, those of one expert by row: row_N is
+    the row of x of each, weight_N (float32) what its output counts, counts_L how many each local
+    expert gets.
+    """
+
+    x_RH: Tensor
+    row_N: Tensor
+    weight_N: Tensor
+    counts_L: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class DispatchMetadata:
     """What `combine` needs to undo a `dispatch`.
 
-    slots_N: position token·K + k of each sent copy, in sending order (by expert). order_R: received
-    copies in the order of local experts. send_sizes, receive_sizes: copies to and from each EP
-    rank. tokens_per_expert: received copies of each local expert (the layout of the output).
+    sent_PT: whether a token went to a rank. most: ranks that a token can go to. send_sizes,
+    receive_sizes: rows to and from each EP rank.
     """
 
-    slots_N: Tensor
-    order_R: Tensor
+    sent_PT: Tensor
+    most: int
     send_sizes: list[int]
     receive_sizes: list[int]
-    tokens_per_expert: list[int]
-    num_tokens: int
-    top_k: int
 
 
 class Dispatcher:
@@ -47,72 +60,91 @@ class Dispatcher:
         self.topology = topology
         self.num_local_experts = num_experts // topology.ep
 
-    def dispatch(self, x_TH: Tensor, top_k_index_TK: Tensor) -> tuple[Tensor, DispatchMetadata]:
-        """Send each token to its experts; returns x_RH sorted by local expert, and the way back.
+    def dispatch(
+        self, x_TH: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor
+    ) -> tuple[DispatchedTokens, DispatchMetadata | None]:
+        """Send each token to its experts; returns what this rank received, and the way back.
 
         Collective over the EP group; a rank with no tokens takes part all the same.
         """
-        num_tokens, top_k = top_k_index_TK.shape
-        # 1. preprocess: copies sorted by expert, hence by destination rank.
-        expert_of_slot = top_k_index_TK.flatten()
-        slots_N = expert_of_slot.argsort(stable=True)
-        counts_E = torch.bincount(
-            expert_of_slot - NO_EXPERT, minlength=self.num_experts - NO_EXPERT
-        )
-        slots_N = slots_N[int(counts_E[0]) :]
-        counts_E = counts_E[1:]
-        x_NH = x_TH[slots_N // top_k]
-        # 2. exchange: how many copies first, then the copies.
-        counts_PL = self._exchange_counts(counts_E)
-        send_sizes = counts_E.view(self.topology.ep, -1).sum(1).tolist()
-        receive_sizes = counts_PL.sum(1).tolist()
-        received_RH = self._exchange(x_NH, receive_sizes, send_sizes)
-        # 3. permute: from (source rank, expert) to expert order.
-        local_expert_R = torch.arange(self.num_local_experts, device=x_TH.device).repeat(
-            self.topology.ep
-        )
-        order_R = local_expert_R.repeat_interleave(counts_PL.flatten()).argsort(stable=True)
-        metadata = DispatchMetadata(
-            slots_N=slots_N,
-            order_R=order_R,
-            send_sizes=send_sizes,
-            receive_sizes=receive_sizes,
-            tokens_per_expert=counts_PL.sum(0).tolist(),
-            num_tokens=num_tokens,
-            top_k=top_k,
-        )
-        return received_RH[order_R], metadata
-
-    def combine(self, y_RH: Tensor, top_k_weights_TK: Tensor, metadata: DispatchMetadata) -> Tensor:
-        """Bring the experts' outputs home and add them up, weighted: out_TH in y's dtype.
-
-        The sum over K is taken in float32, in the order of k: it does not depend on the grid.
-        """
-        # 4. unpermute: back to (source rank, expert).
-        received_RH = torch.empty_like(y_RH)
-        received_RH[metadata.order_R] = y_RH
-        # 5. exchange.
-        y_NH = self._exchange(received_RH, metadata.send_sizes, metadata.receive_sizes)
-        # 6. postprocess: every copy to its token's slot; slots routed nowhere stay zero.
-        T, K = metadata.num_tokens, metadata.top_k
-        y_SH = torch.zeros(T * K, y_RH.shape[1], dtype=torch.float32, device=y_RH.device)
-        y_SH[metadata.slots_N] = y_NH.float()
-        weighted = y_SH.view(T, K, y_RH.shape[1]) * top_k_weights_TK.float().unsqueeze(-1)
-        return weighted.sum(1).to(y_RH.dtype)
-
-    def _exchange_counts(self, counts_E: Tensor) -> Tensor:
-        """Copies that each EP rank (P) sends to each local expert: [P, L]."""
+        # 1. preprocess: copies sorted by expert, hence by destination rank, and by token.
+        top_k = top_k_index_TK.shape[1]
+        expert_S = top_k_index_TK.flatten()
+        counts_E = torch.bincount(expert_S - NO_EXPERT, minlength=self.num_experts - NO_EXPERT)
+        dropped, *counts = counts_E.tolist()
+        slot_N = expert_S.argsort(stable=True)[dropped:]
+        token_N = slot_N // top_k
+        weight_N = top_k_weights_TK.flatten()[slot_N].float()
         if self.topology.ep_group is None:
-            return counts_E.view(1, -1)
-        counts_PL = torch.empty_like(counts_E)
-        dist.all_to_all_single(counts_PL, counts_E, group=self.topology.ep_group)
-        return counts_PL.view(self.topology.ep, -1)
+            tokens = DispatchedTokens(x_RH=x_TH, row_N=token_N, weight_N=weight_N, counts_L=counts)
+            return tokens, None
+        rank_N = expert_S[slot_N] // self.num_local_experts
+        sent_PT = torch.zeros(
+            self.topology.ep, len(x_TH), dtype=torch.bool, device=x_TH.device
+        ).index_put_((rank_N, token_N), torch.tensor(True, device=x_TH.device))
+        place_N = (sent_PT.cumsum(1) - 1)[rank_N, token_N]
+        # 2. exchange: how much first, then the tokens, then which copies of them are wanted.
+        counts_PL = counts_E[1:].view(self.topology.ep, -1)
+        rows_P1 = sent_PT.sum(1, keepdim=True)
+        theirs_PL, theirs_P1 = self._exchange_counts(counts_PL, rows_P1)
+        metadata = DispatchMetadata(
+            sent_PT=sent_PT,
+            most=min(top_k, self.topology.ep),
+            send_sizes=rows_P1.flatten().tolist(),
+            receive_sizes=theirs_P1.flatten().tolist(),
+        )
+        token_M = sent_PT.nonzero()[:, 1]
+        x_RH = self._exchange(x_TH[token_M], metadata.receive_sizes, metadata.send_sizes)
+        copies_N2 = self._exchange(
+            torch.stack([place_N.int(), weight_N.view(torch.int32)], 1),
+            theirs_PL.sum(1).tolist(),
+            counts_PL.sum(1).tolist(),
+        )
+        # 3. sort: from (source rank, expert) to expert order.
+        first_row_P = theirs_P1.flatten().cumsum(0) - theirs_P1.flatten()
+        row_N = copies_N2[:, 0] + first_row_P.repeat_interleave(theirs_PL.sum(1))
+        expert_PL = torch.arange(self.num_local_experts, device=x_TH.device).expand_as(theirs_PL)
+        order_N = expert_PL.flatten().repeat_interleave(theirs_PL.flatten()).argsort(stable=True)
+        tokens = DispatchedTokens(
+            x_RH=x_RH,
+            row_N=row_N[order_N],
+            weight_N=copies_N2[:, 1].contiguous().view(torch.float32)[order_N],
+            counts_L=theirs_PL.sum(0).tolist(),
+        )
+        return tokens, metadata
+
+    def combine(self, y_RH: Tensor, metadata: DispatchMetadata | None) -> Tensor:
+        """Bring the sums of each rank's experts home and add them up: out_TH in y's dtype.
+
+        The sum over ranks is taken in float32, in the order of the ranks.
+        """
+        if metadata is None:
+            return y_RH
+        # 4. exchange.
+        y_MH = self._exchange(y_RH, metadata.send_sizes, metadata.receive_sizes)
+        # 5. sort: every row to a place of its own beside its token's others.
+        sent_PT = metadata.sent_PT
+        slot_PT = (
+            sent_PT.cumsum(0)
+            - 1
+            + torch.arange(sent_PT.shape[1], device=sent_PT.device) * metadata.most
+        )
+        slots = sent_PT.shape[1] * metadata.most
+        y_SH = torch.zeros(slots, y_RH.shape[1], dtype=torch.float32, device=y_RH.device)
+        y_SH[slot_PT[sent_PT]] = y_MH.float()
+        # 6. postprocess: places that no rank filled are zero.
+        return y_SH.view(-1, metadata.most, y_RH.shape[1]).sum(1).to(y_RH.dtype)
+
+    def _exchange_counts(self, counts_PL: Tensor, rows_P1: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies for each local expert, and rows, that each EP rank sends here."""
+        ours = torch.cat([counts_PL, rows_P1], 1)
+        theirs = torch.empty_like(ours)
+        dist.all_to_all_single(theirs, ours, group=self.topology.ep_group)
+        return theirs[:, :-1], theirs[:, -1:]
 
     def _exchange(self, rows: Tensor, receive_sizes: list[int], send_sizes: list[int]) -> Tensor:
-        """All-to-all-v of rows [·, H] over the EP group."""
-        if self.topology.ep_group is None:
-            return rows
-        received = rows.new_empty(sum(receive_sizes), rows.shape[1])
+        """All-to-all-v of rows over the EP group."""
+        received = rows.new_empty(sum(receive_sizes), *rows.shape[1:])
         dist.all_to_all_single(
             received,
             rows.contiguous(),

@@ -20,7 +20,9 @@ from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.parallel.dispatcher import NO_EXPERT, Dispatcher
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
 from resmoe_dist.runtime.activation import PlainActivation
-from resmoe_dist.runtime.experts import CompressedExperts, Workspace
+from resmoe_dist.runtime.execution import Execution
+from resmoe_dist.runtime.experts import CompressedExperts
+from resmoe_dist.runtime.planning import execution_for
 
 
 class _RoutedExperts(MOELayer):
@@ -53,13 +55,14 @@ class _RoutedExperts(MOELayer):
     def run(self, x_TH: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor) -> Tensor:
         """The distributed forward of one MoE layer: out_TH, the same on all ranks of a TP group."""
         # 1. Tokens to the ranks that own their experts.
-        x_RH, metadata = self.dispatcher.dispatch(x_TH, top_k_index_TK)
-        # 2. Local experts on this rank's rows: a partial sum over intermediate neurons.
-        y_RH = self.experts(x_RH, metadata.tokens_per_expert)
-        # 3. Outputs home, weighted and added up over the K experts of each token.
-        out_TH = self.dispatcher.combine(y_RH, top_k_weights_TK, metadata)
+        tokens, metadata = self.dispatcher.dispatch(x_TH, top_k_index_TK, top_k_weights_TK)
+        # 2. Local experts on this rank's rows of them, weighted and added up over the experts of a
+        #    token that are here: a partial sum over intermediate neurons.
+        y_RH = self.experts(tokens)
+        # 3. Sums home, and added up over the ranks that had some of a token's experts.
+        out_TH = self.dispatcher.combine(y_RH, metadata)
         # 4. Partial sums added up over the TP group. Everything after 2 is linear, so this may come
-        #    last, where it moves T rows rather than the T·K of step 2.
+        #    last, where it moves T rows.
         if self.topology.tp_group is not None:
             dist.all_reduce(out_TH, group=self.topology.tp_group)
         return out_TH
@@ -109,17 +112,23 @@ class ResMoE(MoE):
         topology: Topology = SINGLE_PROCESS,
         *,
         activation: str = "silu",
+        execution: Execution | None = None,
         k: int = 1,
         **gate_options: Any,
     ) -> ResMoE:
         """Layer number `layer` (among the MoE layers) of a compressed checkpoint, with a gate.
 
-        The gate's weight is `deepspeed_moe.gate.wg.weight` [E, H], for the caller to fill.
+        execution: how C + R is computed, `auto` by default. The gate's weight is
+        `deepspeed_moe.gate.wg.weight` [E, H], for the caller to fill.
         """
         checkpoint = CompressedCheckpoint(Path(folder))
         entry = checkpoint.index.layers[layer]
         experts = CompressedExperts.load(
-            checkpoint, entry, topology, PlainActivation(activation), Workspace()
+            checkpoint,
+            entry,
+            topology,
+            PlainActivation(activation),
+            execution or execution_for(),
         )
         return cls(
             entry.hidden, experts, entry.num_experts, topology, own_gate=True, k=k, **gate_options

@@ -14,6 +14,7 @@ from resmoe_dist.checkpoints.compressed import is_compressed, read_index
 from resmoe_dist.checkpoints.families import load_config, model_class
 from resmoe_dist.errors import UserError, first_line
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology, build_topology, owned_experts
+from resmoe_dist.runtime.execution import Execution
 from resmoe_dist.runtime.quantizer import loading_on
 
 
@@ -23,11 +24,13 @@ def load_model(
     tp: int = 1,
     dtype: torch.dtype | None = None,
     topology: Topology | None = None,
+    execution: Execution | None = None,
 ) -> PreTrainedModel:
     """The transformers model of a folder, its experts compressed and sharded ep x tp.
 
     path: a compressed checkpoint, or (for comparison, ep = tp = 1 only) a plain model folder.
     dtype: to compute in; None takes the checkpoint's. topology: an existing grid instead of ep, tp.
+    execution: how compressed experts are run (`execution_for`); None is `auto`.
 
     With ep·tp > 1 `deepspeed.init_distributed` must have run, and all ranks call this together.
     The model is in eval mode on this rank's device. Raises UserError for a folder that is none,
@@ -43,7 +46,7 @@ def load_model(
     # transformers' grouped products refuse experts of odd sizes; its plain loop takes them all.
     options = {} if is_compressed(folder) else {"experts_implementation": "eager"}
     try:
-        with loading_on(topology):
+        with loading_on(topology, execution):
             model, found = model_class(config).from_pretrained(
                 folder,
                 dtype=dtype or "auto",

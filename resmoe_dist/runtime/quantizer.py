@@ -27,21 +27,28 @@ from resmoe_dist.checkpoints.families import is_fused_experts, is_switch_experts
 from resmoe_dist.errors import UserError
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
 from resmoe_dist.runtime.activation import activation_of
-from resmoe_dist.runtime.experts import CompressedExperts, Workspace
+from resmoe_dist.runtime.execution import Execution
+from resmoe_dist.runtime.experts import CompressedExperts
 from resmoe_dist.runtime.layer import ResMoE, SwitchResMoE
+from resmoe_dist.runtime.planning import execution_for
 
-# transformers calls the quantizer from inside `from_pretrained`, which has no argument for a grid.
+# transformers calls the quantizer from inside `from_pretrained`, which has no argument for these.
 _topology: ContextVar[Topology] = ContextVar("topology", default=SINGLE_PROCESS)
+_execution: ContextVar[Execution | None] = ContextVar("execution", default=None)
 
 
 @contextmanager
-def loading_on(topology: Topology) -> Iterator[None]:
-    """`from_pretrained` inside this block loads the shard of `topology`'s rank."""
-    token = _topology.set(topology)
+def loading_on(topology: Topology, execution: Execution | None = None) -> Iterator[None]:
+    """`from_pretrained` inside this block loads the shard of `topology`'s rank.
+
+    execution: how its experts are run; None is `auto`.
+    """
+    tokens = _topology.set(topology), _execution.set(execution)
     try:
         yield
     finally:
-        _topology.reset(token)
+        _topology.reset(tokens[0])
+        _execution.reset(tokens[1])
 
 
 class ResMoEQuantizationConfig(QuantizationConfigMixin):
@@ -86,11 +93,11 @@ class ResMoEQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         # Only now: transformers empties all buffers that its checkpoint files do not fill.
-        topology, workspace = _topology.get(), Workspace()
+        topology, execution = _topology.get(), _execution.get() or execution_for()
         for layer in self._checkpoint.index.layers:
             placeholder = model.get_submodule(layer.module)
             experts = CompressedExperts.load(
-                self._checkpoint, layer, topology, placeholder.activation, workspace
+                self._checkpoint, layer, topology, placeholder.activation, execution
             )
             kind = SwitchResMoE if placeholder.switch else ResMoE
             moe = kind(layer.hidden, experts.to(model.dtype), layer.num_experts, topology)

@@ -6,8 +6,8 @@ expert of an MoE model, and training goes on (Komatsuzaki et al. 2022, arXiv:221
 experts are therefore related but different, which is what compression meets in real models.
 """
 
-from resmoe_dist.tiny.cache import cache_root, cached_tiny_model
+from resmoe_dist.tiny.cache import cached_tiny_model
 from resmoe_dist.tiny.recipes import FAMILIES
 from resmoe_dist.tiny.training import TrainingReport, train_tiny_model
 
-__all__ = ["FAMILIES", "TrainingReport", "cache_root", "cached_tiny_model", "train_tiny_model"]
+__all__ = ["FAMILIES", "TrainingReport", "cached_tiny_model", "train_tiny_model"]

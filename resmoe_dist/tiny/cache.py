@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 from resmoe_dist.errors import UserError
 from resmoe_dist.tiny.recipes import RECIPE_VERSION
 from resmoe_dist.tiny.training import train_tiny_model
+from resmoe_dist.user_cache import cache_root
 
 logger = logging.getLogger(__name__)
-
-
-def cache_root() -> Path:
-    """The folder of this user's cached models."""
-    if root := os.environ.get("RESMOE_CACHE"):
-        return Path(root)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "resmoe-dist"
 
 
 def cached_tiny_model(family: str = "mixtral", seed: int = 0) -> Path:

@@ -115,4 +115,4 @@ def test_experts_stored_whole_are_not_copied_to_run(family_folder, tmp_path):
     model = load_model(tmp_path / "c")
     logits_of(model)
 
-    assert model.model.layers[0].mlp.experts.experts.workspace.nbytes == 0
+    assert model.model.layers[0].mlp.experts.experts.execution.workspace.nbytes == 0

@@ -1,0 +1,221 @@
+"""What the ways to run an expert cost on this machine: measured once, kept in the user's cache;
+and the choice between them.
+
+Costs add up over experts, which are run one after the other: a restored expert with its tokens, a
+residual with its tokens, and a centre with the tokens of all its experts.
+
+Legend: L local experts, R rows of tokens, S rows of a shard, H hidden.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from resmoe_dist.checkpoints.tensor_files import write_json
+from resmoe_dist.codecs import EncodedResidual, Weights
+from resmoe_dist.errors import UserError
+from resmoe_dist.ops.build import fingerprint
+from resmoe_dist.ops.dispatch import kernels_for
+from resmoe_dist.parallel.dispatcher import DispatchedTokens
+from resmoe_dist.runtime.execution import Execution, RestoredExperts
+from resmoe_dist.runtime.experts import CompressedExperts, ExpertGroup
+from resmoe_dist.user_cache import cache_root
+
+logger = logging.getLogger(__name__)
+
+# Between these the costs are interpolated; above the last they are taken to be proportional.
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+# More than the caches hold: what a model runs was last read a token ago.
+_EVICTING_BYTES = 64 << 20
+_REPEATS = 3
+# As many experts as do not stay in the caches either.
+_MEASURED_BYTES = 128 << 20
+
+
+@dataclass(frozen=True)
+class ExpertCosts:
+    """Seconds at each of TOKENS tokens: of an expert restored, and tiled, of a residual alone, and
+    of a centre alone."""
+
+    restored: tuple[float, ...]
+    tiled: tuple[float, ...]
+    residual: tuple[float, ...]
+    center: tuple[float, ...]
+
+    def fastest(self, counts_L: list[int], center_rows: list[int]) -> str:
+        """The mode for experts with so many tokens, whose centres have so many."""
+        counts = np.array([count for count in counts_L if count])
+        seconds = {
+            "shared": _total(self.residual, counts) + _total(self.center, np.array(center_rows)),
+            "tiled": _total(self.tiled, counts),
+            "restore": _total(self.restored, counts),
+        }
+        return min(seconds, key=seconds.__getitem__)
+
+
+def _total(seconds: tuple[float, ...], counts: np.ndarray) -> float:
+    beyond = np.maximum(counts / TOKENS[-1], 1)
+    return float((np.interp(counts, TOKENS, seconds) * beyond).sum())
+
+
+def execution_for(mode: str = "auto", cache_bytes: int = 0) -> Execution:
+    """The execution called `mode` (see `execution.MODES`); cache_bytes: of `cached`."""
+    return Execution(
+        mode,
+        cache=RestoredExperts(cache_bytes) if mode == "cached" else None,
+        planner=MeasuredPlanner() if mode == "auto" else None,
+    )
+
+
+class MeasuredPlanner:
+    """Chooses by the costs of a layer's shape, measured when the first such layer runs."""
+
+    def __init__(self) -> None:
+        self._costs: dict[tuple[object, ...], ExpertCosts] = {}
+
+    def choose(self, experts: CompressedExperts, tokens: DispatchedTokens) -> str:
+        """The fastest mode for these tokens."""
+        copies_G = [0] * len(experts.groups)
+        for (g, _), count in zip(experts.places, tokens.counts_L, strict=True):
+            copies_G[g] += count
+        center_rows = [
+            min(copies, len(tokens.x_RH))
+            for group, copies in zip(experts.groups, copies_G, strict=True)
+            if group.center is not None and copies
+        ]
+        return self.costs(experts).fastest(tokens.counts_L, center_rows)
+
+    def costs(self, experts: CompressedExperts) -> ExpertCosts:
+        """Those of a layer: of this process, from the cache, or measured now."""
+        residual = experts.groups[0].residuals[0]
+        density = round(residual.nbytes / (residual.rows * residual.columns), 1)
+        kernels = kernels_for(experts.device, experts.dtype).__name__, fingerprint()
+        key = (kernels, experts.codec.name, experts.dtype, residual.rows, experts.shape, density)
+        if key not in self._costs:
+            self._costs[key] = _known_or_measured(key, experts)
+        return self._costs[key]
+
+
+def measure(experts: CompressedExperts) -> ExpertCosts:
+    """Time experts of this layer, on random tokens."""
+    codec, device, hidden = experts.codec, experts.device, experts.shape.hidden
+    dense_bytes = experts.rows * experts.shape.columns * experts.dtype.itemsize
+    places = list(islice(experts.places, max(1, _MEASURED_BYTES // dense_bytes)))
+    residuals = [experts.groups[g].residuals[i] for g, i in places]
+    alone = CompressedExperts(
+        experts.shape,
+        [ExpertGroup([k], None, [residual], []) for k, residual in enumerate(residuals)],
+        experts.activation,
+        adds_output_bias=False,
+    )
+    whole = CompressedExperts(
+        experts.shape,
+        [
+            ExpertGroup([k], experts.groups[g].center, [experts.groups[g].residuals[i]], [])
+            for k, (g, i) in enumerate(places)
+        ],
+        experts.activation,
+        adds_output_bias=False,
+    )
+    centers = [group.center for group in experts.groups if group.center is not None][:1]
+    inputs = len(experts.shape.inputs)
+    seconds: dict[str, list[float]] = {field.name: [] for field in fields(ExpertCosts)}
+    for count in TOKENS:
+        x_nH = torch.randn(count, hidden, device=device).to(experts.dtype)
+        h_nS = torch.randn(count, experts.rows, device=device).to(experts.dtype)
+        row_n = torch.arange(count, device=device)
+        tokens = DispatchedTokens(
+            x_RH=x_nH,
+            row_N=row_n.repeat(len(places)),
+            weight_N=torch.ones(count * len(places), device=device),
+            counts_L=[count] * len(places),
+        )
+        work = {
+            "restored": partial(whole.run_restored, tokens),
+            "tiled": partial(whole.run_tiled, tokens),
+            "residual": partial(alone.run_shared, tokens),
+            "center": partial(_multiply_centers, codec, centers, x_nH, h_nS, inputs),
+        }
+        for name, function in work.items():
+            share = 1 if name == "center" else len(places)
+            seconds[name].append(_seconds(function, device) / share)
+    return ExpertCosts(**{name: tuple(values) for name, values in seconds.items()})
+
+
+def _multiply_centers(
+    codec: type[EncodedResidual],
+    centers: list[Tensor],
+    x_nH: Tensor,
+    h_nS: Tensor,
+    inputs: int,
+) -> None:
+    row_n, count = torch.arange(len(x_nH), device=x_nH.device), len(x_nH)
+    for center_SD in centers:
+        jobs = [Weights(center_SD, None)]
+        codec.project_in(x_nH, row_n, [count], jobs, inputs)
+        codec.project_out(h_nS, row_n, [count], jobs, inputs, count, x_nH.shape[1])
+
+
+def _known_or_measured(key: tuple[object, ...], experts: CompressedExperts) -> ExpertCosts:
+    path = _path(key, experts.device)
+    try:
+        return ExpertCosts(**{name: tuple(v) for name, v in json.loads(path.read_text()).items()})
+    except (OSError, ValueError, TypeError, AttributeError):
+        costs = measure(experts)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, asdict(costs))
+    except (OSError, UserError) as error:
+        logger.debug("measured costs are not kept: %s", error)
+    return costs
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The least of a few times, from memory."""
+    times = []
+    evicting = torch.empty(_EVICTING_BYTES, dtype=torch.uint8, device=device)
+    work()
+    for _ in range(_REPEATS):
+        evicting.fill_(0)
+        _wait(device)
+        began = perf_counter()
+        work()
+        _wait(device)
+        times.append(perf_counter() - began)
+    return min(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _path(key: tuple[object, ...], device: torch.device) -> Path:
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    else:
+        machine = f"{_processor()}, {torch.get_num_threads()} threads"
+    text = repr((machine, torch.__version__, TOKENS, *key))
+    return cache_root() / "costs" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+def _processor() -> str:
+    """The processor's name as Linux has it, or as much as Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
