@@ -16,6 +16,7 @@ import torch
 
 from resmoe_dist.checkpoints.compressed import STORED_DTYPES
 from resmoe_dist.checkpoints.tensor_files import write_json
+from resmoe_dist.cli import add_execution_arguments, execution_of
 from resmoe_dist.embedded import DEMO_PROMPTS, embedded_checkpoint
 from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import load_tokenizer
@@ -46,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, help="nucleus, with --temperature")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--dtype", choices=sorted(STORED_DTYPES), help="default: the checkpoint's")
+    add_execution_arguments(parser)
     parser.add_argument("--json", type=Path, metavar="F", help="write completions and figures here")
     return parser.parse_args()
 
@@ -85,6 +87,7 @@ def main() -> None:
     args = parse_arguments()
     quiet_libraries()
     prompts, options = read_prompts(args), generation_options(args)
+    execution = execution_of(args)
     if args.model:
         check_grid(args.model, args.ep, args.tp)
     elif launched_rank() == 0:
@@ -94,7 +97,7 @@ def main() -> None:
     folder = args.model or embedded_checkpoint(args.ep)
     tokenizer = load_tokenizer(folder)
     dtype = STORED_DTYPES[args.dtype] if args.dtype else None
-    model = load_model(folder, dtype=dtype, topology=topology)
+    model = load_model(folder, dtype=dtype, topology=topology, execution=execution)
     output = generate_on_lane(model, tokenizer, prompts, topology, options)
     reports = gather((topology, output, rank_memory(model)))
     if torch.distributed.is_initialized() and torch.distributed.get_rank():

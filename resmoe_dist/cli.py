@@ -36,7 +36,10 @@ from resmoe_dist.evaluation.perplexity import (
 from resmoe_dist.evaluation.report import describe, layer_table
 from resmoe_dist.parallel.launcher import quiet_libraries, run_entry_point
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
+from resmoe_dist.runtime.execution import MODES, Execution
 from resmoe_dist.runtime.loading import load_model
+from resmoe_dist.runtime.planning import execution_for
+from resmoe_dist.sizes import parse_size
 
 if TYPE_CHECKING:
     from resmoe_dist.compression.scheduling import Workers
@@ -139,7 +142,6 @@ def run_compress(args: argparse.Namespace) -> int:
     """`compress`, on every rank that was started."""
     # Imported here: the other commands need neither POT nor SciPy's optimisers.
     from resmoe_dist.compression.assignment import check_solver
-    from resmoe_dist.compression.memory import parse_size
     from resmoe_dist.compression.pipeline import Compression, parse_layers
     from resmoe_dist.compression.scheduling import find_workers
 
@@ -219,20 +221,45 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=sorted(STORED_DTYPES), help="to compute in (default: the checkpoint's)"
     )
+    add_execution_arguments(parser)
     parser.add_argument("--json", type=Path, metavar="F", help="write the result here too")
+
+
+def add_execution_arguments(parser: argparse.ArgumentParser) -> None:
+    """How compressed experts are run: options of `evaluate` and of the launch scripts."""
+    parser.add_argument(
+        "--execution",
+        choices=MODES,
+        default="auto",
+        help="how compressed experts are run (default: what is measured to be fastest)",
+    )
+    parser.add_argument(
+        "--cache-size",
+        metavar="SIZE",
+        help="of the restored experts that `--execution cached` keeps on each rank: 2GB",
+    )
+
+
+def execution_of(args: argparse.Namespace) -> Execution:
+    """What `add_execution_arguments` asked for. Raises UserError for options that contradict."""
+    if (args.execution == "cached") != (args.cache_size is not None):
+        raise UserError("--execution cached and --cache-size SIZE belong together; give both")
+    size = parse_size(args.cache_size, "--cache-size") if args.cache_size else 0
+    return execution_for(args.execution, size)
 
 
 def run_evaluate(args: argparse.Namespace, topology: Topology = SINGLE_PROCESS) -> Evaluation:
     """`evaluate` on a grid; the result is the same on every rank."""
     if args.context < 2:
         raise UserError(f"--context {args.context}: must be 2 or more")
+    execution = execution_of(args)
     # Before the model is loaded, which may take minutes.
     if args.text:
         sequences = sequences_from_text(args.text, load_tokenizer(args.model), args.context)
     else:
         sequences = sequences_from_json(args.token_ids)
     dtype = STORED_DTYPES[args.dtype] if args.dtype else None
-    model = load_model(args.model, dtype=dtype, topology=topology)
+    model = load_model(args.model, dtype=dtype, topology=topology, execution=execution)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     check_vocabulary(args.text or args.token_ids, sequences, vocabulary)
     return evaluate(model, sequences, topology)

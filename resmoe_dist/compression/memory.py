@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-import re
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,24 +19,10 @@ from torch import Tensor
 from resmoe_dist.checkpoints.tensor_files import FULL_DISK
 from resmoe_dist.errors import UserError
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_UNITS |= {f"{unit}I": 1024**power for power, unit in enumerate("KMGT", start=1)}
 # Blocks of entries, a sample of them, and what the allocator keeps in reserve.
 _SCRATCH = 400 * 1024**2
 # Of each row, for blocks of products.
 _SCRATCH_PER_ROW = 16 * 1024
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `8GB`, `512MiB`, `2e9` …. Raises UserError for anything else."""
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
-    try:
-        size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    except (ValueError, KeyError, OverflowError):
-        size = 0
-    if size < 1:
-        raise UserError(f"--max-memory {text}: not a size; write 8GB or 7500MiB")
-    return size
 
 
 def resident_bytes() -> int:

@@ -74,6 +74,9 @@ class RestoredExperts:
 class Planner(Protocol):
     """Chooses for `auto`."""
 
+    def prepare(self, experts: CompressedExperts) -> None:
+        """Do now what `choose` would have to do once."""
+
     def choose(self, experts: CompressedExperts, tokens: DispatchedTokens) -> str:
         """The fastest of "restore", "shared" and "tiled" for these tokens."""
 
@@ -97,6 +100,11 @@ class Execution:
             raise ValueError("`cached`, and no other execution, has a cache")
         if (self.mode == "auto") != (self.planner is not None):
             raise ValueError("`auto`, and no other execution, has a planner")
+
+    def prepare(self, experts: CompressedExperts) -> None:
+        """Do now what the first tokens would have to wait for."""
+        if self.planner and experts.codec.uses_center:
+            self.planner.prepare(experts)
 
     def choose(self, experts: CompressedExperts, tokens: DispatchedTokens) -> str:
         """The mode for these tokens, which is not `auto`."""

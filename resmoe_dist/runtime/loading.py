@@ -15,6 +15,7 @@ from resmoe_dist.checkpoints.families import load_config, model_class
 from resmoe_dist.errors import UserError, first_line
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology, build_topology, owned_experts
 from resmoe_dist.runtime.execution import Execution
+from resmoe_dist.runtime.layer import ResMoE
 from resmoe_dist.runtime.quantizer import loading_on
 
 
@@ -60,7 +61,11 @@ def load_model(
             f"{folder}: cannot be loaded ({first_line(error)}); fetch or rebuild it"
         ) from error
     _refuse_incomplete(folder, found)
-    return model.to(get_accelerator().current_device_name()).eval()
+    model = model.to(get_accelerator().current_device_name()).eval()
+    for module in model.modules():
+        if isinstance(module, ResMoE):
+            module.experts.execution.prepare(module.experts)
+    return model
 
 
 def _refuse_incomplete(folder: Path, found: dict[str, Any]) -> None:

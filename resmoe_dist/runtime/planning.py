@@ -37,7 +37,7 @@ from resmoe_dist.user_cache import cache_root
 logger = logging.getLogger(__name__)
 
 # Between these the costs are interpolated; above the last they are taken to be proportional.
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+TOKENS = (1, 4, 16, 64, 256)
 # More than the caches hold: what a model runs was last read a token ago.
 _EVICTING_BYTES = 64 << 20
 _REPEATS = 3
@@ -81,7 +81,7 @@ def execution_for(mode: str = "auto", cache_bytes: int = 0) -> Execution:
 
 
 class MeasuredPlanner:
-    """Chooses by the costs of a layer's shape, measured when the first such layer runs."""
+    """Chooses by the costs of a layer's shape, measured when the first such layer is prepared."""
 
     def __init__(self) -> None:
         self._costs: dict[tuple[object, ...], ExpertCosts] = {}
@@ -97,6 +97,10 @@ class MeasuredPlanner:
             if group.center is not None and copies
         ]
         return self.costs(experts).fastest(tokens.counts_L, center_rows)
+
+    def prepare(self, experts: CompressedExperts) -> None:
+        """Measure now what `choose` will need, unless it is known."""
+        self.costs(experts)
 
     def costs(self, experts: CompressedExperts) -> ExpertCosts:
         """Those of a layer: of this process, from the cache, or measured now."""
@@ -132,6 +136,7 @@ def measure(experts: CompressedExperts) -> ExpertCosts:
     )
     centers = [group.center for group in experts.groups if group.center is not None][:1]
     inputs = len(experts.shape.inputs)
+    evicting = torch.empty(_EVICTING_BYTES, dtype=torch.uint8, device=device)
     seconds: dict[str, list[float]] = {field.name: [] for field in fields(ExpertCosts)}
     for count in TOKENS:
         x_nH = torch.randn(count, hidden, device=device).to(experts.dtype)
@@ -151,7 +156,7 @@ def measure(experts: CompressedExperts) -> ExpertCosts:
         }
         for name, function in work.items():
             share = 1 if name == "center" else len(places)
-            seconds[name].append(_seconds(function, device) / share)
+            seconds[name].append(_seconds(function, evicting) / share)
     return ExpertCosts(**{name: tuple(values) for name, values in seconds.items()})
 
 
@@ -183,10 +188,9 @@ def _known_or_measured(key: tuple[object, ...], experts: CompressedExperts) -> E
     return costs
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The least of a few times, from memory."""
-    times = []
-    evicting = torch.empty(_EVICTING_BYTES, dtype=torch.uint8, device=device)
+def _seconds(work: Callable[[], object], evicting: Tensor) -> float:
+    """The least of a few times, with nothing in the caches but what was written to `evicting`."""
+    times, device = [], evicting.device
     work()
     for _ in range(_REPEATS):
         evicting.fill_(0)

@@ -15,11 +15,11 @@ from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.checkpoints.tensor_files import tensor_bytes
 from resmoe_dist.compression import memory
 from resmoe_dist.compression.group import GroupCompressor
-from resmoe_dist.compression.memory import parse_size
 from resmoe_dist.compression.pipeline import Compression
 from resmoe_dist.compression.scheduling import DeepSpeedWorkers
 from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.report import describe
+from resmoe_dist.sizes import parse_size
 from tests.checkpoints.damage import edit_tensors, mistake
 from tests.compression.runs import contents, run, settings, staging_of
 from tests.models import FAMILIES, dense_model, logits_of, relative_difference, save_family

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from resmoe_dist.compression import memory
-from resmoe_dist.compression.memory import ExpertStore, GroupMemory, parse_size, resident_bytes
+from resmoe_dist.compression.memory import ExpertStore, GroupMemory, resident_bytes
 from resmoe_dist.errors import UserError
+from resmoe_dist.sizes import parse_size
 
 SIZES = {
     "1": 1,
