@@ -106,8 +106,9 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--allocate",
-        choices=("expert", "group", "model"),
-        help="what shares one budget of kept entries: an expert, a group (default), or all layers",
+        choices=("block", "expert", "group", "model"),
+        help="what shares one budget of kept entries: 64 entries of a row, an expert, a group "
+        "(default), or all layers",
     )
     add(
         "--calibration",

@@ -174,6 +174,8 @@ def test_compress_weighs_errors_by_what_a_text_activates(embedded_source, run, t
         (("--ep", 2, "--max-memory", "much"), "--max-memory much: not a size"),
         (("--ep", 2, "--max-memory", "1MB"), "--max-memory: a group of 2 experts takes"),
         (("--ep", 2, "--codec", "low_rank", "--allocate", "model"), "--allocate model: needs"),
+        (("--ep", 2, "--codec", "low_rank", "--allocate", "block"), "--allocate block: needs"),
+        (("--ep", 2, "--keep", 0.01, "--allocate", "block"), "--allocate block: --keep 0.01"),
         (("--ep", 2, "--calibration", "nowhere"), "no tokenizer could be loaded"),
         (("--ep", 2, "--keep", "nan"), "--keep nan: must lie in (0, 1]"),
         (("--ep", 2, "--layers", "many"), "--layers many: not understood"),

@@ -130,7 +130,7 @@ class CompressionSettings(_Entry):
     groups_per_rank: int = 1
     keep: float
     target_bytes: float | None = None
-    allocate: Literal["expert", "group", "model"] = "group"
+    allocate: Literal["block", "expert", "group", "model"] = "group"
     codec: Literal["pruned", "low_rank"]
     align: Literal["loo", "pot", "none"]
     solver: Literal["scipy", "lapx"] = "scipy"

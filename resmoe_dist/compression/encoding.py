@@ -21,6 +21,8 @@ from resmoe_dist.compression.threads import in_parallel
 _MAX_ALTERNATIONS = 10
 # Alternation stops when a round gains less than this share of the error.
 _ALTERNATION_GAIN = 1e-3
+# Entries of a row with a budget of their own in a balanced mask.
+BALANCED_RUN = 64
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ def encode_group(
 
     center: `joint`, `barycenter`, `mean` (the last two are the same average; with `mean` the caller
     has not aligned) or `none`. keep: share of residual entries to keep, of each expert's own where
-    allocate is `expert`, else of the group's. dtype: of stored values.
+    allocate is `expert`, of each BALANCED_RUN entries of a row where it is `block`, else of the
+    group's. dtype: of stored values.
     """
     if not codec.uses_center or center == "none":
         center_ID = None
@@ -90,18 +93,22 @@ def _encode_entries(
     everyone = list(range(aligned.count))
     blocks_each = len(list(aligned.blocks(1)))
     residuals, losses = [], []
-    for experts in [[k] for k in everyone] if allocate == "expert" else [everyone]:
-        last = _last_dropped(aligned, center_ID, experts, keep)
+    for experts in [everyone] if allocate == "group" else [[k] for k in everyone]:
+        balanced = allocate == "block"
+        last = None if balanced else _last_dropped(aligned, center_ID, experts, keep)
 
         def encode(
-            numbered: tuple[int, tuple[int, slice]], last: OrderStatistic = last
+            numbered: tuple[int, tuple[int, slice]], last: OrderStatistic | None = last
         ) -> tuple[EncodedResidual, Loss]:
             number, (k, rows) = numbered
             expert_BD = aligned.expert_rows(k, rows)
             residual_BD = _residual(expert_BD, center_ID, rows)
             away_BD = _away(aligned, residual_BD, rows)
-            ties = last.ties[number] if last.value else away_BD.numel()
-            mask_BD = _beyond(away_BD, last.value, ties)
+            if last is None:
+                mask_BD = balanced_mask(away_BD, keep)
+            else:
+                ties = last.ties[number] if last.value else away_BD.numel()
+                mask_BD = _beyond(away_BD, last.value, ties)
             part = codec.encode(residual_BD, keep=keep, dtype=dtype, mask_ID=mask_BD)
             lost = _loss(aligned, expert_BD, residual_BD, part, rows, int(mask_BD.sum()))
             return part.cpu(), lost
@@ -114,6 +121,19 @@ def _encode_entries(
             residuals.append(codec.join_rows(list(parts)))
             losses.append(_total(lost))
     return Encoded(center_ID, residuals, losses)
+
+
+def balanced_mask(away_BD: Tensor, keep: float) -> Tensor:
+    """In every run of BALANCED_RUN entries of a row the ⌊keep·run⌋ that are furthest away.
+
+    So every run of whole length has equally many values, zeros among them if need be.
+    """
+    mask_BD = torch.zeros_like(away_BD, dtype=torch.bool)
+    for first in range(0, away_BD.shape[1], BALANCED_RUN):
+        run = slice(first, first + BALANCED_RUN)
+        count = int(keep * away_BD[:, run].shape[1])
+        mask_BD[:, run].scatter_(1, away_BD[:, run].topk(count, sorted=False).indices, True)
+    return mask_BD
 
 
 def _blocks_of(aligned: AlignedExperts, experts: list[int]) -> Iterator[tuple[int, slice]]:

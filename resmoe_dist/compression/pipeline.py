@@ -39,6 +39,7 @@ from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.checkpoints.tensor_files import TensorFile, write_tensors
 from resmoe_dist.compression.aligned import CPU
 from resmoe_dist.compression.budget import allocate_over_model, keep_for
+from resmoe_dist.compression.encoding import BALANCED_RUN
 from resmoe_dist.compression.group import GroupCompressor, GroupPlan
 from resmoe_dist.compression.memory import ExpertStore
 from resmoe_dist.compression.model_files import (
@@ -336,8 +337,15 @@ def _check_settings(source: SourceCheckpoint, settings: CompressionSettings) -> 
         raise UserError(f"--ep {settings.groups}: must be 1 or more")
     if not 0 < settings.keep <= 1:
         raise UserError(f"--keep {settings.keep}: must lie in (0, 1]")
-    if settings.allocate == "model" and settings.codec != "pruned":
-        raise UserError(f"--allocate model: needs --codec pruned, not {settings.codec}")
+    if settings.allocate in ("block", "model") and settings.codec != "pruned":
+        raise UserError(
+            f"--allocate {settings.allocate}: needs --codec pruned, not {settings.codec}"
+        )
+    if settings.allocate == "block" and int(settings.keep * BALANCED_RUN) < 1:
+        raise UserError(
+            f"--allocate block: --keep {settings.keep} of {BALANCED_RUN} entries is none; "
+            f"give {1 / BALANCED_RUN} or more"
+        )
     for site in source.sites:
         if site.num_experts % settings.groups:
             raise UserError(
