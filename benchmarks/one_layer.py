@@ -33,9 +33,10 @@ from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.checkpoints.tensor_files import write_tensors
 from resmoe_dist.compression import encoding, group
 from resmoe_dist.compression.group import GroupCompressor
-from resmoe_dist.compression.memory import ExpertStore, parse_size
+from resmoe_dist.compression.memory import ExpertStore
 from resmoe_dist.compression.model_files import file_entry
 from resmoe_dist.evaluation.report import human_bytes, text_table
+from resmoe_dist.sizes import parse_size
 
 STAGES = ("read", "align", "centre", "encode", "write", "digest", "rest")
 # What does the work of a stage: where it is looked up, its name, the stage.
