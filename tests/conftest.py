@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from resmoe_dist.parallel.launcher import quiet_libraries
 from tests.models import FAMILIES, save_family
 
 quiet_libraries()
+# `--hypothesis-profile few`, for runs that are slow: under a sanitizer.
+settings.register_profile("few", max_examples=20)
 # A shell's background job ignores Ctrl-C, and what it starts inherits that; tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

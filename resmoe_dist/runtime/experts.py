@@ -144,6 +144,8 @@ class CompressedExperts(nn.Module):
         self.rows = groups[0].residuals[0].rows
         self.activation = activation
         self.execution = execution or Execution()
+        # In a cache that layers share. Not `id(self)`, which a later layer may have again.
+        self._key = object()
         # Exactly one rank of a TP group adds the output bias, or the sum would hold it tp times.
         self.adds_output_bias = adds_output_bias
 
@@ -250,7 +252,7 @@ class CompressedExperts(nn.Module):
                 return dense_SD
 
             nbytes = self.rows * columns * like.itemsize
-            kept = self.execution.cache.get((id(self), *place), nbytes, restore)
+            kept = self.execution.cache.get((self._key, *place), nbytes, restore)
             if kept is not None:
                 yield kept
                 return

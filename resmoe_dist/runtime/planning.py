@@ -14,7 +14,7 @@ import json
 import logging
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -54,6 +54,11 @@ class ExpertCosts:
     tiled: tuple[float, ...]
     residual: tuple[float, ...]
     center: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for seconds in astuple(self):
+            if len(seconds) != len(TOKENS) or not all(value >= 0 for value in seconds):
+                raise ValueError(f"costs of {seconds}, where {len(TOKENS)} numbers are due")
 
     def fastest(self, counts_L: list[int], center_rows: list[int]) -> str:
         """The mode for experts with so many tokens, whose centres have so many."""
