@@ -152,7 +152,7 @@ def rank_table(reports: list[Report]) -> str:
     return (
         f"{text_table(header, rows, left=0)}\n"
         f"experts on all ranks together {human_bytes(held)}, dense {human_bytes(dense)}: "
-        f"{held / dense:.1%}\n"
+        f"{held / dense if dense else 0:.1%}\n"
         f"ep {place.ep} x tp {place.tp} x dp {place.dp}: {tokens} tokens in {seconds:.2f} s, "
         f"{tokens / seconds:.1f} tokens/s in all"
     )

@@ -153,10 +153,11 @@ class PrunedResidual(EncodedResidual):
 
 
 def _compressed_rows(weights: Weights) -> CompressedRows:
-    residual = weights.residual
-    if residual is None:
+    if weights.residual is None:
         return CompressedRows(weights.center)
-    return CompressedRows(weights.center, residual.bitmap, residual.values, residual.row_offsets)
+    # Not by attribute: a module's take a microsecond each, which one token notices.
+    stored = weights.residual._buffers
+    return CompressedRows(weights.center, stored["bitmap"], stored["values"], stored["row_offsets"])
 
 
 def _row_offsets(counts_I: Tensor) -> Tensor:

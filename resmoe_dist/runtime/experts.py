@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -144,6 +145,8 @@ class CompressedExperts(nn.Module):
         self.rows = groups[0].residuals[0].rows
         self.activation = activation
         self.execution = execution or Execution()
+        # Whole experts by place and whether with their centre: made once, as modules are slow.
+        self._whole: dict[tuple[tuple[int, int], bool], Weights] = {}
         # In a cache that layers share. Not `id(self)`, which a later layer may have again.
         self._key = object()
         # Exactly one rank of a TP group adds the output bias, or the sum would hold it tp times.
@@ -324,11 +327,20 @@ class CompressedExperts(nn.Module):
 
     def _weights(self, place: tuple[int, int], rows: slice, with_center: bool) -> Weights:
         """Some rows of an expert, or of its residual alone."""
-        group, residual = self.groups[place[0]], self.groups[place[0]].residuals[place[1]]
-        if rows.stop - rows.start < self.rows:
-            residual = residual.slice_rows(rows.start, rows.stop)
-        center = group.center[rows] if with_center and group.center is not None else None
-        return Weights(center, residual)
+        whole = self._whole.get((place, with_center))
+        if whole is None:
+            group = self.groups[place[0]]
+            whole = Weights(group.center if with_center else None, group.residuals[place[1]])
+            self._whole[place, with_center] = whole
+        if rows.stop - rows.start == self.rows:
+            return whole
+        center = None if whole.center is None else whole.center[rows]
+        return Weights(center, whole.residual.slice_rows(rows.start, rows.stop))
+
+    def _apply(self, *args: Any, **kwargs: Any) -> CompressedExperts:
+        # Tensors move to another device or dtype.
+        self._whole.clear()
+        return super()._apply(*args, **kwargs)
 
     def _bias(self, places: list[tuple[int, int]], rows: slice) -> Tensor:
         """Biases of the input projections of some experts: [len(places), inputs·S], float32."""

@@ -19,6 +19,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -90,6 +91,8 @@ class MeasuredPlanner:
 
     def __init__(self) -> None:
         self._costs: dict[tuple[object, ...], ExpertCosts] = {}
+        # Every token of every layer asks.
+        self._of_layer: WeakKeyDictionary[CompressedExperts, ExpertCosts] = WeakKeyDictionary()
 
     def choose(self, experts: CompressedExperts, tokens: DispatchedTokens) -> str:
         """The fastest mode for these tokens."""
@@ -109,12 +112,15 @@ class MeasuredPlanner:
 
     def costs(self, experts: CompressedExperts) -> ExpertCosts:
         """Those of a layer: of this process, from the cache, or measured now."""
+        if experts in self._of_layer:
+            return self._of_layer[experts]
         residual = experts.groups[0].residuals[0]
         density = round(residual.nbytes / (residual.rows * residual.columns), 1)
         kernels = kernels_for(experts.device, experts.dtype).__name__, fingerprint()
         key = (kernels, experts.codec.name, experts.dtype, residual.rows, experts.shape, density)
         if key not in self._costs:
             self._costs[key] = _known_or_measured(key, experts)
+        self._of_layer[experts] = self._costs[key]
         return self._costs[key]
 
 
@@ -141,7 +147,7 @@ def measure(experts: CompressedExperts) -> ExpertCosts:
     )
     centers = [group.center for group in experts.groups if group.center is not None][:1]
     inputs = len(experts.shape.inputs)
-    evicting = torch.empty(_EVICTING_BYTES, dtype=torch.uint8, device=device)
+    evicting = torch.zeros(_EVICTING_BYTES // 4, device=device)
     seconds: dict[str, list[float]] = {field.name: [] for field in fields(ExpertCosts)}
     for count in TOKENS:
         x_nH = torch.randn(count, hidden, device=device).to(experts.dtype)
@@ -194,11 +200,12 @@ def _known_or_measured(key: tuple[object, ...], experts: CompressedExperts) -> E
 
 
 def _seconds(work: Callable[[], object], evicting: Tensor) -> float:
-    """The least of a few times, with nothing in the caches but what was written to `evicting`."""
+    """The least of a few times, with nothing in the caches but `evicting`."""
     times, device = [], evicting.device
     work()
     for _ in range(_REPEATS):
-        evicting.fill_(0)
+        # Read, not written: what is still to be written back would be part of the time.
+        evicting.sum()
         _wait(device)
         began = perf_counter()
         work()
