@@ -87,7 +87,6 @@ def _build(folder: Path) -> None:
     unfinished.rename(folder)
 
 
-@cache
 def fingerprint() -> str:
     """Of all that the kernels depend on."""
     flags = _FLAGS + _extra_flags()

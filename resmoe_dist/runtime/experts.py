@@ -340,6 +340,7 @@ class CompressedExperts(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> CompressedExperts:
         # Tensors move to another device or dtype.
         self._whole.clear()
+        self._key = object()
         return super()._apply(*args, **kwargs)
 
     def _bias(self, places: list[tuple[int, int]], rows: slice) -> Tensor:

@@ -163,6 +163,20 @@ def test_many_tokens_are_run_in_parts_with_the_same_result(monkeypatch, codec, e
 
 
 @every_execution
+@every_codec
+def test_a_layer_that_was_moved_to_another_dtype_runs_in_it(codec, execution):
+    experts = make_experts(LONG, MIXED, codec, EXECUTIONS[execution]())
+    experts(routed(9))
+    experts.to(torch.bfloat16)
+    tokens = routed(23, torch.bfloat16)
+
+    found = experts(tokens)
+
+    assert found.dtype == torch.bfloat16
+    assert relative_difference(found.double(), naive(experts, tokens)) <= 2**-6
+
+
+@every_execution
 def test_a_tokens_result_does_not_depend_on_other_tokens(execution):
     experts = make_experts(LONG, SEVERAL, execution=EXECUTIONS[execution]())
     x_TH, index_TK = torch.randn(9, HIDDEN), torch.randint(EXPERTS, (9, TOP_K))
