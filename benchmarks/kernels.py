@@ -512,10 +512,10 @@ def _check_plot(path: Path | None) -> None:
     """Before minutes are spent."""
     if path is None:
         return
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib; run pip install 'resmoe-dist[plot]'")
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"--plot {path}: must end in .png, .svg or .pdf")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib; run pip install 'resmoe-dist[plot]'")
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
