@@ -179,6 +179,27 @@ class EncodedResidual(nn.Module, ABC):
                 out_TH.index_add_(0, token_n, y_nH.float())
         return out_TH
 
+    @classmethod
+    def fuses_mlp(cls, device: torch.device, dtype: torch.dtype, activation: str) -> bool:
+        """Whether `mlp` is there for such tensors and this activation."""
+        return False
+
+    @classmethod
+    def mlp(
+        cls,
+        x_TH: Tensor,
+        token_N: Tensor,
+        weight_N: Tensor,
+        counts_J: list[int],
+        jobs: list[Weights],
+        centers: list[Tensor],
+        center_J: list[int],
+        inputs: int,
+        activation: str,
+    ) -> Tensor:
+        """Both products and the activation between them: see `ops.reference.mlp`."""
+        raise NotImplementedError(f"{cls.name} has no fused MLP")
+
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
         return dict(self.named_buffers())

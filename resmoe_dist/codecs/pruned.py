@@ -140,6 +140,28 @@ class PrunedResidual(EncodedResidual):
         return dispatch.project_out(h_NR, token_N, counts_J, rows, inputs, num_tokens, hidden)
 
     @classmethod
+    def fuses_mlp(cls, device: torch.device, dtype: torch.dtype, activation: str) -> bool:
+        return dispatch.fuses_mlp(device, dtype, activation)
+
+    @classmethod
+    def mlp(
+        cls,
+        x_TH: Tensor,
+        token_N: Tensor,
+        weight_N: Tensor,
+        counts_J: list[int],
+        jobs: list[Weights],
+        centers: list[Tensor],
+        center_J: list[int],
+        inputs: int,
+        activation: str,
+    ) -> Tensor:
+        rows = [_compressed_rows(weights) for weights in jobs]
+        return dispatch.mlp(
+            x_TH, token_N, weight_N, counts_J, rows, centers, center_J, inputs, activation
+        )
+
+    @classmethod
     def join_rows(cls, parts: list[PrunedResidual]) -> PrunedResidual:
         counts_I = torch.cat([part.row_offsets.diff() for part in parts])
         return cls(

@@ -46,6 +46,28 @@ def project_out(
     return kernels.project_out(h_NS, token_N, counts_J, jobs, inputs, num_tokens, hidden)
 
 
+def mlp(
+    x_TH: Tensor,
+    token_N: Tensor,
+    weight_N: Tensor,
+    counts_J: list[int],
+    jobs: list[CompressedRows],
+    centers: list[Tensor],
+    center_J: list[int],
+    inputs: int,
+    activation: str,
+) -> Tensor:
+    """See `reference.mlp`. Only where `fuses_mlp`."""
+    return cpu_kernels.mlp(
+        x_TH, token_N, weight_N, counts_J, jobs, centers, center_J, inputs, activation
+    )
+
+
+def fuses_mlp(device: torch.device, dtype: torch.dtype, activation: str) -> bool:
+    """Whether there is a kernel for whole MLPs: elsewhere their two products are apart."""
+    return activation in reference.ACTIVATIONS and kernels_for(device, dtype) is cpu_kernels
+
+
 def kernels_for(device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The module whose functions work on such tensors."""
     if device.type == "cuda" and _has_triton():

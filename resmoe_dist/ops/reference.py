@@ -9,10 +9,18 @@ Legend: T tokens, N copies (a token sent to an expert), S rows, H hidden, D colu
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from resmoe_dist.ops.bitmap import unpack_bitmap
 from resmoe_dist.ops.rows import CompressedRows
+
+# What `mlp` has between its products.
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 def restore(rows: CompressedRows, out_SC: Tensor, first_column: int = 0) -> None:
@@ -76,4 +84,46 @@ def project_out(
         weight_SH = torch.empty(rows.count, hidden, dtype=rows.dtype, device=h_NS.device)
         restore(rows, weight_SH, inputs * hidden)
         out_TH.index_add_(0, token_N[begin:end], h_NS[begin:end].float() @ weight_SH.float())
+    return out_TH
+
+
+def mlp(
+    x_TH: Tensor,
+    token_N: Tensor,
+    weight_N: Tensor,
+    counts_J: list[int],
+    jobs: list[CompressedRows],
+    centers: list[Tensor],
+    center_J: list[int],
+    inputs: int,
+    activation: str,
+) -> Tensor:
+    """Whole MLPs: for each token the weighted sum over its copies, [T, H], float32.
+
+    weight_N: float32. centers: matrices [S, D] that jobs without one of their own share; center_J:
+    which one each job takes besides its rows, -1 for none. activation: one of ACTIVATIONS, of the
+    first input; with two, times the second. Activations times weights are rounded to the dtype of
+    x once; for a shared centre their sums are.
+    """
+    S = jobs[0].count if jobs else 0
+    in_NC = project_in(x_TH, token_N, counts_J, jobs, inputs)
+    copies_J = torch.arange(len(token_N)).split(counts_J)
+    for n, center in zip(copies_J, center_J, strict=True):
+        if center >= 0:
+            rows = [CompressedRows(centers[center])]
+            in_NC[n] += project_in(x_TH, token_N[n], [len(n)], rows, inputs)
+    h_NS = ACTIVATIONS[activation](in_NC[:, :S])
+    if inputs == 2:
+        h_NS = h_NS * in_NC[:, S:]
+    h_NS = h_NS * weight_N.unsqueeze(1)
+    size = (counts_J, jobs, inputs, *x_TH.shape)
+    out_TH = project_out(h_NS.to(x_TH.dtype), token_N, *size)
+    for c, center_SD in enumerate(centers):
+        n = [copies for copies, center in zip(copies_J, center_J, strict=True) if center == c]
+        if n:
+            sum_TS = torch.zeros(len(x_TH), S, device=x_TH.device)
+            sum_TS.index_add_(0, token_N[torch.cat(n)], h_NS[torch.cat(n)])
+            every_T, rows = torch.arange(len(x_TH)), [CompressedRows(center_SD)]
+            size = ([len(x_TH)], rows, inputs, *x_TH.shape)
+            out_TH += project_out(sum_TS.to(x_TH.dtype), every_T, *size)
     return out_TH

@@ -18,6 +18,19 @@ class Activation(Protocol):
     def __call__(self, *inputs: Tensor) -> Tensor: ...
 
 
+# Activations that kernels have (see `ops.reference`), by what transformers makes of their names.
+_KERNELS = {
+    type(ACT2FN[name]): kernel
+    for name, kernel in (
+        ("silu", "silu"),
+        ("swish", "silu"),
+        ("gelu_pytorch_tanh", "gelu_tanh"),
+        ("gelu_new", "gelu_tanh"),
+        ("relu", "relu"),
+    )
+}
+
+
 class PlainActivation(nn.Module):
     """act(gate) · up for gated experts, act(in) for two-layer ones.
 
@@ -27,6 +40,11 @@ class PlainActivation(nn.Module):
     def __init__(self, act: str | nn.Module) -> None:
         super().__init__()
         self.act = ACT2FN[act] if isinstance(act, str) else act
+
+    @property
+    def kernel(self) -> str | None:
+        """The name of it among the kernels', if it is one of them."""
+        return _KERNELS.get(type(self.act))
 
     def forward(self, *inputs: Tensor) -> Tensor:
         h = self.act(inputs[0])

@@ -145,6 +145,9 @@ class CompressedExperts(nn.Module):
         self.rows = groups[0].residuals[0].rows
         self.activation = activation
         self.execution = execution or Execution()
+        # Biases come at the end of rows, which kernels for whole MLPs do not wait for.
+        kernel = None if shape.row_bias else getattr(activation, "kernel", None)
+        self._activation_kernel: str | None = kernel
         # Whole experts by place and whether with their centre: made once, as modules are slow.
         self._whole: dict[tuple[tuple[int, int], bool], Weights] = {}
         # In a cache that layers share. Not `id(self)`, which a later layer may have again.
@@ -278,12 +281,49 @@ class CompressedExperts(nn.Module):
             h_k = act(C_in x + R_k,in x)
             y   = Σ g_k (C_out + R_k,out) h_k = C_out (Σ g_k h_k) + Σ g_k R_k,out h_k
         """
+        if self._fuses_mlp(tokens.x_RH):
+            return self._run_fused(tokens, shares_centers=True)
         group_of_L = [g for g, _ in self.places]
         return self._run_products(tokens, CenterCopies.of(list(self.groups), group_of_L, tokens))
 
     def run_tiled(self, tokens: DispatchedTokens) -> Tensor:
         """Centre plus residual per copy, added up inside the products: y_RH in float32."""
+        if self._fuses_mlp(tokens.x_RH):
+            return self._run_fused(tokens, shares_centers=False)
         return self._run_products(tokens, None)
+
+    def _fuses_mlp(self, x_RH: Tensor) -> bool:
+        kernel = self._activation_kernel
+        return kernel is not None and self.codec.fuses_mlp(x_RH.device, x_RH.dtype, kernel)
+
+    def _run_fused(self, tokens: DispatchedTokens, *, shares_centers: bool) -> Tensor:
+        """Products, activations and sums in one kernel."""
+        every = slice(0, self.rows)
+        jobs, counts, center_J = [], [], []
+        centers: dict[int, Tensor] = {}
+        for place, count in zip(self.places, tokens.counts_L, strict=True):
+            if not count:
+                continue
+            whole = self._weights(place, every, with_center=True)
+            center = -1
+            if shares_centers and whole.center is not None:
+                centers.setdefault(place[0], whole.center)
+                center = list(centers).index(place[0])
+                whole = self._weights(place, every, with_center=False)
+            jobs.append(whole)
+            counts.append(count)
+            center_J.append(center)
+        return self.codec.mlp(
+            tokens.x_RH,
+            tokens.row_N,
+            tokens.weight_N,
+            counts,
+            jobs,
+            list(centers.values()),
+            center_J,
+            len(self.shape.inputs),
+            self._activation_kernel,
+        )
 
     def _run_products(self, tokens: DispatchedTokens, centers: CenterCopies | None) -> Tensor:
         x_RH, hidden, inputs = tokens.x_RH, self.shape.hidden, len(self.shape.inputs)

@@ -231,8 +231,9 @@ class Products(NamedTuple):
 
 @pytest.fixture
 def products(monkeypatch) -> Iterator[list[Products]]:
-    """What `project_in` and `project_out` of `pruned` were asked for."""
+    """What `project_in` and `project_out` of `pruned` were asked for, where nothing fuses them."""
     asked = []
+    monkeypatch.setattr(PrunedResidual, "fuses_mlp", lambda *_: False)
 
     def count(counts_J, jobs) -> None:
         parts = {"centers": 0, "residuals": 0, "sums": 0}

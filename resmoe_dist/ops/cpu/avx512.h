@@ -14,21 +14,27 @@ inline __m512i spread(__mmask32 mask, __m512i values) {
   return _mm512_maskz_expand_epi16(mask, values);
 }
 
+#ifdef RESMOE_BF16
+// bfloat16 a + b, to nearest, ties to even; denormal numbers are taken for zeros. The instructions
+// for products add pairs up in fewer steps than there are in making floats of them.
+inline __m512i add_bfloat16(__m512i a, __m512i b) {
+  const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3F80);
+  const auto sums = [&](__m512i pairs) {
+    return _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)pairs, ones);
+  };
+  const __m512 low = sums(_mm512_unpacklo_epi16(a, b));
+  const __m512 high = sums(_mm512_unpackhi_epi16(a, b));
+  // Of each eight entries, the first four are in `low`.
+  const __m512i in_order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+  return _mm512_permutexvar_epi64(in_order, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+#else
 // bfloat16 a + b, to nearest, ties to even. Entries of even and odd number apart, as each is then
 // one instruction away from being a float.
 inline __m512i add_bfloat16(__m512i a, __m512i b) {
   const __m512i upper = _mm512_set1_epi32(0xFFFF0000);
   const auto even = [](__m512i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)); };
   const auto odd = [&](__m512i v) { return _mm512_castsi512_ps(_mm512_and_si512(v, upper)); };
-  const __m512 even_sum = _mm512_add_ps(even(a), even(b));
-  const __m512 odd_sum = _mm512_add_ps(odd(a), odd(b));
-#ifdef RESMOE_BF16
-  const __m512i apart = (__m512i)_mm512_cvtne2ps_pbh(odd_sum, even_sum);
-  const __m512i interleaved = _mm512_set_epi16(  //
-      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
-      23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(interleaved, apart);
-#else
   const auto rounded = [](__m512 sum) {
     const __m512i bits = _mm512_castps_si512(sum);
     const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -38,10 +44,11 @@ inline __m512i add_bfloat16(__m512i a, __m512i b) {
     return _mm512_mask_or_epi32(_mm512_add_epi32(bits, up), nan, bits,
                                 _mm512_set1_epi32(0x400000));
   };
-  return _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(rounded(even_sum), 16),
-                                 rounded(odd_sum));
-#endif
+  return _mm512_mask_blend_epi16(
+      0xAAAAAAAA, _mm512_srli_epi32(rounded(_mm512_add_ps(even(a), even(b))), 16),
+      rounded(_mm512_add_ps(odd(a), odd(b))));
 }
+#endif
 
 // Past the caches where the target is aligned, as only an aligned line can be.
 inline void stream_bytes(const void* source, int64_t bytes, void* target) {
@@ -60,6 +67,58 @@ inline void stream_bytes(const void* source, int64_t bytes, void* target) {
 
 template <int TOKENS>
 struct Avx512BFloat16 : VectorPrimitives<BFloat16, 16, TOKENS> {
+  // take(column, entries of four rows, their masks), 32 columns at a time, for as many multiples of kPadding as
+  // values can be read for in whole registers; returns how many columns. Side by side, more of the
+  // rows are on their way from memory at a time.
+  template <class Take>
+  static int64_t for_each_of_four(Bits* const* bits, const BFloat16** values,
+                                  const BFloat16* const* ends, int64_t columns, const Take& take) {
+    const BFloat16* from[4] = {values[0], values[1], values[2], values[3]};
+    Bits of_row[4] = {*bits[0], *bits[1], *bits[2], *bits[3]};
+    const auto whole = [&](int row) { return ends[row] - from[row] >= kPadding; };
+    int64_t c = 0;
+    while (c + kPadding <= columns && whole(0) && whole(1) && whole(2) && whole(3)) {
+      for (const int64_t end = c + kPadding; c < end; c += 32) {
+        __m512i entries[4];
+        uint32_t masks[4];
+        RESMOE_UNROLL
+        for (int r = 0; r < 4; ++r) {
+          masks[r] = of_row[r].next_32();
+          entries[r] = spread(masks[r], _mm512_loadu_si512(from[r]));
+          from[r] += __builtin_popcount(masks[r]);
+        }
+        take(c, entries, masks);
+      }
+    }
+    for (int r = 0; r < 4; ++r) {
+      values[r] = from[r];
+      *bits[r] = of_row[r];
+    }
+    return c;
+  }
+
+  static int64_t expand_four(Bits* const* bits, const BFloat16** values,
+                             const BFloat16* const* ends, const BFloat16* const* centers,
+                             int64_t columns, BFloat16* out, int64_t stride) {
+    if (!centers[0]) {
+      return for_each_of_four(
+          bits, values, ends, columns, [&](int64_t c, const __m512i* entries, const uint32_t*) {
+            RESMOE_UNROLL
+            for (int r = 0; r < 4; ++r) _mm512_storeu_si512(out + r * stride + c, entries[r]);
+          });
+    }
+    return for_each_of_four(
+        bits, values, ends, columns,
+        [&](int64_t c, const __m512i* entries, const uint32_t* masks) {
+          RESMOE_UNROLL
+          for (int r = 0; r < 4; ++r) {
+            const __m512i base = _mm512_loadu_si512(centers[r] + c);
+            const __m512i sum = add_bfloat16(base, entries[r]);
+            _mm512_storeu_si512(out + r * stride + c, _mm512_mask_mov_epi16(base, masks[r], sum));
+          }
+        });
+  }
+
   template <bool kCenter>
   static const BFloat16* expand(Bits& bits, const BFloat16* values, const BFloat16* end,
                                 const BFloat16* center, int64_t columns, BFloat16* out) {

@@ -235,6 +235,211 @@ Tensor project_out(const Tensor& h_NS, const Tensor& token_N, std::vector<int64_
   return sum.narrow(1, 0, hidden);
 }
 
+// Copies from which on a job is multiplied with packed copies.
+constexpr int64_t kPackedCopies = 12;
+
+// Sums of all threads together take no more than this.
+constexpr int64_t kMostSummedBytes = 64 << 20;
+
+// Rows of a thread in a block of packed products.
+constexpr int64_t kPackedRows = 256;
+
+// What is packed at a time: mostly in the last-level cache, and no burden on memory.
+constexpr int64_t kPackedBytes = 32 << 20;
+
+Activation as_activation(const std::string& name) {
+  if (name == "silu") return Activation::kSilu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  TORCH_CHECK(name == "relu", "no activation ", name);
+  return Activation::kRelu;
+}
+
+// Adds to y [T, padded(H)] what the jobs make of few copies each.
+void add_mlp(const Mlp& work, int64_t rows, const Kernels& kernels, const Tensor& y) {
+  const int64_t parts = at::get_num_threads(), size = y.numel();
+  const Tensor sums = at::empty({parts, size}, y.options());
+  float* of_parts = sums.data_ptr<float>();
+  share(rows, parts, [&](int64_t part, int64_t begin, int64_t end) {
+    float* of_part = of_parts + part * size;
+    std::fill(of_part, of_part + size, 0.0f);
+    kernels.mlp(work, begin, end, of_part);
+  });
+  float* total = y.data_ptr<float>();
+  at::parallel_for(0, size, 1 << 14, [&](int64_t begin, int64_t end) {
+    for (int64_t part = 0; part < parts; ++part) {
+      const float* of_part = of_parts + part * size;
+      for (int64_t i = begin; i < end; ++i) total[i] += of_part[i];
+    }
+  });
+}
+
+// Adds to y what jobs make of many copies each.
+void add_packed_mlp(std::vector<PackedJob> jobs, PackedMlp work, int64_t rows,
+                    const Kernels& kernels, const at::TensorOptions& options) {
+  const int64_t parts = at::get_num_threads(), hidden = work.hidden;
+  // Blocks of equal size, an even number of rows each but for the last.
+  const int64_t blocks = (rows + parts * kPackedRows - 1) / (parts * kPackedRows);
+  work.most_rows = up_to_multiple((rows + blocks - 1) / blocks, 2);
+  int64_t lanes = 0;
+  for (const PackedJob& job : jobs) lanes += Chunks(job.copies, kernels.lanes).lanes();
+  const Tensor x = at::empty({lanes, padded(hidden)}, options);
+  const Tensor h = at::empty({lanes, work.most_rows}, options);
+  const Tensor y = at::empty({lanes, packed_columns(hidden)}, options.dtype(at::kFloat));
+  const Tensor weight = at::zeros({lanes}, y.options());
+  lanes = 0;
+  for (PackedJob& job : jobs) {
+    float* weight_l = weight.data_ptr<float>() + lanes;
+    std::copy(job.weight_l, job.weight_l + job.copies, weight_l);
+    job.weight_l = weight_l;
+    job.x = x[lanes].data_ptr();
+    job.h = h[lanes].data_ptr();
+    job.y = y[lanes].data_ptr<float>();
+    lanes += Chunks(job.copies, kernels.lanes).lanes();
+  }
+  work.jobs = jobs.data();
+  work.num_jobs = jobs.size();
+  const auto in_shares = [&](int64_t count, int64_t unit, auto kernel) {
+    share((count + unit - 1) / unit, parts, [&](int64_t, int64_t begin, int64_t end) {
+      kernel(work, begin * unit, std::min(end * unit, count));
+    });
+  };
+  in_shares(padded(hidden), 32, kernels.pack);
+  for (; work.first_row < rows; work.first_row += work.most_rows) {
+    work.rows = std::min(work.most_rows, rows - work.first_row);
+    in_shares(work.rows, 2, kernels.mlp_packed_in);
+    in_shares(hidden, kPackedColumns, kernels.mlp_packed_out);
+  }
+  in_shares(hidden, 16, kernels.add_packed);
+}
+
+// The same, as many copies at a time as there is memory for.
+void add_packed_mlp_in_turn(const std::vector<Job>& jobs, const PackedMlp& work, int64_t rows,
+                            const int64_t* token_N, const float* weight_N, const Kernels& kernels,
+                            const at::TensorOptions& options) {
+  const int64_t lane_bytes = padded(work.hidden) * 2 * sizeof(float);
+  const int64_t chunk = kernels.lanes.most * kernels.lanes.vector;
+  const int64_t most = std::max<int64_t>(kPackedBytes / lane_bytes / chunk, 1) * chunk;
+  std::vector<PackedJob> now;
+  int64_t lanes = 0;
+  const auto run = [&] {
+    if (!now.empty()) add_packed_mlp(std::move(now), work, rows, kernels, options);
+    now.clear();
+    lanes = 0;
+  };
+  for (const Job& job : jobs) {
+    const int64_t passes = (job.copies + most - 1) / most;
+    for (int64_t pass = 0; pass < passes; ++pass) {
+      const int64_t first = job.first_copy + pass * job.copies / passes;
+      const int64_t copies = job.first_copy + (pass + 1) * job.copies / passes - first;
+      const int64_t more = Chunks(copies, kernels.lanes).lanes();
+      if (lanes + more > most) run();
+      now.push_back({job.rows, token_N + first, copies, weight_N + first});
+      lanes += more;
+    }
+  }
+  run();
+}
+
+// Which tokens each shared centre is multiplied with, and where each copy finds them.
+struct Sharing {
+  std::vector<SharedCenter> centers;
+  std::vector<int64_t> token_C;
+  std::vector<int64_t> index_N;
+};
+
+Sharing as_sharing(const std::vector<Job>& jobs, const std::vector<int64_t>& shared_J,
+                   const std::vector<Rows>& centers, const int64_t* token_N, int64_t num_copies,
+                   int64_t num_tokens) {
+  Sharing sharing;
+  sharing.index_N.assign(num_copies, -1);
+  for (size_t c = 0; c < centers.size(); ++c) {
+    std::vector<int64_t> index_T(num_tokens, -1);
+    const int64_t first = sharing.token_C.size();
+    for (size_t j = 0; j < jobs.size(); ++j) {
+      if (shared_J[j] != static_cast<int64_t>(c)) continue;
+      for (int64_t n = jobs[j].first_copy; n < jobs[j].first_copy + jobs[j].copies; ++n) {
+        int64_t& index = index_T[token_N[n]];
+        if (index < 0) {
+          index = sharing.token_C.size();
+          sharing.token_C.push_back(token_N[n]);
+        }
+        sharing.index_N[n] = index;
+      }
+    }
+    const int64_t count = sharing.token_C.size() - first;
+    if (count) sharing.centers.push_back({centers[c], first, count});
+  }
+  return sharing;
+}
+
+Tensor mlp(const Tensor& x_TH, const Tensor& token_N, const Tensor& weight_N,
+           std::vector<int64_t> counts, const Optionals& centers, const Optionals& bitmaps,
+           const Optionals& values, const Optionals& offsets, const std::vector<Tensor>& shared,
+           std::vector<int64_t> shared_J, int64_t inputs, int64_t rows,
+           const std::string& activation) {
+  TORCH_CHECK(x_TH.dim() == 2, "tokens must be rows of a matrix");
+  TORCH_CHECK(inputs == 1 || inputs == 2, "1 or 2 inputs");
+  const auto dtype = x_TH.scalar_type();
+  const int64_t tokens = x_TH.size(0), hidden = x_TH.size(1), columns = (inputs + 1) * hidden;
+  std::vector<Job> jobs = as_jobs(counts, centers, bitmaps, values, offsets, dtype, rows, columns,
+                                  token_N, tokens);
+  TORCH_CHECK(weight_N.sizes() == token_N.sizes() && weight_N.is_contiguous() &&
+                  weight_N.scalar_type() == at::kFloat,
+              "weights must be float32 in one piece, one for each copy");
+  TORCH_CHECK(shared_J.size() == jobs.size(), "shared centres and jobs disagree");
+  std::vector<Rows> shared_rows;
+  for (const Tensor& center : shared) {
+    shared_rows.push_back(
+        as_rows(center, std::nullopt, std::nullopt, std::nullopt, dtype, rows, columns));
+  }
+  const Kernels& kernels = kernels_for(dtype);
+  const int64_t parts = at::get_num_threads();
+  const Tensor y = at::zeros({tokens, padded(hidden)}, x_TH.options().dtype(at::kFloat));
+  // With so many tokens a centre is no longer worth sharing, and is taken along by each job.
+  const bool many_tokens = parts * static_cast<int64_t>(y.nbytes()) > kMostSummedBytes;
+  std::vector<Job> few, many;
+  std::vector<int64_t> shared_by_few;
+  for (size_t j = 0; j < jobs.size(); ++j) {
+    const int64_t center = shared_J[j];
+    TORCH_CHECK(center >= -1 && center < static_cast<int64_t>(shared.size()), "no centre ", center);
+    TORCH_CHECK(center < 0 || !jobs[j].rows.center, "a job with two centres");
+    if (!jobs[j].copies) continue;
+    if (many_tokens && center >= 0) {
+      jobs[j].rows.center = shared_rows[center].center;
+      jobs[j].rows.center_stride = shared_rows[center].center_stride;
+    }
+    if (many_tokens || (center < 0 && jobs[j].copies >= kPackedCopies)) {
+      many.push_back(jobs[j]);
+    } else {
+      few.push_back(jobs[j]);
+      shared_by_few.push_back(center);
+    }
+  }
+  const Tensor x = with_padding(x_TH);
+  const int64_t* token = token_N.const_data_ptr<int64_t>();
+  const float* weight = weight_N.const_data_ptr<float>();
+  if (!few.empty()) {
+    const Sharing sharing =
+        as_sharing(few, shared_by_few, shared_rows, token, token_N.size(0), tokens);
+    add_mlp({few.data(), static_cast<int64_t>(few.size()), token, weight, sharing.centers.data(),
+             static_cast<int64_t>(sharing.centers.size()), sharing.token_C.data(),
+             static_cast<int64_t>(sharing.token_C.size()), sharing.index_N.data(), x.data_ptr(),
+             x.stride(0), hidden, inputs, as_activation(activation)},
+            rows, kernels, y);
+  }
+  if (!many.empty() && rows) {
+    PackedMlp packed = {};
+    packed.hidden = hidden;
+    packed.inputs = inputs;
+    packed.activation = as_activation(activation);
+    packed.x_TH = x.data_ptr();
+    packed.x_stride = x.stride(0);
+    packed.y_TH = y.data_ptr<float>();
+    add_packed_mlp_in_turn(many, packed, rows, token, weight, kernels, x.options());
+  }
+  return y.narrow(1, 0, hidden).contiguous();
+}
+
 }  // namespace
 
 TORCH_LIBRARY(resmoe, library) {
@@ -249,10 +454,15 @@ TORCH_LIBRARY(resmoe, library) {
   library.def(
       "project_out(Tensor h, Tensor token, int[] counts, Tensor?[] centers, Tensor?[] bitmaps, "
       "Tensor?[] values, Tensor?[] offsets, int inputs, int num_tokens, int hidden) -> Tensor");
+  library.def(
+      "mlp(Tensor x, Tensor token, Tensor weight, int[] counts, Tensor?[] centers, "
+      "Tensor?[] bitmaps, Tensor?[] values, Tensor?[] offsets, Tensor[] shared, int[] shared_by, "
+      "int inputs, int rows, str activation) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(resmoe, CPU, library) {
   library.impl("restore", restore);
   library.impl("project_in", project_in);
   library.impl("project_out", project_out);
+  library.impl("mlp", mlp);
 }

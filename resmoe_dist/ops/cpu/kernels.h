@@ -1,10 +1,12 @@
-// What the instruction sets offer: three kernels per dtype, on raw memory, one thread each.
+// What the instruction sets offer: a few kernels per dtype, on raw memory, one thread each.
 //
-// Legend: S rows, H hidden, D columns, N copies, T tokens, P bytes of bitmap per row.
+// Legend: S rows, H hidden, D columns, N copies, T tokens, P bytes of bitmap per row, C rows of
+// shared centres (a token to a centre), L lanes (copies, and padding to whole registers).
 // A design matrix row is [inputs (1 or 2 times H) | output (H) | biases].
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace resmoe {
@@ -35,7 +37,9 @@ struct Job {
 // inner loop has a tail. The padding of what is read holds zeros.
 constexpr int64_t kPadding = 128;
 
-constexpr int64_t padded(int64_t entries) { return (entries + kPadding - 1) / kPadding * kPadding; }
+constexpr int64_t up_to_multiple(int64_t value, int64_t of) { return (value + of - 1) / of * of; }
+
+constexpr int64_t padded(int64_t entries) { return up_to_multiple(entries, kPadding); }
 
 struct Restore {
   Rows rows;
@@ -78,11 +82,102 @@ struct OutShare {
   float* y_TH;
 };
 
-// restore and project_in work on rows [begin, end); project_out adds to y.
+// act(gate) · up with two inputs, act(in) with one.
+enum class Activation { kSilu, kGeluTanh, kRelu };
+
+// A centre that jobs share: multiplied once with each of the tokens [first, first + count) of
+// token_C, whichever of the jobs want it.
+struct SharedCenter {
+  Rows rows;
+  int64_t first;
+  int64_t count;
+};
+
+// Whole MLPs of few copies each: one pass over the rows, on the way in and out at once.
+struct Mlp {
+  const Job* jobs;
+  int64_t num_jobs;
+  const int64_t* token_N;
+  const float* weight_N;
+  const SharedCenter* centers;
+  int64_t num_centers;
+  const int64_t* token_C;
+  int64_t num_of_centers;   // C
+  const int64_t* index_N;   // which of the C each copy takes besides its job's rows, or -1
+  const void* x_TH;         // rows of padded(hidden), x_stride apart
+  int64_t x_stride;
+  int64_t hidden;
+  int64_t inputs;
+  Activation activation;
+};
+
+// The copies of a job as lanes: split into chunks of whole vectors, at most `most` of them, as equal
+// as can be. A chunk is a matrix of its own, [depth][lanes], with pairs (or whatever a product takes
+// at a time) of the depth beside each other.
+struct Lanes {
+  int64_t vector;  // lanes of one
+  int64_t most;    // vectors of a chunk
+};
+
+struct Chunks {
+  Lanes in;
+  int64_t vectors;
+  int64_t count;
+
+  Chunks(int64_t copies, Lanes lanes_in)
+      : in(lanes_in),
+        vectors((copies + in.vector - 1) / in.vector),
+        count((vectors + in.most - 1) / in.most) {}
+
+  int64_t first_lane(int64_t chunk) const { return chunk * vectors / count * in.vector; }
+  int64_t lanes(int64_t chunk) const { return first_lane(chunk + 1) - first_lane(chunk); }
+  int64_t lanes() const { return vectors * in.vector; }
+};
+
+// The output columns of packed copies are padded to a multiple of this.
+constexpr int64_t kPackedColumns = 48;
+
+constexpr int64_t packed_columns(int64_t hidden) { return up_to_multiple(hidden, kPackedColumns); }
+
+// A job with its copies in lanes, `copies` of them and padding to whole registers.
+struct PackedJob {
+  Rows rows;
+  const int64_t* token_n;
+  int64_t copies;
+  const float* weight_l;  // zero for the padding
+  void* x;                // chunks of [padded(hidden)][lanes]
+  void* h;                // chunks of [most_rows][lanes]
+  float* y;               // chunks of [packed_columns(hidden)][lanes]
+};
+
+// Whole MLPs of many copies per job, a block of rows [first_row, first_row + rows) at a time.
+struct PackedMlp {
+  const PackedJob* jobs;
+  int64_t num_jobs;
+  int64_t hidden;
+  int64_t inputs;
+  Activation activation;
+  const void* x_TH;  // rows of padded(hidden), x_stride apart
+  int64_t x_stride;
+  float* y_TH;       // rows of padded(hidden)
+  int64_t most_rows; // of a block
+  int64_t first_row;
+  int64_t rows;
+};
+
+// restore, project_in and mlp work on rows [begin, end), mlp for a thread's share of y; project_out
+// adds to y. The packed ones in their order: columns of x, rows of the block, columns of y, and
+// again; see packed_mlp.h.
 struct Kernels {
   void (*restore)(const Restore&, int64_t begin, int64_t end);
   void (*project_in)(const ProjectIn&, int64_t begin, int64_t end);
   void (*project_out)(const ProjectOut&, const OutShare&);
+  void (*mlp)(const Mlp&, int64_t begin, int64_t end, float* y_TH);
+  void (*pack)(const PackedMlp&, int64_t begin, int64_t end);
+  void (*mlp_packed_in)(const PackedMlp&, int64_t begin, int64_t end);
+  void (*mlp_packed_out)(const PackedMlp&, int64_t begin, int64_t end);
+  void (*add_packed)(const PackedMlp&, int64_t begin, int64_t end);
+  Lanes lanes;
 };
 
 struct InstructionSet {

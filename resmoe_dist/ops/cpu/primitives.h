@@ -21,6 +21,35 @@ struct BFloat16 {
 
 constexpr int64_t kDotRows = 4;
 
+// Memory that is wanted next: asked for a line at a time between other instructions, it arrives
+// while they are at work, where a burst of requests would be waited for.
+class Wanted {
+ public:
+  void add(const void* from, int64_t bytes) {
+    const char* begin = static_cast<const char*>(from);
+    if (bytes > 0) ranges_.push_back({begin, begin + bytes});
+  }
+  void clear() {
+    ranges_.clear();
+    at_ = 0;
+  }
+  void ask() {
+    if (at_ == ranges_.size()) return;
+    Range& range = ranges_[at_];
+    __builtin_prefetch(range.next, 0, 2);
+    range.next += 64;
+    if (range.next >= range.end) ++at_;
+  }
+
+ private:
+  struct Range {
+    const char* next;
+    const char* end;
+  };
+  std::vector<Range> ranges_;
+  size_t at_ = 0;
+};
+
 inline float to_float(float value) { return value; }
 inline float to_float(BFloat16 value) {
   const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
@@ -54,6 +83,9 @@ class Bits {
     bit_ += 32;
     return word;
   }
+
+  // Where the next bits are.
+  const uint8_t* place() const { return row_ + (bit_ >> 3); }
 
   // The next `count` ≤ 32 bits, lowest first. No byte past the row is read.
   uint32_t next(int64_t count) {
@@ -108,10 +140,28 @@ struct Vector {
     return reinterpret_cast<Floats>(__builtin_convertvector(halves, Words) << 16);
   }
   static void store(Floats value, float* target) { std::memcpy(target, &value, sizeof value); }
+  static void store(Floats value, BFloat16* target) {
+    const Halves halves = __builtin_convertvector(rounded(value) >> 16, Halves);
+    std::memcpy(target, &halves, sizeof halves);
+  }
+  // first[0], second[0], first[1], …
+  static void store_pairs(Floats first, Floats second, BFloat16* target) {
+    const Words pairs = rounded(first) >> 16 | (rounded(second) & 0xFFFF0000);
+    std::memcpy(target, &pairs, sizeof pairs);
+  }
   static float sum(Floats value) {
     float total = 0;
     for (int i = 0; i < W; ++i) total += value[i];
     return total;
+  }
+
+ private:
+  // A bfloat16 in the upper halves: to nearest, ties to even; a NaN stays one.
+  static Words rounded(Floats value) {
+    const Words bits = reinterpret_cast<Words>(value);
+    const Words up = bits + 0x7FFF + (bits >> 16 & 1);
+    const Words nan = reinterpret_cast<Words>(value != value);
+    return (up & ~nan) | ((bits | 0x400000) & nan);
   }
 };
 
@@ -122,6 +172,13 @@ struct VectorPrimitives {
   using Floats = typename X::Floats;
   static constexpr int64_t kTokens = TOKENS;
   static constexpr int64_t kOutTokens = 4;
+  static constexpr int64_t kLanes = W;
+  // How many entries of the depth a product of packed copies takes at a time.
+  static constexpr int64_t kPair = 1;
+  // Packed copies: vectors of kLanes, of which a product takes up to kMostVectors at once, and with
+  // M of them so many rows as there are registers for sums.
+  static constexpr int kMostVectors = 4;
+  static constexpr int rows_at_once(int M) { return (W == 16 ? 24 : 12) / M < 12 ? (W == 16 ? 24 : 12) / M : 12; }
 
   // `columns` entries into `out`: values where bits are set, plus the centre. Returns the place
   // after the last value taken. None is read at `end` (the third argument) or past it.
@@ -143,6 +200,21 @@ struct VectorPrimitives {
       }
     }
     return values;
+  }
+
+  // Some columns of four rows at once, where that is faster than one row after the other: how many
+  // were taken, a multiple of kPadding. `dot_four` and `accumulate_four` multiply them right away,
+  // by one vector.
+  static int64_t expand_four(Bits* const*, const V**, const V* const*, const V* const*, int64_t,
+                             V*, int64_t) {
+    return 0;
+  }
+  static int64_t dot_four(Bits* const*, const V**, const V* const*, int64_t, const V*, float*) {
+    return 0;
+  }
+  static int64_t accumulate_four(Bits* const*, const V**, const V* const*, int64_t, const V*,
+                                 float*) {
+    return 0;
   }
 
   static void stream(const V* row, int64_t columns, V* out) {
@@ -197,6 +269,36 @@ struct VectorPrimitives {
         RESMOE_UNROLL
         for (int c = 0; c < kColumns; ++c) X::store(sums[t][c], y[t] + k + c * W);
       }
+    }
+  }
+
+  // Sums over `depth` steps of R weights, row_step apart, times M vectors of packed copies:
+  // out[row][lane], in addition to what is there if `add`. Asks for a line of `wanted` each step.
+  template <int R, int M>
+  static void multiply(const V* weights, int64_t row_step, int64_t depth_step, const V* packed,
+                       int64_t depth, float* out, bool add, Wanted& wanted) {
+    Floats sums[R][M];
+    RESMOE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      RESMOE_UNROLL
+      for (int m = 0; m < M; ++m) sums[r][m] = add ? X::load(out + (r * M + m) * W) : Floats{};
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+      wanted.ask();
+      Floats copies[M];
+      RESMOE_UNROLL
+      for (int m = 0; m < M; ++m) copies[m] = X::load(packed + (k * M + m) * W);
+      RESMOE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const float weight = to_float(weights[r * row_step + k * depth_step]);
+        RESMOE_UNROLL
+        for (int m = 0; m < M; ++m) sums[r][m] += copies[m] * weight;
+      }
+    }
+    RESMOE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      RESMOE_UNROLL
+      for (int m = 0; m < M; ++m) X::store(sums[r][m], out + (r * M + m) * W);
     }
   }
 };
