@@ -1,5 +1,5 @@
-// The kernels over the primitives of an instruction set. Included once per set, after its target was
-// chosen and its `Primitives<V>` defined. All of it has internal linkage: the same code compiled
+// The kernels over the primitives of an instruction set. Included once per set, after its target
+// was chosen and its `Primitives<V>` defined. All of it has internal linkage: the same code compiled
 // for two targets must never be merged by the linker.
 
 #pragma once

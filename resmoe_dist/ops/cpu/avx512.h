@@ -67,18 +67,18 @@ inline void stream_bytes(const void* source, int64_t bytes, void* target) {
 
 template <int TOKENS>
 struct Avx512BFloat16 : VectorPrimitives<BFloat16, 16, TOKENS> {
-  // take(column, entries of four rows, their masks), 32 columns at a time, for as many multiples of kPadding as
-  // values can be read for in whole registers; returns how many columns. Side by side, more of the
-  // rows are on their way from memory at a time.
-  template <class Take>
+  // take(column, entries of four rows, their masks), 32 columns at a time, for as many multiples of
+  // kStep columns as values can be read for in whole registers; returns how many. Side by side,
+  // more of the rows are on their way from memory at a time.
+  template <int64_t kStep, class Take>
   static int64_t for_each_of_four(Bits* const* bits, const BFloat16** values,
                                   const BFloat16* const* ends, int64_t columns, const Take& take) {
     const BFloat16* from[4] = {values[0], values[1], values[2], values[3]};
     Bits of_row[4] = {*bits[0], *bits[1], *bits[2], *bits[3]};
-    const auto whole = [&](int row) { return ends[row] - from[row] >= kPadding; };
+    const auto whole = [&](int row) { return ends[row] - from[row] >= kStep; };
     int64_t c = 0;
-    while (c + kPadding <= columns && whole(0) && whole(1) && whole(2) && whole(3)) {
-      for (const int64_t end = c + kPadding; c < end; c += 32) {
+    while (c + kStep <= columns && whole(0) && whole(1) && whole(2) && whole(3)) {
+      for (const int64_t end = c + kStep; c < end; c += 32) {
         __m512i entries[4];
         uint32_t masks[4];
         RESMOE_UNROLL
@@ -101,22 +101,27 @@ struct Avx512BFloat16 : VectorPrimitives<BFloat16, 16, TOKENS> {
                              const BFloat16* const* ends, const BFloat16* const* centers,
                              int64_t columns, BFloat16* out, int64_t stride) {
     if (!centers[0]) {
-      return for_each_of_four(
+      return for_each_of_four<32>(
           bits, values, ends, columns, [&](int64_t c, const __m512i* entries, const uint32_t*) {
             RESMOE_UNROLL
             for (int r = 0; r < 4; ++r) _mm512_storeu_si512(out + r * stride + c, entries[r]);
           });
     }
-    return for_each_of_four(
+    return for_each_of_four<32>(
         bits, values, ends, columns,
         [&](int64_t c, const __m512i* entries, const uint32_t* masks) {
           RESMOE_UNROLL
           for (int r = 0; r < 4; ++r) {
-            const __m512i base = _mm512_loadu_si512(centers[r] + c);
-            const __m512i sum = add_bfloat16(base, entries[r]);
-            _mm512_storeu_si512(out + r * stride + c, _mm512_mask_mov_epi16(base, masks[r], sum));
+            const __m512i sum = with_center(centers[r] + c, masks[r], entries[r]);
+            _mm512_storeu_si512(out + r * stride + c, sum);
           }
         });
+  }
+
+  // Where nothing was kept the centre stays as it is, to the bit.
+  static __m512i with_center(const BFloat16* center, uint32_t mask, __m512i entries) {
+    const __m512i base = _mm512_loadu_si512(center);
+    return _mm512_mask_mov_epi16(base, mask, add_bfloat16(base, entries));
   }
 
   template <bool kCenter>
@@ -127,11 +132,7 @@ struct Avx512BFloat16 : VectorPrimitives<BFloat16, 16, TOKENS> {
     for (; c + 32 <= columns && end - values >= 32; c += 32) {
       const uint32_t mask = bits.next_32();
       __m512i entries = spread(mask, _mm512_loadu_si512(values));
-      if constexpr (kCenter) {
-        const __m512i base = _mm512_loadu_si512(center + c);
-        // Where nothing was kept the centre stays as it is, to the bit.
-        entries = _mm512_mask_mov_epi16(base, mask, add_bfloat16(base, entries));
-      }
+      if constexpr (kCenter) entries = with_center(center + c, mask, entries);
       _mm512_storeu_si512(out + c, entries);
       values += __builtin_popcount(mask);
     }

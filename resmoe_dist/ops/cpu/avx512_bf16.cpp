@@ -143,8 +143,7 @@ struct PairPrimitives : Avx512BFloat16<6> {
 
   template <int R, int M>
   static void multiply(const BFloat16* weights, int64_t row_step, int64_t depth_step,
-                       const BFloat16* packed, int64_t depth, float* out, bool add,
-                       Wanted& wanted) {
+                       const BFloat16* packed, int64_t depth, float* out, bool add) {
     constexpr int kWhole = M / 2;
     constexpr bool kHalf = M % 2;
     __m512 sums[R][kWhole + 1];
@@ -161,7 +160,6 @@ struct PairPrimitives : Avx512BFloat16<6> {
       }
     }
     for (int64_t k = 0; k < depth; ++k) {
-      wanted.ask();
       const BFloat16* of_step = packed + k * M * 16;
       __m512bh copies[kWhole + 1];
       __m256bh half;
@@ -201,14 +199,14 @@ struct PairPrimitives : Avx512BFloat16<6> {
     __m512 of_row[4];
     RESMOE_UNROLL
     for (auto& sum : of_row) sum = _mm512_setzero_ps();
-    const int64_t done =
-        for_each_of_four(bits, values, ends, columns, [&](int64_t c, const __m512i* entries, const uint32_t*) {
-          const __m512bh token = load_pairs(x + c);
-          RESMOE_UNROLL
-          for (int r = 0; r < 4; ++r) {
-            of_row[r] = _mm512_dpbf16_ps(of_row[r], (__m512bh)entries[r], token);
-          }
-        });
+    const auto multiply = [&](int64_t c, const __m512i* entries, const uint32_t*) {
+      const __m512bh token = load_pairs(x + c);
+      RESMOE_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        of_row[r] = _mm512_dpbf16_ps(of_row[r], (__m512bh)entries[r], token);
+      }
+    };
+    const int64_t done = for_each_of_four<kPadding>(bits, values, ends, columns, multiply);
     const __m128 total = totals(of_row[0], of_row[1], of_row[2], of_row[3]);
     _mm_storeu_ps(sums, _mm_add_ps(_mm_loadu_ps(sums), total));
     return done;
@@ -222,7 +220,7 @@ struct PairPrimitives : Avx512BFloat16<6> {
     std::memcpy(pairs, h, 8);
     const __m512bh first = (__m512bh)_mm512_set1_epi32(pairs[0]);
     const __m512bh second = (__m512bh)_mm512_set1_epi32(pairs[1]);
-    return for_each_of_four(bits, values, ends, columns, [&](int64_t c, const __m512i* entries, const uint32_t*) {
+    const auto add = [&](int64_t c, const __m512i* entries, const uint32_t*) {
       __m512 low = _mm512_dpbf16_ps(
           _mm512_setzero_ps(), (__m512bh)_mm512_unpacklo_epi16(entries[0], entries[1]), first);
       __m512 high = _mm512_dpbf16_ps(
@@ -231,22 +229,42 @@ struct PairPrimitives : Avx512BFloat16<6> {
       high =
           _mm512_dpbf16_ps(high, (__m512bh)_mm512_unpackhi_epi16(entries[2], entries[3]), second);
       add_interleaved(low, high, y + c);
-    });
+    };
+    return for_each_of_four<kPadding>(bits, values, ends, columns, add);
   }
 
   // Pairs of two rows' entries: out[2·column + row].
   static void interleave(const BFloat16* first, const BFloat16* second, int64_t width,
                          BFloat16* out) {
+    for (int64_t k = 0; k < width; k += 32) {
+      store_interleaved(_mm512_loadu_si512(first + k), _mm512_loadu_si512(second + k), out + 2 * k);
+    }
+  }
+
+  static void store_interleaved(__m512i first, __m512i second, BFloat16* out) {
     const __m512i low = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0);
     const __m512i high = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
-    for (int64_t k = 0; k < width; k += 32) {
-      const __m512i a = _mm512_loadu_si512(first + k);
-      const __m512i b = _mm512_loadu_si512(second + k);
-      const __m512i even = _mm512_unpacklo_epi16(a, b);
-      const __m512i odd = _mm512_unpackhi_epi16(a, b);
-      _mm512_storeu_si512(out + 2 * k, _mm512_permutex2var_epi64(even, low, odd));
-      _mm512_storeu_si512(out + 2 * k + 32, _mm512_permutex2var_epi64(even, high, odd));
-    }
+    const __m512i a = _mm512_unpacklo_epi16(first, second);
+    const __m512i b = _mm512_unpackhi_epi16(first, second);
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi64(a, low, b));
+    _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi64(a, high, b));
+  }
+
+  // expand_four to pairs of rows, `stride` apart.
+  static int64_t expand_pairs(Bits* const* bits, const BFloat16** values,
+                              const BFloat16* const* ends, const BFloat16* const* centers,
+                              int64_t columns, BFloat16* out, int64_t stride) {
+    return for_each_of_four<32>(
+        bits, values, ends, columns,
+        [&](int64_t c, const __m512i* entries, const uint32_t* masks) {
+          __m512i sums[4];
+          RESMOE_UNROLL
+          for (int r = 0; r < 4; ++r) {
+            sums[r] = centers[0] ? with_center(centers[r] + c, masks[r], entries[r]) : entries[r];
+          }
+          store_interleaved(sums[0], sums[1], out + 2 * c);
+          store_interleaved(sums[2], sums[3], out + stride + 2 * c);
+        });
   }
 };
 

@@ -111,9 +111,9 @@ struct Mlp {
   Activation activation;
 };
 
-// The copies of a job as lanes: split into chunks of whole vectors, at most `most` of them, as equal
-// as can be. A chunk is a matrix of its own, [depth][lanes], with pairs (or whatever a product takes
-// at a time) of the depth beside each other.
+// The copies of a job as lanes: split into chunks of whole vectors, at most `most` of them, as
+// equal as can be. A chunk is a matrix of its own, [depth][lanes], with pairs (or whatever a product
+// takes at a time) of the depth beside each other.
 struct Lanes {
   int64_t vector;  // lanes of one
   int64_t most;    // vectors of a chunk

@@ -15,12 +15,12 @@
 
 namespace {
 
-// Rows multiplied with the copies at a time on the way in, whose tile stays in the second-level
-// cache; and on the way out, so that sums are read and written seldom. Multiples of all R.
+// Rows multiplied with the copies at a time on the way in, and on the way out: their tiles stay in
+// the second-level cache. A multiple of all numbers of rows that products take at once.
 constexpr int64_t kPackedIn = 48;
-constexpr int64_t kPackedOut = 192;
-// Columns of the output at a time, whose tile and sums stay in the caches.
-constexpr int64_t kPackedPanel = 4 * kPackedColumns;
+constexpr int64_t kPackedOut = 96;
+// At most so many columns of the output at a time.
+constexpr int64_t kPackedPanel = 1152;
 // Entries of the depth at a time: those of a chunk's copies stay in the first-level cache.
 constexpr int64_t kPackedDepth = 256;
 
@@ -32,23 +32,22 @@ constexpr Lanes lanes_of() {
 // out[row][lane] of one chunk: whole groups of rows, at least `rows`.
 template <class V, int M = Primitives<V>::kMostVectors>
 void multiply_chunk(int64_t vectors, const V* weights, int64_t row_step, int64_t depth_step,
-                    const V* packed, int64_t depth, int64_t rows, float* out, bool add,
-                    Wanted& wanted) {
+                    const V* packed, int64_t depth, int64_t rows, float* out, bool add) {
   if constexpr (M > 1) {
     if (vectors < M) {
       return multiply_chunk<V, M - 1>(vectors, weights, row_step, depth_step, packed, depth, rows,
-                                      out, add, wanted);
+                                      out, add);
     }
   }
   using P = Primitives<V>;
   constexpr int R = P::rows_at_once(M);
   for (int64_t r = 0; r < rows; r += R) {
     P::template multiply<R, M>(weights + r * row_step, row_step, depth_step, packed, depth,
-                               out + r * M * P::kLanes, add, wanted);
+                               out + r * M * P::kLanes, add);
   }
 }
 
-// Columns [begin, end) of the copies' tokens, from an even one on, to where products take them from.
+// Columns [begin, end) of the copies' tokens, from an even one on, to packed x.
 template <class V>
 void pack_columns(const PackedMlp& work, int64_t begin, int64_t end) {
   constexpr int64_t kPair = Primitives<V>::kPair;
@@ -106,47 +105,23 @@ template <class V>
 void mlp_packed_in(const PackedMlp& work, int64_t begin, int64_t end) {
   using P = Primitives<V>;
   const int64_t hidden = work.hidden, inputs = work.inputs, width = padded(hidden);
-  // One is read while the next is asked for.
-  thread_local Strip<V> strips[2];
-  const auto start = [&](Strip<V>& strip, int64_t j, int64_t first) {
-    if (j == work.num_jobs) {
-      j = 0;
-      first += kPackedIn;
-    }
-    const int64_t rows = std::max<int64_t>(std::min(kPackedIn, end - first), 0);
-    strip.start(work.jobs[j].rows, work.first_row + first, rows, 0, 0);
-  };
-  // Whether job j (the first again after the last) brings a centre that the one before had not.
-  const auto new_center = [&](int64_t j) {
-    j %= work.num_jobs;
-    return j == 0 || work.jobs[j].rows.center != work.jobs[j - 1].rows.center;
-  };
-  thread_local Wanted wanted;
-  int now = 0;
-  start(strips[now], 0, begin);
+  thread_local Strip<V> strip;
   for (int64_t first = begin; first < end; first += kPackedIn) {
     const int64_t rows = std::min(kPackedIn, end - first);
-    for (int64_t j = 0; j < work.num_jobs; ++j, now = 1 - now) {
-      Strip<V>&strip = strips[now], &next = strips[1 - now];
-      start(next, j + 1, first);
+    for (int64_t j = 0; j < work.num_jobs; ++j) {
       const PackedJob& job = work.jobs[j];
       const Chunks chunks(job.copies, lanes_of<V>());
       const Tile<float, kProducts> products(1, inputs * kPackedIn * chunks.lanes());
+      strip.start(job.rows, work.first_row + first, rows, 0, 0);
       for (int64_t input = 0; input < inputs; ++input) {
         const auto tile = strip.next(0, rows, hidden, width, kPackedIn);
-        if (input + 1 < inputs) {
-          strip.want(hidden, new_center(j), wanted);
-        } else {
-          next.want(hidden, new_center(j + 1), wanted);
-        }
         for (int64_t k = 0; k < hidden; k += kPackedDepth) {
           const int64_t depth = (std::min(kPackedDepth, hidden - k) + P::kPair - 1) / P::kPair;
           for (int64_t c = 0; c < chunks.count; ++c) {
             const int64_t lane = chunks.first_lane(c), lanes = chunks.lanes(c);
             multiply_chunk<V>(lanes / P::kLanes, tile.entries + k, tile.stride, P::kPair,
                               static_cast<const V*>(job.x) + lane * width + k * lanes, depth, rows,
-                              products.row(0) + (inputs * lane + input * lanes) * kPackedIn, k > 0,
-                              wanted);
+                              products.row(0) + (inputs * lane + input * lanes) * kPackedIn, k > 0);
           }
         }
       }
@@ -166,41 +141,24 @@ template <class V>
 void mlp_packed_out(const PackedMlp& work, int64_t begin, int64_t end) {
   using P = Primitives<V>;
   constexpr int64_t kPair = P::kPair;
-  thread_local Strip<V> strips[2];
-  const auto start = [&](Strip<V>& strip, int64_t j, int64_t first) {
-    if (first >= work.rows) {
-      ++j;
-      first = 0;
-    }
-    const int64_t rows = j < work.num_jobs ? std::min(kPackedOut, work.rows - first) : 0;
-    const Rows& source = work.jobs[std::min(j, work.num_jobs - 1)].rows;
-    strip.start(source, work.first_row + first, rows, work.inputs * work.hidden + begin, 0);
-  };
-  thread_local Wanted wanted;
-  int now = 0;
-  start(strips[now], 0, 0);
+  thread_local Strip<V> strip;
+  // Panels of equal width.
+  const int64_t panels = std::max<int64_t>((end - begin + kPackedPanel - 1) / kPackedPanel, 1);
+  const int64_t most = packed_columns((end - begin + panels - 1) / panels);
   for (int64_t j = 0; j < work.num_jobs; ++j) {
     const PackedJob& job = work.jobs[j];
     const Chunks chunks(job.copies, lanes_of<V>());
-    for (int64_t first = 0; first < work.rows; first += kPackedOut, now = 1 - now) {
+    for (int64_t first = 0; first < work.rows; first += kPackedOut) {
       const int64_t rows = std::min(kPackedOut, work.rows - first);
-      Strip<V>&strip = strips[now], &next = strips[1 - now];
-      start(next, j, first + kPackedOut);
-      for (int64_t panel = begin; panel < end; panel += kPackedPanel) {
-        const int64_t columns = std::min(kPackedPanel, end - panel);
+      strip.start(job.rows, work.first_row + first, rows, work.inputs * work.hidden + begin, 0);
+      for (int64_t panel = begin; panel < end; panel += most) {
+        const int64_t columns = std::min(most, end - panel);
         const int64_t in_panel = packed_columns(columns), width = up_to_multiple(in_panel, 32);
-        auto tile = strip.next(0, rows, columns, width);
+        Vectors<const V> tile;
         if constexpr (kPair == 2) {
-          const Tile<V, kPairs> pairs((rows + 1) / 2, 2 * width);
-          for (int64_t r = 0; r < rows; r += 2) {
-            P::interleave(tile.row(r), tile.row(r + 1), width, pairs.row(r / 2));
-          }
-          tile = {pairs.row(0), pairs.stride()};
-        }
-        if (panel + columns < end) {
-          strip.want(std::min(kPackedPanel, end - panel - columns), true, wanted);
+          tile = strip.next_pairs(columns, width);
         } else {
-          next.want(std::min(kPackedPanel, end - begin), true, wanted);
+          tile = strip.next(0, rows, columns, width);
         }
         for (int64_t c = 0; c < chunks.count; ++c) {
           const int64_t lane = chunks.first_lane(c), lanes = chunks.lanes(c);
@@ -208,7 +166,7 @@ void mlp_packed_out(const PackedMlp& work, int64_t begin, int64_t end) {
                             static_cast<const V*>(job.h) + lane * work.most_rows + first * lanes,
                             (rows + kPair - 1) / kPair, in_panel,
                             job.y + lane * packed_columns(work.hidden) + panel * lanes,
-                            work.first_row + first > 0, wanted);
+                            work.first_row + first > 0);
         }
       }
     }

@@ -21,35 +21,6 @@ struct BFloat16 {
 
 constexpr int64_t kDotRows = 4;
 
-// Memory that is wanted next: asked for a line at a time between other instructions, it arrives
-// while they are at work, where a burst of requests would be waited for.
-class Wanted {
- public:
-  void add(const void* from, int64_t bytes) {
-    const char* begin = static_cast<const char*>(from);
-    if (bytes > 0) ranges_.push_back({begin, begin + bytes});
-  }
-  void clear() {
-    ranges_.clear();
-    at_ = 0;
-  }
-  void ask() {
-    if (at_ == ranges_.size()) return;
-    Range& range = ranges_[at_];
-    __builtin_prefetch(range.next, 0, 2);
-    range.next += 64;
-    if (range.next >= range.end) ++at_;
-  }
-
- private:
-  struct Range {
-    const char* next;
-    const char* end;
-  };
-  std::vector<Range> ranges_;
-  size_t at_ = 0;
-};
-
 inline float to_float(float value) { return value; }
 inline float to_float(BFloat16 value) {
   const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
@@ -83,9 +54,6 @@ class Bits {
     bit_ += 32;
     return word;
   }
-
-  // Where the next bits are.
-  const uint8_t* place() const { return row_ + (bit_ >> 3); }
 
   // The next `count` ≤ 32 bits, lowest first. No byte past the row is read.
   uint32_t next(int64_t count) {
@@ -178,7 +146,7 @@ struct VectorPrimitives {
   // Packed copies: vectors of kLanes, of which a product takes up to kMostVectors at once, and with
   // M of them so many rows as there are registers for sums.
   static constexpr int kMostVectors = 4;
-  static constexpr int rows_at_once(int M) { return (W == 16 ? 24 : 12) / M < 12 ? (W == 16 ? 24 : 12) / M : 12; }
+  static constexpr int rows_at_once(int M) { return std::min((W == 16 ? 24 : 12) / M, 12); }
 
   // `columns` entries into `out`: values where bits are set, plus the centre. Returns the place
   // after the last value taken. None is read at `end` (the third argument) or past it.
@@ -273,10 +241,10 @@ struct VectorPrimitives {
   }
 
   // Sums over `depth` steps of R weights, row_step apart, times M vectors of packed copies:
-  // out[row][lane], in addition to what is there if `add`. Asks for a line of `wanted` each step.
+  // out[row][lane], in addition to what is there if `add`.
   template <int R, int M>
   static void multiply(const V* weights, int64_t row_step, int64_t depth_step, const V* packed,
-                       int64_t depth, float* out, bool add, Wanted& wanted) {
+                       int64_t depth, float* out, bool add) {
     Floats sums[R][M];
     RESMOE_UNROLL
     for (int r = 0; r < R; ++r) {
@@ -284,7 +252,6 @@ struct VectorPrimitives {
       for (int m = 0; m < M; ++m) sums[r][m] = add ? X::load(out + (r * M + m) * W) : Floats{};
     }
     for (int64_t k = 0; k < depth; ++k) {
-      wanted.ask();
       Floats copies[M];
       RESMOE_UNROLL
       for (int m = 0; m < M; ++m) copies[m] = X::load(packed + (k * M + m) * W);

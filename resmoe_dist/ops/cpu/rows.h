@@ -81,16 +81,7 @@ class RowReader {
     std::memset(static_cast<void*>(out + columns), 0, (width - columns) * sizeof(V));
   }
 
-  // Has the next `columns` asked for, of which about `values` are kept.
-  void want(int64_t columns, int64_t values, bool with_center, Wanted& wanted) const {
-    if (with_center) wanted.add(center_, columns * sizeof(V));
-    if (pruned_) {
-      wanted.add(bits_.place(), columns / 8);
-      wanted.add(values_, values * sizeof(V));
-    }
-  }
-
-  // work(bits, values, ends, centers) takes some columns of four rows of one job, and says how many.
+  // work(bits, values, ends, centers) takes some columns of four rows of a job, and says how many.
   template <class Work>
   static int64_t take_four(RowReader* readers, const Work& work) {
     Bits* bits[4];
@@ -170,11 +161,6 @@ class Strip {
   void start(const Rows& source, int64_t first, int64_t rows, int64_t column, int64_t ahead) {
     dense_ = !source.bitmap;
     residual_only_ = !source.center;
-    values_per_column_ = 0;
-    if (source.bitmap && rows) {
-      const int64_t values = source.offset(first + rows) - source.offset(first);
-      values_per_column_ = static_cast<float>(values) / (8 * rows * source.bitmap_stride);
-    }
     center_stride_ = source.center_stride;
     readers_.resize(rows);
     for (int64_t r = 0; r < rows; ++r) {
@@ -184,17 +170,8 @@ class Strip {
 
   int64_t rows() const { return readers_.size(); }
 
-  // Has the next `columns` of all rows asked for, a centre's only if it is wanted too.
-  void want(int64_t columns, bool with_center, Wanted& wanted) const {
-    wanted.clear();
-    const int64_t values = columns * values_per_column_;
-    for (const RowReader<V>& reader : readers_) {
-      reader.want(columns, values, with_center && !residual_only_, wanted);
-    }
-  }
-
-  // Products of the next columns of four rows with one vector, added to sums[row]: as many multiples
-  // of kPadding of the `columns` as the instruction set has a fast way for. Returns how many.
+  // Products of the next columns of four rows with one vector, added to sums[row]: as many
+  // multiples of kPadding columns as the instruction set has a fast way for. Returns how many.
   int64_t dot_four(int64_t first, int64_t columns, const V* x, float* sums) {
     if (!residual_only_) return 0;
     return take_four(first, [&](auto bits, auto values, auto ends, auto) {
@@ -235,7 +212,35 @@ class Strip {
     return {tile.row(0), tile.stride()};
   }
 
+  // `next` of all rows with the entries of two rows side by side: rows of 2·width, half as many.
+  Vectors<const V> next_pairs(int64_t columns, int64_t width) {
+    const Tile<V, kPairs> pairs((rows() + 1) / 2, 2 * width);
+    for (int64_t r = 0; r < rows(); r += 4) {
+      const int64_t some = std::min<int64_t>(4, rows() - r);
+      int64_t taken = 0;
+      if (!dense_ && some == 4) {
+        taken = take_four(r, [&](auto... row) {
+          return Primitives<V>::expand_pairs(row..., columns, pairs.row(r / 2), pairs.stride());
+        });
+      }
+      if (taken == width) continue;
+      const auto tile = next_rest(r, some, columns - taken, width - taken);
+      for (int64_t i = 0; i < some; i += 2) {
+        Primitives<V>::interleave(tile.row(i), tile.row(i + 1), width - taken,
+                                  pairs.row((r + i) / 2) + 2 * taken);
+      }
+    }
+    return {pairs.row(0), pairs.stride()};
+  }
+
  private:
+  Vectors<const V> next_rest(int64_t first, int64_t rows, int64_t columns, int64_t width) {
+    const Tile<V> tile(rows + 1, width);
+    for (int64_t r = 0; r < rows; ++r) readers_[first + r].read(columns, width, tile.row(r));
+    if (rows % 2) std::fill(tile.row(rows), tile.row(rows) + width, V{});
+    return {tile.row(0), tile.stride()};
+  }
+
   template <class Work>
   int64_t take_four(int64_t first, const Work& work) {
     return RowReader<V>::take_four(&readers_[first], work);
@@ -244,7 +249,6 @@ class Strip {
   std::vector<RowReader<V>> readers_;
   bool dense_ = false;
   bool residual_only_ = false;
-  float values_per_column_ = 0;
   int64_t center_stride_ = 0;
 };
 
