@@ -16,6 +16,9 @@ from torch import Tensor
 
 from resmoe_dist.ops.rows import CompressedRows
 
+# Best first.
+INSTRUCTION_SETS = ["avx512_bf16", "avx512", "avx2", "portable"]
+
 # Of a sum, relative to the sum of its terms' magnitudes: sixteen roundings of float32. In the worst
 # case n terms take n roundings, but those of n terms go up and down, and like √n they add up.
 ROUNDING = 16 * 2.0**-24
@@ -74,7 +77,7 @@ class Case:
                 copies = min(copies, self.tokens)
                 token_N.append(np.sort(rng.permutation(self.tokens)[:copies]))
             counts_J.append(copies)
-        jobs = [self._rows(part, dtype, rng) for part in self.parts]
+        jobs = [self.make_rows(part, dtype, rng) for part in self.parts]
         centers = [job.center for job in jobs if job.center is not None]
         if self.one_center and centers:
             one = centers[0]
@@ -88,7 +91,7 @@ class Case:
             inputs=self.inputs,
         )
 
-    def _rows(self, part: Part, dtype: torch.dtype, rng: np.random.Generator) -> CompressedRows:
+    def make_rows(self, part: Part, dtype: torch.dtype, rng: np.random.Generator) -> CompressedRows:
         """Rows from the middle of an expert, with its values in one tensor."""
         these = slice(part.before, part.before + self.rows)
         total = part.before + self.rows + part.after

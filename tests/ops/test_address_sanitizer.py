@@ -62,9 +62,10 @@ def run(compiler: str, tmp_path: Path):
 
 @pytest.mark.slow
 def test_the_kernels_touch_no_memory_but_their_own(run):
-    tests = str(Path(__file__).with_name("test_cpu_kernels.py").relative_to(ROOT))
+    files = ("test_cpu_kernels.py", "test_cpu_mlp.py")
+    tests = [str(Path(__file__).with_name(name).relative_to(ROOT)) for name in files]
     # A whole layer takes most of the time, and goes no way that the others do not go.
-    chosen = ["--hypothesis-profile=few", "-k", "not layer", tests]
+    chosen = ["--hypothesis-profile=few", "-k", "not layer", *tests]
 
     done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen)
 

@@ -7,8 +7,7 @@ Products are sums in float32 of terms that are exact there (of bfloat16) or roun
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,10 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from resmoe_dist.ops import cpu_kernels, reference
-from resmoe_dist.ops.build import load_kernels
 from resmoe_dist.ops.rows import CompressedRows
 from tests.ops.problems import (
     CASES,
+    INSTRUCTION_SETS,
     Case,
     Part,
     Sums,
@@ -34,42 +33,13 @@ from tests.ops.problems import (
     sums_out,
 )
 
-NAMES = ["avx512_bf16", "avx512", "avx2", "portable"]
-
 every_dtype = pytest.mark.parametrize("dtype", cpu_kernels.DTYPES, ids=str)
-
-
-@pytest.fixture(scope="module")
-def kernels() -> Iterator[None]:
-    """The kernels are there, and run on their best instruction set afterwards."""
-    if os.environ.get("RESMOE_KERNELS") == "reference":
-        pytest.skip("RESMOE_KERNELS=reference leaves the kernels out")
-    assert load_kernels(), "the kernels cannot be built"
-    yield
-    cpu_kernels.use_instruction_set(cpu_kernels.instruction_sets()[0])
-
-
-@pytest.fixture(scope="module", params=NAMES)
-def instruction_set(request: pytest.FixtureRequest, kernels: None) -> str:
-    """Each one that this machine has, in use."""
-    if request.param not in cpu_kernels.instruction_sets():
-        pytest.skip(f"this machine has no {request.param}")
-    cpu_kernels.use_instruction_set(request.param)
-    return request.param
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    """threads(n): PyTorch on n threads, until the test ends."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def test_the_best_instruction_set_comes_first_and_all_are_tested_here(kernels):
     found = cpu_kernels.instruction_sets()
 
-    assert found == [name for name in NAMES if name in found]
+    assert found == [name for name in INSTRUCTION_SETS if name in found]
     assert found[-1] == "portable"
 
 
@@ -248,16 +218,42 @@ def all_sums(dtype: torch.dtype) -> CompressedRows:
     )
 
 
+def without_denormals(numbers: Tensor) -> Tensor:
+    """Zeros in their place."""
+    return torch.where(numbers.abs() < torch.finfo(numbers.dtype).tiny, 0, numbers)
+
+
 @every_dtype
 def test_extreme_numbers_are_added_as_any_others(instruction_set, dtype):
     rows = all_sums(dtype)
     columns = rows.center.shape[1]
-    expected = restored(reference, rows, columns)
     if (instruction_set, dtype) == ("avx512_bf16", torch.bfloat16):
-        # Its rounding to bfloat16 takes denormal numbers for zeros.
-        expected[expected.abs() < torch.finfo(dtype).tiny] = 0
+        # It adds with instructions that take denormal numbers for zeros, what they are given and
+        # what they find.
+        center, values = without_denormals(rows.center), without_denormals(rows.values)
+        flushed = replace(rows, center=center, values=values)
+        expected = without_denormals(restored(reference, flushed, columns))
+    else:
+        expected = restored(reference, rows, columns)
 
     assert_equal_numbers(restored(cpu_kernels, rows, columns), expected)
+
+
+@every_dtype
+def test_extreme_numbers_of_a_centre_stay_to_the_bit_where_nothing_was_kept(instruction_set, dtype):
+    every = all_sums(dtype)
+    mask = np.random.default_rng(0).random(every.center.shape) < 0.5
+    kept = torch.from_numpy(mask)
+    values = every.values.view(mask.shape)[kept]
+    offsets = np.concatenate([[0], mask.sum(1).cumsum()])
+    rows = CompressedRows(every.center, packed(mask), values, torch.from_numpy(offsets))
+    together = restored(cpu_kernels, every, mask.shape[1])
+
+    found = restored(cpu_kernels, rows, mask.shape[1])
+
+    bits = torch.int16 if dtype == torch.bfloat16 else torch.int32
+    assert torch.equal(found[~kept].view(bits), every.center[~kept].view(bits))
+    assert_equal_numbers(found[kept], together[kept])
 
 
 @every_dtype

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resmoe_dist.ops import reference
+from tests.ops.mlp_problems import MLP_CASES, assert_outputs, outputs
 from tests.ops.problems import (
     CASES,
     assert_equal_numbers,
@@ -41,3 +42,12 @@ def test_the_reference_multiplies_with_the_rounded_sum(dtype, case):
 
     assert_sums(problem.project_in(reference), sums_in(case, problem))
     assert_sums(problem.project_out(reference), sums_out(case, problem))
+
+
+@every_dtype
+@given(case=MLP_CASES)
+@settings(deadline=None)
+def test_the_reference_runs_whole_mlps(dtype, case):
+    problem = case.build(dtype)
+
+    assert_outputs(reference.mlp(*problem), outputs(case, problem))

@@ -6,6 +6,7 @@ Legend: R rows of tokens, S rows of an expert, D columns, H hidden.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -47,8 +48,12 @@ def make_experts(
     codec: type = PrunedResidual,
     execution: Execution | None = None,
     dtype: torch.dtype = torch.float32,
+    act: str | None = None,
 ) -> CompressedExperts:
-    """A layer of random experts; everything matters about as much to its output."""
+    """A layer of random experts; everything matters about as much to its output.
+
+    act: a transformers activation name, silu or relu unless given.
+    """
     groups = []
     for g, experts in enumerate(grouping.partition):
         has_center = codec.uses_center and g not in grouping.centerless
@@ -57,7 +62,7 @@ def make_experts(
         biases = [torch.randn(shape.hidden).to(dtype) for _ in experts if shape.output_bias]
         center = (0.3 * torch.randn(size)).to(dtype) if has_center else None
         groups.append(ExpertGroup(experts, center, residuals, biases))
-    activation = PlainActivation("silu" if shape.gated else "relu")
+    activation = PlainActivation(act or ("silu" if shape.gated else "relu"))
     return CompressedExperts(shape, groups, activation, execution)
 
 
@@ -76,8 +81,16 @@ def to_experts(
     return Dispatcher(EXPERTS, SINGLE_PROCESS).dispatch(x_TH, index_TK, weights_TK)[0]
 
 
-def naive(experts: CompressedExperts, tokens: DispatchedTokens) -> Tensor:
-    """The sum over each token's experts, one copy after the other, in float64."""
+def naive(
+    experts: CompressedExperts,
+    tokens: DispatchedTokens,
+    act: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The sum over each token's experts, one copy after the other, in float64.
+
+    act: what the layer has between its products, silu or relu unless given.
+    """
+    act = act or (F.silu if experts.shape.gated else F.relu)
     out_RH = torch.zeros(tokens.x_RH.shape, dtype=torch.float64)
     # Copies are sorted by expert, experts by number.
     of_number = {k: (group, i) for group in experts.groups for i, k in enumerate(group.experts)}
@@ -91,7 +104,7 @@ def naive(experts: CompressedExperts, tokens: DispatchedTokens) -> Tensor:
         w = from_rows(experts.shape, dense_SD)
         x_H = tokens.x_RH[row].double()
         pre = [w[name] @ x_H + w.get(f"{name}_bias", 0) for name in experts.shape.inputs]
-        h_S = F.silu(pre[0]) * pre[1] if len(pre) == 2 else pre[0].relu()
+        h_S = act(pre[0]) * pre[1] if len(pre) == 2 else act(pre[0])
         y_H = w[experts.shape.output] @ h_S
         if experts.shape.output_bias:
             y_H = y_H + group.output_biases[i].double()

@@ -11,6 +11,7 @@ import torch
 
 from resmoe_dist.codecs import DenseResidual, LowRankResidual, PrunedResidual
 from resmoe_dist.ops.build import load_kernels
+from resmoe_dist.parallel.dispatcher import NO_EXPERT
 from resmoe_dist.runtime import planning
 from resmoe_dist.runtime.execution import Execution
 from resmoe_dist.runtime.experts import CompressedExperts
@@ -67,6 +68,15 @@ def test_the_fastest_mode_is_that_of_the_least_sum(counts, centers, fastest):
     assert COSTS.fastest(counts, centers) == fastest
 
 
+# Of the cheapest other mode: 0.5 + center for one token, where tiled is 1.
+@pytest.mark.parametrize(("center", "fastest"), [(0.54, "shared"), (0.56, "tiled")])
+def test_shared_is_taken_where_it_costs_up_to_five_percent_more(center, fastest):
+    costs = replace(COSTS, center=constant(center))
+
+    assert costs.fastest([1], [1]) == fastest
+    assert costs.fastest([1, 0, 1], [1, 1]) == fastest
+
+
 def test_costs_above_the_last_measured_ones_are_proportional():
     last = TOKENS[-1]
     restored = (*constant(3.0)[:-1], 10.0)
@@ -99,6 +109,46 @@ def test_the_planner_counts_copies_and_the_tokens_of_each_centre(monkeypatch):
 
     # Five copies of three tokens in the first group; the second has no centre, the third no copy.
     assert asked == [([2, 0, 0, 3, 1, 0], [3])]
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_the_same_question_has_the_same_answer_in_whichever_order_it_is_asked(grouping):
+    planner, experts = Planned(), make_experts(grouping=GROUPINGS[grouping])
+    one = experts.groups[0].experts
+    for counts in ([1], [4] * len(one), [3, 1], [60, 1], [9] * len(one)):
+        counts = counts[: len(one)]
+        x_TH = torch.randn(max(counts), HIDDEN)
+        answers = []
+        for order in (counts, counts, counts[::-1]):
+            index_TK = torch.full((len(x_TH), len(order)), NO_EXPERT)
+            for k, (expert, count) in enumerate(zip(one, order, strict=False)):
+                index_TK[:count, k] = expert
+            answers.append(planner.choose(experts, to_experts(index_TK, x_TH)))
+
+        centers = [min(sum(counts), len(x_TH))] if experts.groups[0].center is not None else []
+        assert answers == [COSTS.fastest(counts, centers)] * 3
+
+
+def test_layers_of_other_costs_have_their_own_answers(monkeypatch):
+    small, large = make_experts(), make_experts(LONG)
+    dear = replace(COSTS, tiled=per_token(99.0))
+    planner = MeasuredPlanner()
+    monkeypatch.setattr(planner, "costs", lambda experts: COSTS if experts is small else dear)
+    tokens = to_experts(torch.tensor([[0]]), torch.randn(1, HIDDEN))
+
+    for _ in range(2):
+        assert planner.choose(small, tokens) == "tiled"
+        assert planner.choose(large, tokens) == "shared"
+
+
+def test_no_more_answers_are_kept_than_there_is_room_for(monkeypatch):
+    monkeypatch.setattr(planning, "_MOST_ANSWERS", 3)
+    planner, experts = Planned(), make_experts()
+    for count in (*range(1, 9), *range(1, 9)):
+        tokens = to_experts(torch.tensor([[0]]).expand(count, 1), torch.randn(count, HIDDEN))
+
+        assert planner.choose(experts, tokens) == COSTS.fastest([count], [count])
+        assert len(planner._answers) <= 3
 
 
 def test_auto_runs_what_the_planner_chooses(monkeypatch):
