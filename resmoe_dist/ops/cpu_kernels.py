@@ -56,7 +56,7 @@ def mlp(
     With so many tokens that the sums of all threads would take over 64 MB, jobs take shared centres
     along as their own, and the sum of centre and residual is rounded as `restore` does.
     """
-    rows = jobs[0].count if jobs else 0
+    rows = jobs[0].count if jobs else len(centers[0]) if centers else 0
     tensors = _tensors(jobs)
     return torch.ops.resmoe.mlp(
         x_TH, token_N, weight_N, counts_J, *tensors, centers, center_J, inputs, rows, activation

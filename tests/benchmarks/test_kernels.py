@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import kernels, speed
-from benchmarks.kernels import DENSE, MODES, SHAPES, LayerShape, RandomLayer, layer_shape
+from benchmarks import kernels, random_layer, speed
+from benchmarks.kernels import DENSE, MODES
+from benchmarks.random_layer import SHAPES, LayerShape, RandomLayer, layer_shape
 from resmoe_dist.design_matrix import to_rows
 from resmoe_dist.ops.bitmap import unpack_bitmap
 from tests.checkpoints.damage import mistake
@@ -33,7 +34,7 @@ def little_memory(monkeypatch):
 @pytest.fixture(params=["pruned", "low_rank"])
 def layer(request, monkeypatch):
     """A layer drawn in several blocks of rows, the last one shorter."""
-    monkeypatch.setattr(kernels, "_BLOCK_ENTRIES", 3 * 64 * 20)
+    monkeypatch.setattr(random_layer, "_BLOCK_ENTRIES", 3 * 64 * 20)
     return RandomLayer(SHAPE, request.param, 0.25, CPU, seed=0)
 
 

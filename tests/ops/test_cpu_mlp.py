@@ -334,3 +334,14 @@ def test_a_mistake_is_an_error_not_a_crash(kernels, mistake):
 def test_what_the_mistakes_are_made_of_is_right(kernels):
     cpu_kernels.mlp(*_right())
     cpu_kernels.mlp(*_right()._replace(centers=[CENTER], jobs=_with_job()))
+
+
+@every_dtype
+def test_centers_that_no_job_takes_add_nothing(instruction_set, dtype):
+    center = torch.ones(4, 60, dtype=dtype)
+    none = torch.empty(0, dtype=torch.int64)
+    x_TH = torch.ones(3, 20, dtype=dtype)
+
+    found = cpu_kernels.mlp(x_TH, none, torch.empty(0), [], [], [center], [], 2, "silu")
+
+    assert torch.equal(found, torch.zeros(3, 20))

@@ -392,6 +392,7 @@ Tensor mlp(const Tensor& x_TH, const Tensor& token_N, const Tensor& weight_N,
     shared_rows.push_back(
         as_rows(center, std::nullopt, std::nullopt, std::nullopt, dtype, rows, columns));
   }
+  const Activation between = as_activation(activation);
   const Kernels& kernels = kernels_for(dtype);
   const int64_t parts = at::get_num_threads();
   const Tensor y = at::zeros({tokens, padded(hidden)}, x_TH.options().dtype(at::kFloat));
@@ -424,14 +425,14 @@ Tensor mlp(const Tensor& x_TH, const Tensor& token_N, const Tensor& weight_N,
     add_mlp({few.data(), static_cast<int64_t>(few.size()), token, weight, sharing.centers.data(),
              static_cast<int64_t>(sharing.centers.size()), sharing.token_C.data(),
              static_cast<int64_t>(sharing.token_C.size()), sharing.index_N.data(), x.data_ptr(),
-             x.stride(0), hidden, inputs, as_activation(activation)},
+             x.stride(0), hidden, inputs, between},
             rows, kernels, y);
   }
   if (!many.empty() && rows) {
     PackedMlp packed = {};
     packed.hidden = hidden;
     packed.inputs = inputs;
-    packed.activation = as_activation(activation);
+    packed.activation = between;
     packed.x_TH = x.data_ptr();
     packed.x_stride = x.stride(0);
     packed.y_TH = y.data_ptr<float>();
