@@ -171,13 +171,16 @@ def measure(experts: CompressedExperts) -> ExpertCosts:
             )
         ]
         restored, tiled, shared, shared_by_one = times
-        residual = shared_by_one
-        if len(places) > 1:
+        if center is None or len(places) == 1:
+            # Nothing is shared, or what one expert takes cannot be told apart.
+            residual, of_center = shared / len(places), 0.0
+        else:
             residual = max(shared - shared_by_one, 0) / (len(places) - 1)
+            of_center = max(shared_by_one - residual, 0)
         seconds["restored"].append(restored / len(places))
         seconds["tiled"].append(tiled / len(places))
         seconds["residual"].append(residual)
-        seconds["center"].append(0 if center is None else max(shared_by_one - residual, 0))
+        seconds["center"].append(of_center)
     return ExpertCosts(**{name: tuple(values) for name, values in seconds.items()})
 
 
