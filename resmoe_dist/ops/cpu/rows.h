@@ -224,7 +224,7 @@ class Strip {
         });
       }
       if (taken == width) continue;
-      const auto tile = next_rest(r, some, columns - taken, width - taken);
+      const auto tile = next(r, some, columns - taken, width - taken);
       for (int64_t i = 0; i < some; i += 2) {
         Primitives<V>::interleave(tile.row(i), tile.row(i + 1), width - taken,
                                   pairs.row((r + i) / 2) + 2 * taken);
@@ -234,13 +234,6 @@ class Strip {
   }
 
  private:
-  Vectors<const V> next_rest(int64_t first, int64_t rows, int64_t columns, int64_t width) {
-    const Tile<V> tile(rows + 1, width);
-    for (int64_t r = 0; r < rows; ++r) readers_[first + r].read(columns, width, tile.row(r));
-    if (rows % 2) std::fill(tile.row(rows), tile.row(rows) + width, V{});
-    return {tile.row(0), tile.stride()};
-  }
-
   template <class Work>
   int64_t take_four(int64_t first, const Work& work) {
     return RowReader<V>::take_four(&readers_[first], work);
