@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.machine import shown, summary, timed
 from resmoe_dist.codecs import PrunedResidual
-from resmoe_dist.compression.aligned import AlignedExperts
+from resmoe_dist.compression.blocks import AlignedExperts
 from resmoe_dist.compression.encoding import encode_group
 from resmoe_dist.evaluation.report import text_table
 

@@ -39,19 +39,19 @@ from benchmarks.machine import summary
 from benchmarks.process import ROOT, run_watched
 from benchmarks.synthetic import VOCABULARY, add_model_arguments, model_of
 from resmoe_dist.checkpoints.compressed import STORED_DTYPES, CompressionSettings, is_compressed
-from resmoe_dist.checkpoints.families import is_fused_experts, load_config, model_class
 from resmoe_dist.checkpoints.restore import restore_checkpoint
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.checkpoints.tensor_files import read_json, write_json
-from resmoe_dist.compression.pipeline import Compression
 from resmoe_dist.errors import UserError, first_line
 from resmoe_dist.evaluation.report import human_bytes, text_table
+from resmoe_dist.families.sites import is_fused_experts, load_config, model_class
+from resmoe_dist.jobs.pipeline import Compression
 from resmoe_dist.runtime import execution
 from resmoe_dist.runtime.layer import ResMoE
 from resmoe_dist.runtime.loading import load_model
-from resmoe_dist.runtime.memory import rank_memory
 from resmoe_dist.runtime.planning import execution_for
-from resmoe_dist.tiny.corpus import byte_tokenizer
+from resmoe_dist.runtime.rank_memory import rank_memory
+from resmoe_dist.testing.corpus import byte_tokenizer
 
 DENSE = ("eager", "batched_mm", "grouped_mm")
 MODES = tuple(mode for mode in execution.MODES if mode != "cached")

@@ -31,11 +31,12 @@ from benchmarks.synthetic import add_model_arguments, model_of
 from resmoe_dist.checkpoints.compressed import CompressionSettings
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.checkpoints.tensor_files import write_tensors
-from resmoe_dist.compression import encoding, group
-from resmoe_dist.compression.group import GroupCompressor
-from resmoe_dist.compression.memory import ExpertStore
-from resmoe_dist.compression.model_files import file_entry
+from resmoe_dist.compression import encoding
 from resmoe_dist.evaluation.report import human_bytes, text_table
+from resmoe_dist.jobs import group
+from resmoe_dist.jobs.group import GroupCompressor
+from resmoe_dist.jobs.memory_budget import ExpertStore
+from resmoe_dist.jobs.model_files import file_entry
 from resmoe_dist.sizes import parse_size
 
 STAGES = ("read", "align", "centre", "encode", "write", "digest", "rest")

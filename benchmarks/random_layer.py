@@ -17,10 +17,10 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from resmoe_dist.codecs import EncodedResidual, LowRankResidual, PrunedResidual
+from resmoe_dist.codecs.bitmap import pack_bitmap
 from resmoe_dist.codecs.low_rank import rank_for
 from resmoe_dist.design_matrix import ExpertShape
-from resmoe_dist.ops.bitmap import pack_bitmap
-from resmoe_dist.runtime.activation import PlainActivation
+from resmoe_dist.families.activations import PlainActivation
 from resmoe_dist.runtime.experts import CompressedExperts, ExpertGroup
 from resmoe_dist.runtime.layer import ResMoE
 from resmoe_dist.runtime.planning import execution_for

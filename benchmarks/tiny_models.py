@@ -26,9 +26,9 @@ from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import divergence, evaluate, sequences_from_json
 from resmoe_dist.evaluation.report import describe, text_table
 from resmoe_dist.runtime.loading import load_model
-from resmoe_dist.tiny import FAMILIES, cached_tiny_model, train_tiny_model
-from resmoe_dist.tiny.corpus import EOS_ID, read_corpus
-from resmoe_dist.tiny.training import HELD_OUT_FILE
+from resmoe_dist.testing import FAMILIES, cached_tiny_model, train_tiny_model
+from resmoe_dist.testing.corpus import EOS_ID, read_corpus
+from resmoe_dist.testing.training import HELD_OUT_FILE
 
 PAPER, DEFAULT = "paper", "default"
 CALIBRATED = "calibrated"

@@ -17,7 +17,6 @@ import torch
 from resmoe_dist.checkpoints.compressed import STORED_DTYPES
 from resmoe_dist.checkpoints.tensor_files import write_json
 from resmoe_dist.cli import add_execution_arguments, execution_of
-from resmoe_dist.embedded import DEMO_PROMPTS, embedded_checkpoint
 from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import load_tokenizer
 from resmoe_dist.evaluation.report import human_bytes, text_table
@@ -31,7 +30,8 @@ from resmoe_dist.parallel.launcher import (
 from resmoe_dist.parallel.topology import Topology
 from resmoe_dist.runtime.generation import GenerationOptions, LaneOutput, generate_on_lane
 from resmoe_dist.runtime.loading import check_grid, load_model
-from resmoe_dist.runtime.memory import RankMemory, rank_memory
+from resmoe_dist.runtime.rank_memory import RankMemory, rank_memory
+from resmoe_dist.testing.embedded import DEMO_PROMPTS, embedded_checkpoint
 
 
 def parse_arguments() -> argparse.Namespace:

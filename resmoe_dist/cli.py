@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from resmoe_dist import __version__
-from resmoe_dist.calibration.activations import LayerActivations
 from resmoe_dist.checkpoints.compressed import (
     STORED_DTYPES,
     CompressedCheckpoint,
@@ -23,6 +22,7 @@ from resmoe_dist.checkpoints.compressed import (
 from resmoe_dist.checkpoints.restore import restore_checkpoint
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.checkpoints.tensor_files import write_json
+from resmoe_dist.compression.activations import LayerActivations
 from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import (
     DEFAULT_CONTEXT,
@@ -42,7 +42,7 @@ from resmoe_dist.runtime.planning import execution_for
 from resmoe_dist.sizes import parse_size
 
 if TYPE_CHECKING:
-    from resmoe_dist.compression.scheduling import Workers
+    from resmoe_dist.jobs.scheduling import Workers
 
 
 def _share(text: str) -> float:
@@ -143,8 +143,8 @@ def run_compress(args: argparse.Namespace) -> int:
     """`compress`, on every rank that was started."""
     # Imported here: the other commands need neither POT nor SciPy's optimisers.
     from resmoe_dist.compression.assignment import check_solver
-    from resmoe_dist.compression.pipeline import Compression, parse_layers
-    from resmoe_dist.compression.scheduling import find_workers
+    from resmoe_dist.jobs.pipeline import Compression, parse_layers
+    from resmoe_dist.jobs.scheduling import find_workers
 
     workers = find_workers()
     chosen = {key: getattr(args, key) or value for key, value in PRESETS[args.preset].items()}
@@ -201,7 +201,7 @@ def _calibration(
     source: SourceCheckpoint, text: Path
 ) -> tuple[str, Callable[[], Sequence[LayerActivations]]]:
     """SHA-256 of a text's token ids, and what measures the activations they cause."""
-    from resmoe_dist.calibration.measuring import calibration_sequences, measure_activations
+    from resmoe_dist.jobs.calibration import calibration_sequences, measure_activations
 
     sequences = calibration_sequences(text, load_tokenizer(source.folder))
     check_vocabulary(text, sequences, source.config.get_text_config().vocab_size)
@@ -274,7 +274,7 @@ def report_evaluation(result: Evaluation, json_file: Path | None) -> None:
 
 
 def _tiny_model(args: argparse.Namespace) -> int:
-    from resmoe_dist.tiny import train_tiny_model
+    from resmoe_dist.testing import train_tiny_model
 
     report = train_tiny_model(args.directory, args.family, args.seed)
     print(

@@ -42,6 +42,6 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="session")
 def embedded_source() -> Path:
     """The embedded Mixtral, trained once per user (RESMOE_CACHE moves the cache)."""
-    from resmoe_dist.tiny import cached_tiny_model
+    from resmoe_dist.testing import cached_tiny_model
 
     return cached_tiny_model()

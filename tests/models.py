@@ -13,9 +13,9 @@ import torch
 import transformers
 
 from resmoe_dist.checkpoints.compressed import CheckpointIndex, CompressionSettings
-from resmoe_dist.checkpoints.families import load_config, model_class
 from resmoe_dist.checkpoints.source import SourceCheckpoint
-from resmoe_dist.compression.pipeline import Compression
+from resmoe_dist.families.sites import load_config, model_class
+from resmoe_dist.jobs.pipeline import Compression
 
 VOCABULARY = 64
 _COMMON = {

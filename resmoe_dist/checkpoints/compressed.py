@@ -21,11 +21,11 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from resmoe_dist.checkpoints.expert_storage import ExpertStorage
 from resmoe_dist.checkpoints.tensor_files import TensorFile, sha256_of, tensor_bytes
 from resmoe_dist.codecs import CODECS, EncodedResidual, codec_named
 from resmoe_dist.design_matrix import ExpertShape
 from resmoe_dist.errors import UserError
+from resmoe_dist.families.storage import ExpertStorage
 
 FORMAT_VERSION = 2
 INDEX_FILE = "resmoe.json"

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from resmoe_dist.checkpoints.compressed import is_compressed
-from resmoe_dist.checkpoints.expert_storage import (
+from resmoe_dist.checkpoints.fp8 import DEQUANTIZED, SCALE_SUFFIX, blocks_of, find_scaled
+from resmoe_dist.checkpoints.model_folder import SHARD_INDEX, SINGLE_FILE
+from resmoe_dist.checkpoints.tensor_files import TensorFile
+from resmoe_dist.errors import UserError
+from resmoe_dist.families.sites import ExpertSite, find_expert_sites, load_config, meta_model
+from resmoe_dist.families.storage import (
     ExpertStorage,
     expert_module_of,
     fill,
     find_storage,
 )
-from resmoe_dist.checkpoints.families import ExpertSite, find_expert_sites, load_config, meta_model
-from resmoe_dist.checkpoints.fp8 import DEQUANTIZED, SCALE_SUFFIX, blocks_of, find_scaled
-from resmoe_dist.checkpoints.model_folder import SHARD_INDEX, SINGLE_FILE
-from resmoe_dist.checkpoints.tensor_files import TensorFile
-from resmoe_dist.errors import UserError
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from resmoe_dist.codecs.base import EncodedResidual, TensorReader, Weights
-from resmoe_dist.ops import dispatch
-from resmoe_dist.ops.bitmap import bytes_per_row, has_stray_bits, pack_bitmap, unpack_bitmap
-from resmoe_dist.ops.rows import CompressedRows
+from resmoe_dist.codecs.bitmap import bytes_per_row, has_stray_bits, pack_bitmap, unpack_bitmap
+from resmoe_dist.kernels import dispatch
+from resmoe_dist.kernels.rows import CompressedRows
 
 # So many values, and their offsets need 64 bits.
 _INT32_VALUES = 2**31

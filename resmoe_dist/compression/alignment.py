@@ -18,8 +18,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from resmoe_dist.compression.aligned import CPU, unit_of
 from resmoe_dist.compression.assignment import best_assignment
+from resmoe_dist.compression.blocks import CPU, unit_of
 
 # Up to this many rows an assignment takes milliseconds: a second start costs next to nothing, and
 # sweeps are made until nothing moves.

@@ -23,7 +23,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from resmoe_dist.compression.aligned import CPU, unit_of
+from resmoe_dist.compression.blocks import CPU, unit_of
 from resmoe_dist.compression.threads import in_parallel
 from resmoe_dist.errors import UserError
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from resmoe_dist.codecs import EncodedResidual, PrunedResidual
-from resmoe_dist.compression.aligned import AlignedExperts
+from resmoe_dist.compression.blocks import AlignedExperts
 from resmoe_dist.compression.center import mean_center
 from resmoe_dist.compression.encoding import encode_group
 from resmoe_dist.compression.windows import drop_prices

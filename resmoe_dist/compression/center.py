@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from resmoe_dist.compression.aligned import AlignedExperts
+from resmoe_dist.compression.blocks import AlignedExperts
 from resmoe_dist.compression.selection import OrderStatistic, order_statistic
 from resmoe_dist.compression.threads import in_parallel
 from resmoe_dist.compression.windows import drop_prices, drops_at, drops_for, window_means

@@ -11,7 +11,7 @@ import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
 
-from resmoe_dist.compression.aligned import CPU, unit_of
+from resmoe_dist.compression.blocks import CPU, unit_of
 
 # Columns used to tell which experts resemble each other: enough for that, and N² products of them
 # stay cheap.

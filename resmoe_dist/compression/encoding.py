@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from resmoe_dist.codecs import EncodedResidual
-from resmoe_dist.compression.aligned import AlignedExperts
+from resmoe_dist.compression.blocks import AlignedExperts
 from resmoe_dist.compression.center import joint_center, mean_center
 from resmoe_dist.compression.selection import OrderStatistic, order_statistic
 from resmoe_dist.compression.threads import in_parallel

@@ -17,9 +17,9 @@ from deepspeed.moe.sharded_moe import MOELayer, TopKGate
 from torch import Tensor, nn
 
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
+from resmoe_dist.families.activations import PlainActivation
 from resmoe_dist.parallel.dispatcher import NO_EXPERT, Dispatcher
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
-from resmoe_dist.runtime.activation import PlainActivation
 from resmoe_dist.runtime.execution import Execution
 from resmoe_dist.runtime.experts import CompressedExperts
 from resmoe_dist.runtime.planning import execution_for

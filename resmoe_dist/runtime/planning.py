@@ -27,8 +27,8 @@ from torch import Tensor
 
 from resmoe_dist.checkpoints.tensor_files import write_json
 from resmoe_dist.errors import UserError
-from resmoe_dist.ops.build import fingerprint
-from resmoe_dist.ops.dispatch import kernels_for
+from resmoe_dist.kernels.cpu.build import fingerprint
+from resmoe_dist.kernels.dispatch import kernels_for
 from resmoe_dist.parallel.dispatcher import DispatchedTokens
 from resmoe_dist.runtime.execution import Execution, RestoredExperts
 from resmoe_dist.runtime.experts import CompressedExperts, ExpertGroup

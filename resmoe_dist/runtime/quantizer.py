@@ -23,10 +23,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from resmoe_dist.checkpoints.compressed import QUANT_METHOD, CompressedCheckpoint, LayerEntry
-from resmoe_dist.checkpoints.families import is_fused_experts, is_switch_experts
 from resmoe_dist.errors import UserError
+from resmoe_dist.families.activations import activation_of
+from resmoe_dist.families.sites import is_fused_experts, is_switch_experts
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
-from resmoe_dist.runtime.activation import activation_of
 from resmoe_dist.runtime.execution import Execution
 from resmoe_dist.runtime.experts import CompressedExperts
 from resmoe_dist.runtime.layer import ResMoE, SwitchResMoE

@@ -18,9 +18,9 @@ from benchmarks.process import tools_path
 from benchmarks.synthetic import SyntheticModel
 from benchmarks.tiny_models import WAYS, calibration_text
 from resmoe_dist.compression.alignment import align
-from resmoe_dist.tiny.corpus import BOS_ID, EOS_ID, byte_tokenizer, read_corpus
-from resmoe_dist.tiny.recipes import RECIPES, build_model
-from resmoe_dist.tiny.training import HELD_OUT_FILE
+from resmoe_dist.testing.corpus import BOS_ID, EOS_ID, byte_tokenizer, read_corpus
+from resmoe_dist.testing.recipes import RECIPES, build_model
+from resmoe_dist.testing.training import HELD_OUT_FILE
 from tests.checkpoints.damage import mistake
 from tests.models import compress
 

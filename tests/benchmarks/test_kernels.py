@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from benchmarks import kernels, random_layer, speed
 from benchmarks.kernels import DENSE, MODES
 from benchmarks.random_layer import SHAPES, LayerShape, RandomLayer, layer_shape
+from resmoe_dist.codecs.bitmap import unpack_bitmap
 from resmoe_dist.design_matrix import to_rows
-from resmoe_dist.ops.bitmap import unpack_bitmap
 from tests.checkpoints.damage import mistake
 
 CPU = torch.device("cpu")

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from resmoe_dist.checkpoints import expert_storage
 from resmoe_dist.checkpoints.fp8 import ScaleBlocks
 from resmoe_dist.checkpoints.source import SourceCheckpoint
+from resmoe_dist.families import storage as expert_storage
 from tests.checkpoints.damage import FORMAT, copy_of, edit_json, edit_tensors, mistake, names_in
 from tests.checkpoints.resident import MIB, at_most_resident
 from tests.models import compress

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
 
-from resmoe_dist.checkpoints import expert_storage
 from resmoe_dist.checkpoints.source import SourceCheckpoint
+from resmoe_dist.families import storage as expert_storage
 from tests.checkpoints.damage import (
     copy_of,
     edit_json,

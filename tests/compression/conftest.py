@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.checkpoints.damage import edit_text, sharded_copy
-from tests.compression.runs import contents, run
+from tests.jobs.runs import contents, run
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from resmoe_dist.compression import assignment
-from resmoe_dist.compression.aligned import unit_of
 from resmoe_dist.compression.assignment import best_assignment, check_solver
+from resmoe_dist.compression.blocks import unit_of
 from resmoe_dist.errors import UserError
 
 seeds = st.integers(0, 2**32 - 1)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from resmoe_dist.codecs import DenseResidual, EncodedResidual, LowRankResidual, PrunedResidual
-from resmoe_dist.compression import aligned as aligned_module
-from resmoe_dist.compression.aligned import AlignedExperts, EntryWeights
+from resmoe_dist.compression import blocks as aligned_module
+from resmoe_dist.compression.blocks import AlignedExperts, EntryWeights
 from resmoe_dist.compression.budget import (
     PriceCurve,
     StoredSize,

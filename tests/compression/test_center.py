@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from resmoe_dist.codecs import PrunedResidual
-from resmoe_dist.compression import aligned as aligned_module
+from resmoe_dist.codecs.bitmap import unpack_bitmap
+from resmoe_dist.compression import blocks as aligned_module
 from resmoe_dist.compression import center
-from resmoe_dist.compression.aligned import AlignedExperts, EntryWeights
+from resmoe_dist.compression.blocks import AlignedExperts, EntryWeights
 from resmoe_dist.compression.center import joint_center, mean_center
 from resmoe_dist.compression.encoding import encode_group
-from resmoe_dist.ops.bitmap import unpack_bitmap
 
 EIGHTHS = st.integers(0, 8).map(lambda n: n / 8)
 seeds = st.integers(0, 2**32 - 1)

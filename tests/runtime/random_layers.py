@@ -15,9 +15,9 @@ from torch import Tensor
 
 from resmoe_dist.codecs import PrunedResidual
 from resmoe_dist.design_matrix import ExpertShape, from_rows
+from resmoe_dist.families.activations import PlainActivation
 from resmoe_dist.parallel.dispatcher import NO_EXPERT, DispatchedTokens, Dispatcher
 from resmoe_dist.parallel.topology import SINGLE_PROCESS
-from resmoe_dist.runtime.activation import PlainActivation
 from resmoe_dist.runtime.execution import Execution
 from resmoe_dist.runtime.experts import CompressedExperts, ExpertGroup
 

@@ -9,7 +9,7 @@ import torch
 
 from resmoe_dist import Topology, load_model
 from resmoe_dist.checkpoints.restore import restore_checkpoint
-from resmoe_dist.runtime.memory import rank_memory
+from resmoe_dist.runtime.rank_memory import rank_memory
 from tests.checkpoints.damage import mistake
 from tests.checkpoints.regrouping import regroup
 from tests.models import FAMILIES, compress, dense_model, logits_of, relative_difference

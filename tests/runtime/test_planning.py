@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from resmoe_dist.codecs import DenseResidual, LowRankResidual, PrunedResidual
-from resmoe_dist.ops.build import load_kernels
+from resmoe_dist.kernels.cpu.build import load_kernels
 from resmoe_dist.parallel.dispatcher import NO_EXPERT
 from resmoe_dist.runtime import planning
 from resmoe_dist.runtime.execution import Execution

@@ -15,7 +15,7 @@ from resmoe_dist.evaluation.perplexity import evaluate, load_tokenizer
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, build_topology, owned_experts
 from resmoe_dist.runtime.generation import GenerationOptions, generate_on_lane
 from resmoe_dist.runtime.loading import load_model
-from resmoe_dist.runtime.memory import rank_memory
+from resmoe_dist.runtime.rank_memory import rank_memory
 from tests.models import compress
 from tests.ranks import run_on_ranks
 

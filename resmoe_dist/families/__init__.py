@@ -1,0 +1,1 @@
+"""Where each model keeps its experts: modules, disk names, layouts, activations."""

@@ -1,0 +1,1 @@
+"""Compression of whole models: streamed, spread over ranks, resumable."""
