@@ -77,6 +77,8 @@ class EncodedMatrix(nn.Module, ABC):
     # Whether `encode` can keep chosen entries (a mask), so that the centre and the kept entries
     # can be chosen together.
     selects_entries: ClassVar[bool] = False
+    # Whether `decode` returns a stored tensor, so that there is nothing to restore.
+    is_dense: ClassVar[bool] = False
 
     def __init__(
         self, shape: tuple[int, int], tensors: dict[str, Tensor], dtype: torch.dtype

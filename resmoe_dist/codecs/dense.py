@@ -15,6 +15,7 @@ class DenseMatrix(EncodedMatrix):
 
     name = "dense"
     stored = {"weight": StoredTensor("values")}
+    is_dense = True
 
     weight: Tensor
 

@@ -54,6 +54,8 @@ class PlainActivation(nn.Module):
 class FamilyGate(nn.Module):
     """A family's own `_apply_gate`, on the module it came with, stripped of its weights."""
 
+    kernel = None
+
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
         experts._parameters.clear()

@@ -64,7 +64,7 @@ def load_model(
     model = model.to(get_accelerator().current_device_name()).eval()
     for module in model.modules():
         if isinstance(module, ResMoE):
-            module.experts.execution.prepare(module.experts)
+            module.experts.prepare()
     return model
 
 
@@ -97,7 +97,7 @@ def check_grid(folder: Path, ep: int, tp: int) -> None:
             )
         return
     for layer in read_index(folder).layers:
-        owned_experts(layer.num_experts, 0, ep)
+        owned_experts(layer.stored_experts, 0, ep)
         if tp > layer.rows:
             raise UserError(
                 f"--tp {tp}: {layer.module} has {layer.rows} rows, fewer than ranks to share them"

@@ -100,7 +100,13 @@ class ResMoEQuantizer(HfQuantizer):
                 self._checkpoint, layer, topology, placeholder.activation, execution
             )
             kind = SwitchResMoE if placeholder.switch else ResMoE
-            moe = kind(layer.hidden, experts.to(model.dtype), layer.num_experts, topology)
+            moe = kind(
+                layer.hidden,
+                experts.to(model.dtype),
+                layer.num_experts,
+                topology,
+                expert_map=layer.expert_map,
+            )
             model.set_submodule(layer.module, moe.to(model.device).eval())
 
     def is_serializable(self) -> bool:
