@@ -1,4 +1,4 @@
-"""A layer's MLP as two products with PyTorch in between: any activation, row biases, shared centres.
+"""A layer's MLP as two products with PyTorch in between: any activation, with row biases.
 
 The reference and the GPU backend always work this way. The CPU backend does where its fused kernel
 does not support the layer.
@@ -33,6 +33,8 @@ _LEAST_BLOCK_ROWS = 64
 class HalfProductBackend(Backend):
     """A backend that computes `mlp` from an input product and an output product.
 
+    The two products are the backend's own business: callers use `mlp` and `restore`.
+
     product_bytes: bound on the input products that are held at a time; rows are processed in blocks
     accordingly.
     """
@@ -42,7 +44,7 @@ class HalfProductBackend(Backend):
         self._product_bytes = product_bytes
 
     @abstractmethod
-    def _project_in(
+    def project_in(
         self, part: Part, x_TH: Tensor, token_N: Tensor, offsets_J: Tensor, rows: slice
     ) -> Tensor:
         """Products of copies with the input columns of some rows of their job.
@@ -52,7 +54,7 @@ class HalfProductBackend(Backend):
         """
 
     @abstractmethod
-    def _project_out(
+    def project_out(
         self,
         part: Part,
         h_NS: Tensor,
@@ -72,20 +74,20 @@ class HalfProductBackend(Backend):
         y_RH = torch.zeros(x_RH.shape, dtype=torch.float32, device=x_RH.device)
         for rows in self._row_blocks(len(routed.token_N)):
             # 1. Products with the hidden state: per copy, and once per token for shared centres.
-            in_NC = self._project_in(part, x_RH, *copies, rows)
+            in_NC = self.project_in(part, x_RH, *copies, rows)
             if shared is not None:
                 center_copies = (shared.token_C, shared.offsets_G)
-                shared.add_to(in_NC, self._project_in("center", x_RH, *center_copies, rows))
+                shared.add_to(in_NC, self.project_in("center", x_RH, *center_copies, rows))
             if layer.shape.row_bias:
                 bias_LC = self.row_bias[:, :, rows].flatten(1)
                 in_NC += bias_LC[routed.expert_N.clamp(max=layer.num_experts - 1)]
             # 2. The activation, weighted.
             h_NS = layer.activation(*in_NC.chunk(layer.inputs, 1)) * routed.weight_N.unsqueeze(1)
             # 3. Products back: per copy, and for shared centres once per token with the sum.
-            y_RH += self._project_out(part, h_NS.to(x_RH.dtype), *copies, rows, len(x_RH))
+            y_RH += self.project_out(part, h_NS.to(x_RH.dtype), *copies, rows, len(x_RH))
             if shared is not None:
                 h_CS = shared.sum_of(h_NS).to(x_RH.dtype)
-                y_RH += self._project_out("center", h_CS, *center_copies, rows, len(x_RH))
+                y_RH += self.project_out("center", h_CS, *center_copies, rows, len(x_RH))
         return y_RH
 
     def _row_blocks(self, copies: int) -> Iterator[slice]:

@@ -1,12 +1,13 @@
 """The reference backend: plain PyTorch, every codec. Tests compare all other backends with it.
 
-Legend: L local experts, N routed copies, n copies of one job, J jobs, S rows, H hidden, R rows and C
-columns of a block.
+Legend: L local experts, N routed copies, n copies of one job, J jobs, S rows, H hidden, R rows and
+C columns of a block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ class ReferenceBackend(HalfProductBackend):
             self.layer.centers[center].slice_rows(first_row, end_row).add_to(out_RC, first_column)
         self.layer.residuals[expert].slice_rows(first_row, end_row).add_to(out_RC, first_column)
 
-    def _project_in(
+    def project_in(
         self, part: Part, x_TH: Tensor, token_N: Tensor, offsets_J: Tensor, rows: slice
     ) -> Tensor:
         H, S = x_TH.shape[1], rows.stop - rows.start
@@ -56,7 +57,7 @@ class ReferenceBackend(HalfProductBackend):
                 out_NC[n, i * S : (i + 1) * S] = matrix.multiply(x_nH, i * H)
         return out_NC
 
-    def _project_out(
+    def project_out(
         self,
         part: Part,
         h_NS: Tensor,
@@ -76,7 +77,7 @@ class ReferenceBackend(HalfProductBackend):
     ) -> Iterator[tuple[EncodedMatrix, slice]]:
         """Some rows of each job that has copies, and which copies those are."""
         offsets = offsets_J.tolist()
-        for job, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        for job, (begin, end) in enumerate(pairwise(offsets)):
             if begin < end:
                 yield self._rows_of(part, job, rows), slice(begin, end)
 

@@ -1,7 +1,7 @@
 """Which tokens a shared centre is multiplied with: each token once, not once per copy.
 
-Legend: G centres, R received rows (tokens), N routed copies, C centre copies (a token and a centre),
-S rows of a shard.
+Legend: G centres, R received rows (tokens), N routed copies, C centre copies (a token and a
+centre), S rows of a shard.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class CenterCopies:
     """Centre copies, sorted by centre.
 
     token_C (int64): the token of each. offsets_G (int64, [G + 1]): centre copies
-    [offsets[g], offsets[g + 1]) use centre g. index_N (int64): the centre copy that each routed copy
-    needs, -1 for none.
+    [offsets[g], offsets[g + 1]) use centre g. index_N (int64): the centre copy that each routed
+    copy needs, -1 for none.
     """
 
     token_C: Tensor

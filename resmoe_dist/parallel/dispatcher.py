@@ -5,8 +5,8 @@ weighted and summed, and the sum travels back. Six stages, three each way: prepr
 sort; (experts); exchange, sort, postprocess. combine ∘ dispatch, with experts that sum up
 weight · token, multiplies each token by the sum of its weights.
 
-Legend: T tokens, K experts per token, E experts, L local experts, P ranks of the EP group, H hidden,
-M rows sent (a token to a rank), R received rows, N routed copies, S slots of summands.
+Legend: T tokens, K experts per token, E experts, L local experts, P ranks of the EP group, H
+hidden, M rows sent (a token to a rank), R received rows, N routed copies, S slots of summands.
 """
 
 from __future__ import annotations

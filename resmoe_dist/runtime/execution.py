@@ -17,6 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -35,7 +36,7 @@ CPU_BLOCK_BYTES = 8 << 20
 class Execution(ABC):
     """A way to run the experts of a layer. The layers of a model share one instance."""
 
-    def prepare(self, backend: Backend) -> None:
+    def prepare(self, backend: Backend) -> None:  # noqa: B027, most ways have nothing to prepare
         """Do now what the first tokens would otherwise wait for."""
 
     @abstractmethod
@@ -119,7 +120,7 @@ class Restore(Execution):
         y_RH = torch.zeros(x_RH.shape, dtype=torch.float32, device=x_RH.device)
         # Only experts with copies are restored, so the host has to know which those are.
         offsets = routed.host_offsets()
-        for expert, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        for expert, (begin, end) in enumerate(pairwise(offsets)):
             if begin == end:
                 continue
             token_n = routed.token_N[begin:end]

@@ -1,8 +1,8 @@
 """The choice of `auto`: costs of the ways to run an expert, measured once per machine and shape.
 
 Costs add up over experts, because experts run one after the other: a restored or tiled expert with
-its tokens, a residual with its tokens, a centre with the tokens of all its experts. Measurements are
-kept in the user's cache.
+its tokens, a residual with its tokens, a centre with the tokens of all its experts. Measurements
+are kept in the user's cache.
 
 Legend: L local experts, R received rows (tokens), N routed copies, G centres.
 """

@@ -76,7 +76,7 @@ class CpuBackend(HalfProductBackend):
             *centers,
         )
 
-    def _project_in(
+    def project_in(
         self, part: Part, x_TH: Tensor, token_N: Tensor, offsets_J: Tensor, rows: slice
     ) -> Tensor:
         size = rows.stop - rows.start
@@ -84,7 +84,7 @@ class CpuBackend(HalfProductBackend):
             self._layer, part, x_TH, token_N, offsets_J, rows.start, size
         )
 
-    def _project_out(
+    def project_out(
         self,
         part: Part,
         h_NS: Tensor,

@@ -66,7 +66,7 @@ class TritonBackend(HalfProductBackend):
                 table, *out, **_compiled(plan)
             )
 
-    def _project_in(
+    def project_in(
         self, part: Part, x_TH: Tensor, token_N: Tensor, offsets_J: Tensor, rows: slice
     ) -> Tensor:
         """One program per block of copies of a job and few rows."""
@@ -83,7 +83,7 @@ class TritonBackend(HalfProductBackend):
             )
         return out_NC
 
-    def _project_out(
+    def project_out(
         self,
         part: Part,
         h_NS: Tensor,
