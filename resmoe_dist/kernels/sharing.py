@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from resmoe_dist.kernels.layer import LayerWeights
@@ -51,8 +52,8 @@ class CenterCopies:
 
     def add_to(self, in_NC: Tensor, center_in_CC: Tensor) -> None:
         """Add to each routed copy's input products those of its centre."""
-        has_center_N1 = (self.index_N >= 0).unsqueeze(1)
-        in_NC += center_in_CC[self.index_N.clamp(min=0)] * has_center_N1
+        # Index -1 picks an extra last row of zeros.
+        in_NC += F.pad(center_in_CC, (0, 0, 0, 1))[self.index_N]
 
     def sum_of(self, h_NS: Tensor) -> Tensor:
         """Sum of the activations over the routed copies that share a centre copy: [C, S]."""

@@ -25,7 +25,7 @@ bool in_order(const Rows& rows, int64_t count) {
 }
 
 Rows center_rows(const Tensor& center, at::ScalarType dtype, int64_t rows, int64_t columns) {
-  TORCH_CHECK(center.dim() == 2 && center.stride(1) == 1 && center.size(0) == rows &&
+  TORCH_CHECK(center.dim() == 2 && (!rows || center.stride(1) == 1) && center.size(0) == rows &&
                   center.size(1) >= columns && center.scalar_type() == dtype,
               "centre of another shape, layout or dtype");
   Rows found;
