@@ -1,4 +1,4 @@
-"""Use one compressed MoE layer, with DeepSpeed's gate, in a DeepSpeed model of your own.
+"""Use one compressed MoE layer, with DeepSpeed's gate, in your own DeepSpeed model.
 
     deepspeed --num_gpus 2 examples/layer_in_deepspeed_model.py COMPRESSED --ep 2
 
