@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from resmoe_dist.kernels.backend import Backend
+from resmoe_dist.kernels.interface import Backend
 from resmoe_dist.kernels.layer import LayerWeights
 from resmoe_dist.kernels.sharing import CenterCopies
 from resmoe_dist.routing import RoutedTokens

@@ -1,34 +1,16 @@
-"""The choice of `auto`: costs of the ways to run an expert, measured once per machine and shape.
-
-Costs add up over experts, because experts run one after the other: a restored or tiled expert with
-its tokens, a residual with its tokens, a centre with the tokens of all its experts. Measurements
-are kept in the user's cache.
+"""The choice of `auto`: the cheapest way to run a layer, by costs measured on this machine.
 
 Legend: L local experts, R received rows (tokens), N routed copies, G centres.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import platform
 from collections.abc import Callable
-from dataclasses import asdict, astuple, dataclass, fields
-from functools import partial
-from pathlib import Path
-from time import perf_counter
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from resmoe_dist.checkpoints.tensor_files import write_json
-from resmoe_dist.errors import UserError
-from resmoe_dist.kernels import Backend, LayerWeights, backend_for
+from resmoe_dist.kernels import Backend, LayerWeights
 from resmoe_dist.kernels.cpu.build import fingerprint
-from resmoe_dist.routing import RoutedTokens
 from resmoe_dist.runtime.execution import (
     MODES,
     Auto,
@@ -37,30 +19,12 @@ from resmoe_dist.runtime.execution import (
     Restore,
     RestoredExperts,
 )
-from resmoe_dist.user_cache import cache_root
+from resmoe_dist.runtime.expert_costs import ExpertCosts, MeasuringEffort, known_or_measured
 
-logger = logging.getLogger(__name__)
-
-# Costs are measured at these token counts, interpolated between them, and taken as proportional
-# above the last.
-TOKENS = (1, 4, 16, 64, 256)
-# Increase when `measure` changes: cached costs of the old method are then ignored.
-_MEASURE_VERSION = 3
 # Differences smaller than this are noise; `shared` then wins, because it needs the least memory.
 _WITHIN_NOISE = 0.95
 # Entries of the table of answers. Decoding asks the same few questions.
 MAX_ANSWERS = 1024
-
-
-@dataclass(frozen=True)
-class MeasuringEffort:
-    """evicting_bytes: read before every timing, more than the last-level cache. repeats: timings
-    per point. weight_bytes: dense size of the experts that are timed together, so that they do not
-    fit into the cache either."""
-
-    evicting_bytes: int = 64 << 20
-    repeats: int = 3
-    weight_bytes: int = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -90,38 +54,17 @@ class Load:
         return cls(active, copies / active, rows_G)
 
 
-@dataclass(frozen=True)
-class ExpertCosts:
-    """Seconds at each of TOKENS token counts: of a restored expert, a tiled expert, a residual
-    alone, and a centre alone."""
-
-    restored: tuple[float, ...]
-    tiled: tuple[float, ...]
-    residual: tuple[float, ...]
-    center: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        for seconds in astuple(self):
-            if len(seconds) != len(TOKENS) or not all(value >= 0 for value in seconds):
-                raise ValueError(f"expected {len(TOKENS)} timings, got {seconds}")
-
-    def fastest(self, load: Load) -> str:
-        """The cheapest way to run a load: "shared", "tiled" or "restore"."""
-        active = load.active_experts
-        centers = sum(_cost(self.center, rows) for rows in load.center_rows)
-        seconds = {
-            "shared": active * _cost(self.residual, load.copies) + centers,
-            "tiled": active * _cost(self.tiled, load.copies),
-            "restore": active * _cost(self.restored, load.copies),
-        }
-        seconds["shared"] *= _WITHIN_NOISE
-        return min(seconds, key=seconds.__getitem__)
-
-
-def _cost(seconds: tuple[float, ...], tokens: float) -> float:
-    """Interpolated cost. Below one token, the chance of one token; above the last, proportional."""
-    scale = max(tokens / TOKENS[-1], 1) * min(tokens, 1)
-    return float(np.interp(tokens, TOKENS, seconds)) * scale
+def fastest(costs: ExpertCosts, load: Load) -> str:
+    """The cheapest way to run a load: "shared", "tiled" or "restore"."""
+    active, copies = load.active_experts, load.copies
+    centers = sum(costs.seconds("center", rows) for rows in load.center_rows)
+    seconds = {
+        "shared": active * costs.seconds("residual", copies) + centers,
+        "tiled": active * costs.seconds("tiled", copies),
+        "restore": active * costs.seconds("restored", copies),
+    }
+    seconds["shared"] *= _WITHIN_NOISE
+    return min(seconds, key=seconds.__getitem__)
 
 
 def execution_for(mode: str = "auto", cache_bytes: int = 0) -> Execution:
@@ -162,7 +105,7 @@ class MeasuredPlanner:
         if question not in self._answers:
             if len(self._answers) == MAX_ANSWERS:
                 self._answers.clear()
-            self._answers[question] = costs.fastest(Load.of(layer, tokens, copies))
+            self._answers[question] = fastest(costs, Load.of(layer, tokens, copies))
         return self._answers[question]
 
     def costs(self, backend: Backend) -> ExpertCosts:
@@ -175,120 +118,6 @@ class MeasuredPlanner:
         codecs = residual.name, *(center.name for center in layer.centers[:1])
         key = (backend.name, fingerprint(), codecs, layer.dtype, layer.rows, layer.shape, density)
         if key not in self._costs:
-            self._costs[key] = _known_or_measured(key, layer, self._effort)
+            self._costs[key] = known_or_measured(key, layer, self._effort)
         self._costs_of[backend] = self._costs[key]
         return self._costs[key]
-
-
-def measure(layer: LayerWeights, effort: MeasuringEffort) -> ExpertCosts:
-    """Time experts of this layer on random tokens.
-
-    The costs of a residual and of a centre follow from running several experts that share one
-    centre, and one expert with it: kernels compute both at once, so neither can be timed alone.
-    """
-    dense_bytes = layer.rows * layer.shape.columns * layer.dtype.itemsize
-    count = min(layer.num_experts, max(2, effort.weight_bytes // dense_bytes))
-    center_of = (0 if layer.centers else -1,)
-    several, one = (
-        backend_for(
-            LayerWeights(
-                layer.shape,
-                layer.residuals[:number],
-                layer.centers[:1],
-                center_of * number,
-                layer.activation,
-            )
-        )
-        for number in (count, 1)
-    )
-    restore, shared = Restore(), Product(share_center=True)
-    tiled = Product(share_center=False)
-    evicting = torch.zeros(effort.evicting_bytes // 4, device=layer.device)
-    seconds: dict[str, list[float]] = {field.name: [] for field in fields(ExpertCosts)}
-    for tokens in TOKENS:
-        of_several, of_one = (_same_tokens(layer, tokens, number) for number in (count, 1))
-        restored_s, tiled_s, shared_s, shared_by_one_s = (
-            _seconds(partial(way.run, routed, backend), evicting, effort.repeats)
-            for way, routed, backend in (
-                (restore, of_several, several),
-                (tiled, of_several, several),
-                (shared, of_several, several),
-                (shared, of_one, one),
-            )
-        )
-        if not layer.centers or count == 1:
-            # No centre is shared, or one expert's share of the time cannot be told apart.
-            residual_s, center_s = shared_s / count, 0.0
-        else:
-            residual_s = max(shared_s - shared_by_one_s, 0) / (count - 1)
-            center_s = max(shared_by_one_s - residual_s, 0)
-        seconds["restored"].append(restored_s / count)
-        seconds["tiled"].append(tiled_s / count)
-        seconds["residual"].append(residual_s)
-        seconds["center"].append(center_s)
-    return ExpertCosts(**{name: tuple(values) for name, values in seconds.items()})
-
-
-def _same_tokens(layer: LayerWeights, tokens: int, num_experts: int) -> RoutedTokens:
-    """Random tokens, each of which goes to all of the experts."""
-    device = layer.device
-    return RoutedTokens(
-        x_RH=torch.randn(tokens, layer.hidden, device=device).to(layer.dtype),
-        token_N=torch.arange(tokens, device=device).repeat(num_experts),
-        weight_N=torch.ones(tokens * num_experts, device=device),
-        offsets_L=torch.arange(num_experts + 1, device=device) * tokens,
-    )
-
-
-def _known_or_measured(
-    key: tuple[object, ...], layer: LayerWeights, effort: MeasuringEffort
-) -> ExpertCosts:
-    path = _path(key, layer.device)
-    try:
-        return ExpertCosts(**{name: tuple(v) for name, v in json.loads(path.read_text()).items()})
-    except (OSError, ValueError, TypeError, AttributeError):
-        costs = measure(layer, effort)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, asdict(costs))
-    except (OSError, UserError) as error:
-        logger.debug("cannot cache measured costs: %s", error)
-    return costs
-
-
-def _seconds(work: Callable[[], object], evicting: Tensor, repeats: int) -> float:
-    """The least of a few timings, each with cold caches."""
-    times, device = [], evicting.device
-    work()
-    for _ in range(repeats):
-        # Read, not written: pending write-backs would be part of the time.
-        evicting.sum()
-        _wait(device)
-        began = perf_counter()
-        work()
-        _wait(device)
-        times.append(perf_counter() - began)
-    return min(times)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _path(key: tuple[object, ...], device: torch.device) -> Path:
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-    else:
-        machine = f"{_processor()}, {torch.get_num_threads()} threads"
-    text = repr((machine, torch.__version__, _MEASURE_VERSION, TOKENS, *key))
-    return cache_root() / "costs" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
-
-
-def _processor() -> str:
-    """The processor's name from Linux, else what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -1,15 +1,11 @@
-"""What a backend does, and which one a layer gets.
+"""The interface between a layer and the kernels that run it.
 
-triton      CUDA devices with Triton installed; pruned residuals, dense centres
-cpu         CPUs, bfloat16 or float32; pruned residuals, dense centres (C++, built on first use)
-reference   everything else: plain PyTorch, any codec; it defines what the others compute
+Legend: R received rows (tokens), H hidden, C columns.
 """
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import ClassVar
 
 from torch import Tensor
@@ -68,43 +64,3 @@ class Backend(ABC):
 
         As many rows and columns as `out_RC` has, from the given ones on.
         """
-
-
-def _triton(layer: LayerWeights) -> type[Backend] | None:
-    if layer.device.type != "cuda":
-        return None
-    try:
-        from resmoe_dist.kernels.triton.backend import TritonBackend
-    except ImportError:
-        return None
-    return TritonBackend
-
-
-def _cpu(layer: LayerWeights) -> type[Backend] | None:
-    from resmoe_dist.kernels.cpu.backend import CpuBackend
-
-    return CpuBackend
-
-
-def _reference(layer: LayerWeights) -> type[Backend] | None:
-    from resmoe_dist.kernels.reference import ReferenceBackend
-
-    return ReferenceBackend
-
-
-# In order of preference. Functions, so that a backend is imported only where it may run.
-BACKENDS: dict[str, Callable[[LayerWeights], type[Backend] | None]] = {
-    "triton": _triton,
-    "cpu": _cpu,
-    "reference": _reference,
-}
-
-
-def backend_for(layer: LayerWeights) -> Backend:
-    """The fastest backend that supports a layer. RESMOE_KERNELS=reference forces the reference."""
-    names = ["reference"] if os.environ.get("RESMOE_KERNELS") == "reference" else list(BACKENDS)
-    for name in names:
-        backend = BACKENDS[name](layer)
-        if backend is not None and backend.supports(layer):
-            return backend(layer)
-    raise AssertionError("the reference supports every layer")
