@@ -132,14 +132,20 @@ def _same_tokens(layer: LayerWeights, tokens: int, num_experts: int) -> RoutedTo
 
 
 def known_or_measured(
-    key: tuple[object, ...], layer: LayerWeights, effort: MeasuringEffort
+    key: tuple[object, ...],
+    layer: LayerWeights,
+    effort: MeasuringEffort,
+    measure_costs: Callable[[LayerWeights, MeasuringEffort], ExpertCosts] | None = None,
 ) -> ExpertCosts:
-    """Costs from the cache, or measured now and cached. key: everything they depend on."""
+    """Costs from the cache, or measured now and cached.
+
+    key: everything they depend on. measure_costs: how to measure, `measure` by default.
+    """
     path = _path(key, layer.device)
     try:
         return ExpertCosts(**{name: tuple(v) for name, v in json.loads(path.read_text()).items()})
     except (OSError, ValueError, TypeError, AttributeError):
-        costs = measure(layer, effort)
+        costs = (measure_costs or measure)(layer, effort)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, asdict(costs))

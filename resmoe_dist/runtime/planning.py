@@ -87,8 +87,11 @@ def execution_for(mode: str = "auto", cache_bytes: int = 0) -> Execution:
 class MeasuredPlanner:
     """Chooses by the costs of a layer's shape, measured when the first such layer is prepared."""
 
-    def __init__(self, effort: MeasuringEffort | None = None) -> None:
+    def __init__(
+        self, effort: MeasuringEffort | None = None, max_answers: int = MAX_ANSWERS
+    ) -> None:
         self._effort = effort or MeasuringEffort()
+        self.max_answers = max_answers
         self._costs: dict[tuple[object, ...], ExpertCosts] = {}
         self._costs_of: WeakKeyDictionary[Backend, ExpertCosts] = WeakKeyDictionary()
         self._answers: dict[tuple[object, ...], str] = {}
@@ -103,10 +106,15 @@ class MeasuredPlanner:
         costs = self.costs(backend)
         question = (id(costs), layer.center_of, tokens, copies)
         if question not in self._answers:
-            if len(self._answers) == MAX_ANSWERS:
+            if len(self._answers) >= self.max_answers:
                 self._answers.clear()
             self._answers[question] = fastest(costs, Load.of(layer, tokens, copies))
         return self._answers[question]
+
+    @property
+    def num_answers(self) -> int:
+        """Answers that are remembered."""
+        return len(self._answers)
 
     def costs(self, backend: Backend) -> ExpertCosts:
         """The costs of a layer: known in this process, read from the cache, or measured now."""

@@ -22,7 +22,8 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from resmoe_dist.checkpoints.compressed import QUANT_METHOD, CompressedCheckpoint, LayerEntry
+from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
+from resmoe_dist.checkpoints.format import QUANT_METHOD, LayerEntry
 from resmoe_dist.errors import UserError
 from resmoe_dist.families.activations import activation_of
 from resmoe_dist.families.sites import is_fused_experts, is_switch_experts

@@ -43,7 +43,8 @@ class CpuBackend(HalfProductBackend):
             layer.inputs,
             fused or "",
         )
-        self._is_fused = fused is not None
+        # Whether `mlp` is one fused kernel.
+        self.is_fused = fused is not None
 
     @classmethod
     def supports(cls, layer: LayerWeights) -> bool:
@@ -61,7 +62,7 @@ class CpuBackend(HalfProductBackend):
         torch.ops.resmoe.restore(self._layer, expert, out_RC, first_row, first_column)
 
     def mlp(self, routed: RoutedTokens, *, share_center: bool) -> Tensor:
-        if not self._is_fused:
+        if not self.is_fused:
             return super().mlp(routed, share_center=share_center)
         shared = CenterCopies.of(routed, self.layer) if share_center else None
         centers = (None,) * 3
