@@ -44,7 +44,8 @@ from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.checkpoints.tensor_files import read_json, write_json
 from resmoe_dist.errors import UserError, first_line
 from resmoe_dist.evaluation.report import human_bytes, text_table
-from resmoe_dist.families.sites import is_fused_experts, load_config, model_class
+from resmoe_dist.families.models import load_config, model_class
+from resmoe_dist.families.sites import FusedExperts
 from resmoe_dist.jobs.pipeline import Compression
 from resmoe_dist.runtime import execution
 from resmoe_dist.runtime.layer import ResMoE
@@ -243,7 +244,7 @@ def _dense_memory(model: PreTrainedModel) -> dict[str, int]:
     experts = sum(
         parameter.nbytes
         for module in model.modules()
-        if is_fused_experts(module)
+        if FusedExperts.recognises(module)
         for parameter in module.parameters()
     )
     return {

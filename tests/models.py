@@ -14,7 +14,7 @@ import transformers
 
 from resmoe_dist.checkpoints.compressed import CheckpointIndex, CompressionSettings
 from resmoe_dist.checkpoints.source import SourceCheckpoint
-from resmoe_dist.families.sites import load_config, model_class
+from resmoe_dist.families.models import load_config, model_class
 from resmoe_dist.jobs.pipeline import Compression
 
 VOCABULARY = 64

@@ -16,7 +16,8 @@ from resmoe_dist.checkpoints.fp8 import DEQUANTIZED, SCALE_SUFFIX, blocks_of, fi
 from resmoe_dist.checkpoints.model_folder import SHARD_INDEX, SINGLE_FILE
 from resmoe_dist.checkpoints.tensor_files import TensorFile
 from resmoe_dist.errors import UserError
-from resmoe_dist.families.sites import ExpertSite, find_expert_sites, load_config, meta_model
+from resmoe_dist.families.models import load_config, meta_model
+from resmoe_dist.families.sites import ExpertSite, find_expert_sites
 from resmoe_dist.families.storage import (
     ExpertStorage,
     expert_module_of,

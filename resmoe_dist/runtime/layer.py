@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.families.activations import PlainActivation
+from resmoe_dist.families.sites import ExpertsAdapter, FusedExperts
 from resmoe_dist.parallel.dispatcher import Dispatcher
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
 from resmoe_dist.routing import NO_EXPERT
@@ -87,7 +88,7 @@ class ResMoE(MoE):
     hidden_size: H. experts: what this rank owns of the layer. num_experts: of the model, on all
     ranks. topology: the grid it was loaded for; its process groups are DeepSpeed's, named by
     `expert_group_name` as in any DeepSpeed MoE. expert_map: which stored expert each of the model's
-    experts is; None if they are the same. own_gate: keep DeepSpeed's `TopKGate` (`k`, and
+    experts is; None if they are the same. adapter: how the model calls its experts. own_gate: keep DeepSpeed's `TopKGate` (`k`, and
     `gate_options` as `deepspeed.moe.layer.MoE` takes them) for calls without routing. Inference
     only.
     """
@@ -100,6 +101,7 @@ class ResMoE(MoE):
         topology: Topology = SINGLE_PROCESS,
         *,
         expert_map: list[int] | None = None,
+        adapter: type[ExpertsAdapter] = FusedExperts,
         own_gate: bool = False,
         k: int = 1,
         **gate_options: Any,
@@ -113,6 +115,7 @@ class ResMoE(MoE):
             enable_expert_tensor_parallelism=topology.tp > 1,
             **gate_options,
         )
+        self.adapter = adapter
         gate = self.deepspeed_moe.gate if own_gate else None
         self.deepspeed_moe = _RoutedExperts(
             gate, experts, num_experts, topology, self.expert_group_name, expert_map
@@ -170,15 +173,17 @@ class ResMoE(MoE):
         *,
         used_token: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """With routing, as transformers calls its experts: output [T, H].
+        """With routing, as a transformers model calls its experts: output [T, H].
 
-        hidden_states [T, H], top_k_index [T, K] (NO_EXPERT drops a copy), top_k_weights [T, K].
+        hidden_states [T, H], top_k_index [T, K] (NO_EXPERT drops a copy), top_k_weights [T, K], or
+        whatever the family's adapter turns into these.
 
         Without, as DeepSpeed calls an MoE layer: hidden_states [B, S, H] -> (output of the same
         shape, l_aux, exp_counts [E]), routed by DeepSpeed's gate.
         """
         if top_k_index is not None:
-            return self.deepspeed_moe.run(hidden_states, top_k_index, top_k_weights)
+            routing = self.adapter.routing(hidden_states, top_k_index, top_k_weights)
+            return self.deepspeed_moe.run(*routing)
         if self.deepspeed_moe.gate is None:
             raise ValueError("this layer has no gate; call it with routing")
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -186,13 +191,3 @@ class ResMoE(MoE):
         out_TH = self.deepspeed_moe.run(x_TH, *routing)
         moe = self.deepspeed_moe
         return out_TH.view_as(hidden_states), moe.l_aux, moe.exp_counts
-
-
-class SwitchResMoE(ResMoE):
-    """`ResMoE` behind Switch Transformers' seam, which passes a one-hot mask, not an index."""
-
-    def forward(self, hidden_states: Tensor, selected: Tensor, routing_weights: Tensor) -> Tensor:
-        """hidden_states [T, H], selected [T, 1, E] (all zero: over capacity), weights [T, 1]."""
-        kept_T1, index_T1 = selected.max(-1)
-        index_T1 = index_T1.masked_fill(kept_T1 == 0, NO_EXPERT)
-        return super().forward(hidden_states, index_T1, routing_weights)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from resmoe_dist.checkpoints.format import is_compressed, read_index
 from resmoe_dist.errors import UserError, first_line
-from resmoe_dist.families.sites import load_config, model_class
+from resmoe_dist.families.models import load_config, model_class
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology, build_topology, owned_experts
 from resmoe_dist.runtime.execution import Execution
 from resmoe_dist.runtime.layer import ResMoE
