@@ -75,8 +75,11 @@ class EncodedMatrix(nn.Module, ABC):
     config: ClassVar[type[CodecConfig]] = CodecConfig
     stored: ClassVar[dict[str, StoredTensor]] = {}
     # Whether `encode` can keep chosen entries (a mask), so that the centre and the kept entries
-    # can be chosen together.
+    # can be chosen together. Its config is then a BudgetConfig.
     selects_entries: ClassVar[bool] = False
+    # Whether decoding returns each entry, rounded to the stored dtype and otherwise unchanged.
+    # `encode` may then be given the rounded matrix, which saves a float32 copy.
+    exact: ClassVar[bool] = False
 
     def __init__(
         self, shape: tuple[int, int], tensors: dict[str, Tensor], dtype: torch.dtype

@@ -15,6 +15,7 @@ class DenseMatrix(EncodedMatrix):
 
     name = "dense"
     stored = {"weight": StoredTensor("values")}
+    exact = True
 
     weight: Tensor
 
