@@ -159,7 +159,7 @@ def _last_dropped(
         return OrderStatistic(0.0, [])
     sample_NS = aligned.sample[experts]
     if center_ID is not None:
-        sample_NS = sample_NS - aligned.sampled(center_ID)
+        sample_NS = sample_NS - aligned.sample_of(center_ID)
     if aligned.sample_weights is not None:
         sample_NS = sample_NS * aligned.sample_weights
     return order_statistic(
@@ -178,11 +178,11 @@ def _residual(expert_BD: Tensor, center_ID: Tensor | None, rows: slice) -> Tenso
 
 
 def _away(aligned: AlignedExperts, residual_BD: Tensor, rows: slice) -> Tensor:
-    return _weigh(aligned, residual_BD / aligned.unit, rows).abs()
+    return _weigh(aligned, residual_BD / aligned.scale, rows).abs()
 
 
 def _weigh(aligned: AlignedExperts, values_BD: Tensor, rows: slice) -> Tensor:
-    weight_BD = aligned.row_weights(rows)
+    weight_BD = aligned.block_weights(rows)
     return values_BD if weight_BD is None else values_BD * weight_BD
 
 
@@ -204,7 +204,7 @@ def _encode_matrices(
 ) -> Encoded:
     """Encode one whole residual after the other."""
     residuals, losses = [], []
-    everything = slice(0, aligned.experts_NID.shape[1])
+    everything = slice(0, aligned.experts_EID.shape[1])
     for k in range(aligned.count):
         expert_ID = aligned.expert_rows(k, everything)
         residual_ID = _residual(expert_ID, center_ID, everything)
@@ -223,10 +223,10 @@ def _alternate(
     Given the decoded residuals that mean is the best centre; the best round is returned, so the
     result is never worse than the plain barycentre's.
     """
-    everything = slice(0, aligned.experts_NID.shape[1])
+    everything = slice(0, aligned.experts_EID.shape[1])
     best = _encode_matrices(aligned, mean_center(aligned, dtype), codec, keep, dtype)
     for _ in range(_MAX_ALTERNATIONS):
-        center_ID = torch.zeros(aligned.experts_NID.shape[1:])
+        center_ID = torch.zeros(aligned.experts_EID.shape[1:])
         for k, residual in enumerate(best.residuals):
             center_ID += aligned.expert_rows(k, everything).cpu() / aligned.count
             center_ID -= residual.decode().float() / aligned.count
