@@ -8,11 +8,12 @@ from torch import Tensor
 
 
 def power_of_two_scale(matrix: Tensor) -> float:
-    """A power of two close to the largest magnitude in `matrix`; 2⁻¹⁰⁰ if that is smaller.
+    """A power of two close to the largest magnitude in `matrix`, limited to [2⁻¹⁰⁰, 2¹²⁷].
 
-    Divided by it, the entries are at most about 1, so their squares and products fit in float32.
-    Dividing by a power of two does not round.
+    Divided by it, the entries are below 2, so their squares and products fit in float32. Dividing
+    by a power of two does not round.
     """
     low, high = matrix.aminmax()
-    # The lower limit keeps the inverse of the scale within float32.
-    return 2.0 ** max(math.frexp(max(-float(low), float(high)))[1], -100)
+    # The limits keep the scale and its inverse within float32.
+    exponent = math.frexp(max(-float(low), float(high)))[1]
+    return 2.0 ** min(max(exponent, -100), 127)
