@@ -63,7 +63,7 @@ def _compare(aligned: AlignedExperts, keep: float, repeats: int) -> dict[str, An
     for _ in range(repeats):
         for name, (center, allocate) in METHODS.items():
             # Afresh: what it remembers of its sample would be the next method's gain.
-            fresh = AlignedExperts(aligned.experts_NID, aligned.permutations_NI)
+            fresh = AlignedExperts(aligned.experts_EID, aligned.permutations_EI)
             encoded, taken = timed(
                 lambda fresh=fresh, center=center, allocate=allocate: encode_group(
                     fresh,
@@ -77,7 +77,7 @@ def _compare(aligned: AlignedExperts, keep: float, repeats: int) -> dict[str, An
             seconds[name].append(taken)
             errors[name] = encoded.squared_error
             kept[name] = sum(loss.kept for loss in encoded.losses)
-    norm = float(torch.linalg.vector_norm(aligned.experts_NID, dtype=torch.float64)) ** 2
+    norm = float(torch.linalg.vector_norm(aligned.experts_EID, dtype=torch.float64)) ** 2
     return {
         "experts": aligned.count,
         "keep": keep,

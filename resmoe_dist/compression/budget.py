@@ -71,7 +71,7 @@ class PriceCurve:
             droppable -= aligned.entries
         else:
             if center != "none":
-                sample_NS = sample_NS - aligned.sampled(mean_center(aligned, torch.float32))
+                sample_NS = sample_NS - aligned.sample_of(mean_center(aligned, torch.float32))
             prices = sample_NS.square()
         if weight_S is not None:
             prices = prices * weight_S.square()
@@ -81,7 +81,7 @@ class PriceCurve:
         prices = prices.sort().values
         last = prices.numel() - 1
         points = torch.linspace(0, last, _CURVE_POINTS, dtype=torch.float64).long()
-        found = prices[points].double() * aligned.unit**2
+        found = prices[points].double() * aligned.scale**2
         return cls(aligned.count * aligned.entries, droppable, tuple(found.tolist()))
 
     def kept_at(self, price: float) -> float:

@@ -184,7 +184,7 @@ def _alternate(aligned: AlignedExperts, encoding: GroupEncoding) -> Encoded:
 
 def _mean_without_residuals(aligned: AlignedExperts, residuals: list[EncodedMatrix]) -> Tensor:
     """The mean [I, D] over k of T_k W_k − decode(R_k), float32."""
-    center_ID = torch.zeros(aligned.experts_NID.shape[1:])
+    center_ID = torch.zeros(aligned.experts_EID.shape[1:])
     for k, residual in enumerate(residuals):
         center_ID += aligned.expert_rows(k, slice(None)).cpu() / aligned.count
         center_ID -= residual.decode().float() / aligned.count

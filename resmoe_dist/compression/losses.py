@@ -42,7 +42,7 @@ def measure_loss(
     """The loss of some rows of an expert whose exact residual was encoded as `encoded`."""
     lost_BD = residual_BD - encoded.decode().float()
     unweighted = _squared_norm(lost_BD), _squared_norm(expert_BD)
-    weight_BD = aligned.row_weights(rows)
+    weight_BD = aligned.block_weights(rows)
     if weight_BD is None:
         return Loss(*unweighted, *unweighted, kept)
     weighted = _squared_norm(lost_BD * weight_BD), _squared_norm(expert_BD * weight_BD)

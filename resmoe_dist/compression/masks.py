@@ -26,9 +26,9 @@ def residual_rows(expert_BD: Tensor, center_ID: Tensor | None, rows: slice) -> T
 
 
 def weighted_magnitude(aligned: AlignedExperts, residual_BD: Tensor, rows: slice) -> Tensor:
-    """|residual| times the entries' weights, in units of `aligned.unit`."""
-    scaled_BD = residual_BD / aligned.unit
-    weight_BD = aligned.row_weights(rows)
+    """|residual| times the entries' weights, in units of `aligned.scale`."""
+    scaled_BD = residual_BD / aligned.scale
+    weight_BD = aligned.block_weights(rows)
     return (scaled_BD if weight_BD is None else scaled_BD * weight_BD).abs()
 
 
@@ -57,7 +57,7 @@ def last_dropped_magnitude(
         return OrderStatistic(0.0, [])
     sample_ES = aligned.sample[experts]
     if center_ID is not None:
-        sample_ES = sample_ES - aligned.sampled(center_ID)
+        sample_ES = sample_ES - aligned.sample_of(center_ID)
     if aligned.sample_weights is not None:
         sample_ES = sample_ES * aligned.sample_weights
     return order_statistic(

@@ -20,11 +20,12 @@ from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.checkpoints.tensor_files import TensorFile, write_tensors
 from resmoe_dist.codecs import DenseResidual, EncodedResidual, codec_named
 from resmoe_dist.compression.activations import LayerActivations
-from resmoe_dist.compression.alignment import Alignment, align, rows_as_stored
+from resmoe_dist.compression.alignment import Alignment, align
 from resmoe_dist.compression.blocks import CPU, AlignedExperts, EntryWeights
 from resmoe_dist.compression.budget import PriceCurve, StoredSize, center_pays, centerless_keep
 from resmoe_dist.compression.clustering import cluster_experts
 from resmoe_dist.compression.encoding import encode_group
+from resmoe_dist.compression.permutations import identity_permutations
 from resmoe_dist.design_matrix import ExpertShape
 from resmoe_dist.errors import UserError
 from resmoe_dist.jobs.memory_budget import ExpertStore, GroupMemory, return_freed_memory
@@ -50,7 +51,7 @@ class GroupPlan:
     def without_alignment(self) -> GroupPlan:
         """The same but for the permutations, which may take megabytes."""
         empty = torch.empty(0, 0, dtype=torch.int64)
-        return replace(self, alignment=replace(self.alignment, permutations_NI=empty))
+        return replace(self, alignment=replace(self.alignment, permutations_EI=empty))
 
     def save(self, path: Path) -> None:
         """Write the plan to a safetensors file, atomically."""
@@ -60,7 +61,7 @@ class GroupPlan:
             "objective": self.alignment.objective,
             "curve": None if self.curve is None else vars(self.curve),
         }
-        permutations_NI = self.alignment.permutations_NI.int()
+        permutations_NI = self.alignment.permutations_EI.int()
         write_tensors(path, {"permutations": permutations_NI}, {_PLAN: json.dumps(decided)})
 
     @classmethod
@@ -233,7 +234,7 @@ class GroupCompressor:
                 experts_NID, settings.align, solver=settings.solver, device=self.device
             )
         else:
-            alignment = Alignment(rows_as_stored(experts_NID), 0.0)
+            alignment = Alignment(identity_permutations(experts_NID), 0.0)
         aligned = self._aligned(layer, experts, experts_NID, alignment)
         center, keep = settings.center, settings.keep
         if center == "auto":
@@ -245,7 +246,7 @@ class GroupCompressor:
     def _aligned(
         self, layer: int, experts: Sequence[int], experts_NID: Tensor, alignment: Alignment
     ) -> AlignedExperts:
-        permutations_NI = alignment.permutations_NI
+        permutations_NI = alignment.permutations_EI
         if self.activations is None or layer not in self.settings.layers:
             return AlignedExperts(experts_NID, permutations_NI, device=self.device)
         shape, measured = self.source.sites[layer].shape, self.activations[layer]
