@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from benchmarks.machine import shown, summary, timed
-from resmoe_dist.codecs import PrunedResidual
+from resmoe_dist.codecs import CodecSpec
 from resmoe_dist.compression.blocks import AlignedExperts
-from resmoe_dist.compression.encoding import encode_group
+from resmoe_dist.compression.encoding import GroupCodecs, encode_group
 from resmoe_dist.evaluation.report import text_table
 
 # Name: centre, and what shares one budget.
@@ -60,18 +60,14 @@ def _compare(aligned: AlignedExperts, keep: float, repeats: int) -> dict[str, An
     seconds: dict[str, list[float]] = {name: [] for name in METHODS}
     errors: dict[str, float] = {}
     kept: dict[str, int] = {}
+    codecs = GroupCodecs(CodecSpec(name="pruned", options={"keep": keep}), torch.float32)
     for _ in range(repeats):
         for name, (center, allocate) in METHODS.items():
             # Afresh: what it remembers of its sample would be the next method's gain.
             fresh = AlignedExperts(aligned.experts_EID, aligned.permutations_EI)
             encoded, taken = timed(
                 lambda fresh=fresh, center=center, allocate=allocate: encode_group(
-                    fresh,
-                    PrunedResidual,
-                    center=center,
-                    keep=keep,
-                    allocate=allocate,
-                    dtype=torch.float32,
+                    fresh, codecs, center=center, allocate=allocate
                 )
             )
             seconds[name].append(taken)

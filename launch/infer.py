@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from resmoe_dist.checkpoints.compressed import STORED_DTYPES
+from resmoe_dist.checkpoints.format import STORED_DTYPES
 from resmoe_dist.checkpoints.tensor_files import write_json
 from resmoe_dist.cli import add_execution_arguments, execution_of
 from resmoe_dist.errors import UserError

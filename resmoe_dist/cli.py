@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from resmoe_dist import __version__
-from resmoe_dist.checkpoints.compressed import (
-    STORED_DTYPES,
-    CompressedCheckpoint,
-    CompressionSettings,
-)
+from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
+from resmoe_dist.checkpoints.format import STORED_DTYPES, CompressionSettings, MethodSpec
 from resmoe_dist.checkpoints.restore import restore_checkpoint
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.checkpoints.tensor_files import write_json
+from resmoe_dist.codecs import CodecSpec
 from resmoe_dist.compression.activations import LayerActivations
 from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import (
@@ -33,7 +31,7 @@ from resmoe_dist.evaluation.perplexity import (
     sequences_from_json,
     sequences_from_text,
 )
-from resmoe_dist.evaluation.report import describe, layer_table
+from resmoe_dist.evaluation.report import describe, layer_table, settings_line
 from resmoe_dist.parallel.launcher import quiet_libraries, run_entry_point
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
 from resmoe_dist.runtime.execution import MODES, Execution
@@ -143,8 +141,9 @@ def run_compress(args: argparse.Namespace) -> int:
     """`compress`, on every rank that was started."""
     # Imported here: the other commands need neither POT nor SciPy's optimisers.
     from resmoe_dist.compression.assignment import check_solver
-    from resmoe_dist.jobs.pipeline import Compression, parse_layers
+    from resmoe_dist.jobs.pipeline import Compression
     from resmoe_dist.jobs.scheduling import find_workers
+    from resmoe_dist.jobs.settings import parse_layers, with_budget
 
     workers = find_workers()
     chosen = {key: getattr(args, key) or value for key, value in PRESETS[args.preset].items()}
@@ -162,14 +161,12 @@ def run_compress(args: argparse.Namespace) -> int:
     settings = CompressionSettings(
         groups=args.ep,
         groups_per_rank=args.groups_per_rank,
-        keep=args.keep,
+        method=MethodSpec(name="resmoe", options={"solver": args.solver} | chosen),
+        residual_codec=with_budget(CodecSpec(name=args.codec), args.keep),
         target_bytes=args.target_bytes,
-        codec=args.codec,
-        solver=args.solver,
         layers=parse_layers(args.layers, len(source.sites)),
         dtype=args.dtype,
         calibration=digest,
-        **chosen,
     )
     run = Compression(
         source,
@@ -287,11 +284,7 @@ def _tiny_model(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     description = describe(CompressedCheckpoint(args.folder))
-    settings = ", ".join(
-        f"{k} {v}"
-        for k, v in description["settings"].items()
-        if k not in ("layers", "calibration") and v is not None
-    )
+    settings = settings_line(description["settings"])
     print(f"{description['folder']}: {settings}; written by {description['producer']}")
     print(layer_table(description))
     if args.json:

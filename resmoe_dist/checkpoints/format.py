@@ -15,7 +15,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from resmoe_dist.checkpoints.upgrade import FORMAT_VERSION, upgrade
-from resmoe_dist.codecs import ByteKind, CodecSpec, codec_named
+from resmoe_dist.codecs import DENSE, ByteKind, CodecSpec, codec_named
 from resmoe_dist.design_matrix import ExpertShape
 from resmoe_dist.errors import UserError
 from resmoe_dist.families.storage import ExpertStorage
@@ -147,9 +147,7 @@ class LayerEntry(_Entry):
                 raise ValueError(f"{self.module}: the expert map skips a stored expert")
         for group in self.groups:
             if not group.experts or group.experts != sorted(group.experts):
-                raise ValueError(
-                    f"{self.module}: a group's experts {group.experts} do not ascend"
-                )
+                raise ValueError(f"{self.module}: a group's experts {group.experts} do not ascend")
         experts = sorted(k for group in self.groups for k in group.experts)
         if experts != list(range(self.stored_experts)):
             raise ValueError(f"{self.module}: the groups do not hold each expert once")
@@ -180,7 +178,7 @@ class CompressionSettings(_Entry):
     groups: int
     groups_per_rank: int = 1
     method: MethodSpec
-    center_codec: CodecSpec = CodecSpec(name="dense")
+    center_codec: CodecSpec = DENSE
     residual_codec: CodecSpec
     target_bytes: float | None = None
     calibration: str | None = None

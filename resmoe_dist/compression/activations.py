@@ -8,7 +8,7 @@ Legend: E experts, H hidden, I intermediate rows of an expert.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -37,6 +37,13 @@ class LayerActivations:
     input_rms_H: Tensor
     neuron_rms_EI: Tensor
     tokens_E: Tensor
+
+    def of_experts(self, experts: Sequence[int]) -> LayerActivations:
+        """The statistics of some experts of the layer, in the order given."""
+        chosen = list(experts)
+        return replace(
+            self, neuron_rms_EI=self.neuron_rms_EI[chosen], tokens_E=self.tokens_E[chosen]
+        )
 
 
 def save_activations(

@@ -1,6 +1,6 @@
 """Where the kept entries go: per expert, per group, or over the model; and how many there are.
 
-Legend: N experts of a group, I rows, D columns, S sampled entries.
+Legend: E experts of a group, I rows, D columns, S sampled entries.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from resmoe_dist.codecs import CodecSpec
 from resmoe_dist.compression.blocks import AlignedExperts
 from resmoe_dist.compression.center import mean_center
-from resmoe_dist.compression.encoding import GroupEncoding, encode_group
+from resmoe_dist.compression.encoding import GroupCodecs, encode_group
 from resmoe_dist.compression.windows import drop_prices
 
 # Points of a price curve: shares read off it are right to 0.01 %.
@@ -42,8 +42,8 @@ def center_pays(
     assert keep is not None, "codecs that select entries have a budget"
 
     def error(center: str, keep: float) -> float:
-        codec = residual_codec.with_keep(keep)
-        return encode_group(sample, GroupEncoding(center, codec, torch.float32)).squared_error
+        codecs = GroupCodecs(residual_codec.with_keep(keep), torch.float32)
+        return encode_group(sample, codecs, center=center).squared_error
 
     without = centerless_keep(keep, aligned.count, center_share)
     return error("joint", keep) <= error("none", without)
@@ -53,7 +53,7 @@ def center_pays(
 class PriceCurve:
     """What dropping one more value would cost in a group, as its quantiles.
 
-    values: N·I·D. droppable: how many of them have a price; the others drop for free. prices:
+    values: E·I·D. droppable: how many of them have a price; the others drop for free. prices:
     ascending, squared errors in the units of the experts.
     """
 
@@ -64,15 +64,15 @@ class PriceCurve:
     @classmethod
     def of(cls, aligned: AlignedExperts, center: str) -> PriceCurve:
         """The curve of a group with a centre of kind `center`."""
-        sample_NS, weight_S = aligned.sample, aligned.sample_weights
+        sample_ES, weight_S = aligned.sample, aligned.sample_weights
         droppable = aligned.count * aligned.entries
         if center == "joint":
-            prices = drop_prices(sample_NS)
+            prices = drop_prices(sample_ES)
             droppable -= aligned.entries
         else:
             if center != "none":
-                sample_NS = sample_NS - aligned.sample_of(mean_center(aligned, torch.float32))
-            prices = sample_NS.square()
+                sample_ES = sample_ES - aligned.sample_of(mean_center(aligned, torch.float32))
+            prices = sample_ES.square()
         if weight_S is not None:
             prices = prices * weight_S.square()
         prices = prices.flatten()

@@ -5,14 +5,15 @@ Legend: E experts of the group, I rows, D columns, B rows of a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import torch
 from torch import Tensor
 
-from resmoe_dist.codecs import CodecSpec, EncodedMatrix
+from resmoe_dist.codecs import DENSE, CodecSpec, EncodedMatrix
 from resmoe_dist.compression.blocks import AlignedExperts
 from resmoe_dist.compression.center import joint_center, mean_center
 from resmoe_dist.compression.losses import Loss, measure_loss, sum_losses
@@ -51,70 +52,73 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class GroupEncoding:
-    """How a group is encoded.
+class GroupCodecs:
+    """How a group is stored.
 
-    center: `joint`, `barycenter`, `mean` (the last two are the same average; with `mean` the
-    experts are not aligned), or `none`. residual_codec: its `keep` is the share of entries kept.
-    dtype: of stored values. center_codec: not used with `none`. allocate: for codecs that select
-    entries, what has one budget of kept entries: the `expert`, the `block` of BALANCED_RUN entries
-    of a row, or the group (any other value).
+    residual: codec of the residuals; its `keep` is the share of entries kept. dtype: of stored
+    values. center: codec of the centre, None for a group without one.
     """
 
-    center: str
-    residual_codec: CodecSpec
+    residual: CodecSpec
     dtype: torch.dtype
-    center_codec: CodecSpec = CodecSpec(name="dense")
-    allocate: str = "group"
-
-    def encode_center(
-        self, aligned: AlignedExperts, make_center: Callable[[torch.dtype], Tensor]
-    ) -> EncodedMatrix:
-        """Encode the centre [I, D] that `make_center` returns in the dtype it is given."""
-        spec = self.center_codec
-        if spec.codec.exact:
-            return spec.codec.encode(make_center(self.dtype), spec.config, self.dtype)
-        center_ID = make_center(torch.float32).to(aligned.device)
-        return spec.codec.encode(center_ID, spec.config, self.dtype).cpu()
+    center: CodecSpec | None = DENSE
 
 
-def encode_group(aligned: AlignedExperts, encoding: GroupEncoding) -> Encoded:
-    """Choose and encode the centre of aligned experts, and encode the residuals."""
-    selects = encoding.residual_codec.codec.selects_entries
-    if encoding.center == "none":
-        center = None
-    elif encoding.center != "joint":
-        center = encoding.encode_center(aligned, lambda dtype: mean_center(aligned, dtype))
-    elif selects:
-        keep = _budget(encoding)
-        center = encoding.encode_center(aligned, lambda dtype: joint_center(aligned, keep, dtype))
-    else:
-        return _alternate(aligned, encoding)
+def encode_group(
+    aligned: AlignedExperts, codecs: GroupCodecs, *, center: str, allocate: str = "group"
+) -> Encoded:
+    """Choose and encode the centre of aligned experts, and encode the residuals.
+
+    center: `joint`, `barycenter`, `mean` (the last two are the same average; with `mean` the
+    experts are not aligned), or `none`. allocate: for codecs that select entries, what has one
+    budget of kept entries: the `group`, each `block` of BALANCED_RUN entries of a row, or each
+    expert (any other value).
+    """
+    selects = codecs.residual.codec.selects_entries
+    encoded_center = None
+    if center == "joint" and not selects:
+        return _alternate(aligned, codecs)
+    if center == "joint":
+        keep = _budget(codecs)
+        encoded_center = _encode_center(aligned, codecs, partial(joint_center, aligned, keep))
+    elif center != "none":
+        encoded_center = _encode_center(aligned, codecs, partial(mean_center, aligned))
     if selects:
-        return _encode_entries(aligned, center, encoding)
-    return _encode_matrices(aligned, center, encoding)
+        return _encode_entries(aligned, encoded_center, codecs, allocate)
+    return _encode_matrices(aligned, encoded_center, codecs)
 
 
-def _budget(encoding: GroupEncoding) -> float:
-    keep = encoding.residual_codec.keep
-    assert keep is not None, "codecs that select entries have a budget"
+def _encode_center(
+    aligned: AlignedExperts, codecs: GroupCodecs, make_center: Callable[[torch.dtype], Tensor]
+) -> EncodedMatrix:
+    """Encode the centre [I, D] that `make_center` returns in the dtype it is given."""
+    spec, dtype = codecs.center, codecs.dtype
+    assert spec is not None, "a group with a centre has a codec for it"
+    if spec.codec.exact:
+        return spec.codec.encode(make_center(dtype), spec.config, dtype)
+    center_ID = make_center(torch.float32).to(aligned.device)
+    return spec.codec.encode(center_ID, spec.config, dtype).cpu()
+
+
+def _budget(codecs: GroupCodecs) -> float:
+    keep = codecs.residual.keep
+    assert keep is not None, "a codec that selects entries has a budget"
     return keep
 
 
 def _encode_entries(
-    aligned: AlignedExperts, center: EncodedMatrix | None, encoding: GroupEncoding
+    aligned: AlignedExperts, center: EncodedMatrix | None, codecs: GroupCodecs, allocate: str
 ) -> Encoded:
     """Keep the entries that are furthest from the stored centre, block by block."""
-    spec, keep = encoding.residual_codec, _budget(encoding)
+    spec, keep = codecs.residual, _budget(codecs)
     center_ID = None if center is None else center.decode()
     all_experts = list(range(aligned.count))
     blocks_per_expert = len(list(aligned.blocks(1)))
     residuals: list[EncodedMatrix] = []
     losses: list[Loss] = []
-    one_budget = encoding.allocate not in ("expert", "block")
-    for experts in [all_experts] if one_budget else [[k] for k in all_experts]:
+    for experts in [all_experts] if allocate == "group" else [[k] for k in all_experts]:
         last = None
-        if encoding.allocate != "block":
+        if allocate != "block":
             last = last_dropped_magnitude(aligned, center_ID, experts, keep)
 
         def encode(
@@ -129,7 +133,7 @@ def _encode_entries(
             else:
                 ties = last.ties[number] if last.value else magnitude_BD.numel()
                 mask_BD = keep_mask(magnitude_BD, last.value, ties)
-            part = spec.codec.encode(residual_BD, spec.config, encoding.dtype, mask_BD)
+            part = spec.codec.encode(residual_BD, spec.config, codecs.dtype, mask_BD)
             kept = int(mask_BD.sum())
             lost = measure_loss(aligned, expert_BD, residual_BD, part, rows, kept)
             return part.cpu(), lost
@@ -145,34 +149,34 @@ def _encode_entries(
 
 
 def _encode_matrices(
-    aligned: AlignedExperts, center: EncodedMatrix | None, encoding: GroupEncoding
+    aligned: AlignedExperts, center: EncodedMatrix | None, codecs: GroupCodecs
 ) -> Encoded:
     """Encode one whole residual after the other."""
-    spec = encoding.residual_codec
+    spec = codecs.residual
     center_ID = None if center is None else center.decode()
     residuals, losses = [], []
     for k in range(aligned.count):
         expert_ID = aligned.expert_rows(k, slice(None))
         residual_ID = residual_rows(expert_ID, center_ID, slice(None))
-        residual = spec.codec.encode(residual_ID, spec.config, encoding.dtype)
+        residual = spec.codec.encode(residual_ID, spec.config, codecs.dtype)
         kept = sum(tensor.numel() for tensor in residual.tensors().values())
         losses.append(measure_loss(aligned, expert_ID, residual_ID, residual, slice(None), kept))
         residuals.append(residual.cpu())
     return Encoded(center, residuals, losses)
 
 
-def _alternate(aligned: AlignedExperts, encoding: GroupEncoding) -> Encoded:
+def _alternate(aligned: AlignedExperts, codecs: GroupCodecs) -> Encoded:
     """C ← mean over k of (T_k W_k − decode(R_k)), repeated while the error falls.
 
     Given the decoded residuals, that mean is the best centre. The best round is returned, so the
     result is never worse than the plain barycentre's.
     """
-    center = encoding.encode_center(aligned, lambda dtype: mean_center(aligned, dtype))
-    best = _encode_matrices(aligned, center, encoding)
+    center = _encode_center(aligned, codecs, partial(mean_center, aligned))
+    best = _encode_matrices(aligned, center, codecs)
     for _ in range(_MAX_ALTERNATIONS):
         center_ID = _mean_without_residuals(aligned, best.residuals)
-        center = encoding.encode_center(aligned, center_ID.to)
-        trial = _encode_matrices(aligned, center, encoding)
+        center = _encode_center(aligned, codecs, center_ID.to)
+        trial = _encode_matrices(aligned, center, codecs)
         gained = best.squared_error - trial.squared_error
         enough = gained > _ALTERNATION_GAIN * best.squared_error
         if gained > 0:
