@@ -10,9 +10,7 @@ _UNITS |= {f"{unit}I": 1024**power for power, unit in enumerate("KMGT", start=1)
 
 def parse_size(text: str | int) -> int:
     """Bytes of `8GB`, `512MiB`, `2e9` …. Raises ValueError for anything else."""
-    match = re.fullmatch(
-        r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?i?)b?\s*", str(text), re.IGNORECASE
-    )
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?i?)b?\s*", str(text), re.IGNORECASE)
     try:
         size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
     except (ValueError, KeyError, OverflowError):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from resmoe_dist.checkpoints.compressed import is_compressed
+from resmoe_dist.checkpoints.format import is_compressed
 from resmoe_dist.checkpoints.fp8 import DEQUANTIZED, SCALE_SUFFIX, blocks_of, find_scaled
 from resmoe_dist.checkpoints.model_folder import SHARD_INDEX, SINGLE_FILE
 from resmoe_dist.checkpoints.tensor_files import TensorFile

@@ -13,7 +13,8 @@ from resmoe_dist.evaluation.report import describe, layer_table, settings_line
 def run_inspect(config: InspectConfig) -> int:
     """Print what a folder holds; exit code 0."""
     description = describe(CompressedCheckpoint(config.folder))
-    print(settings_line(description))
+    settings = settings_line(description["settings"])
+    print(f"{config.folder}: {settings}; written by {description['producer']}")
     print(layer_table(description))
     if config.json_file:
         write_json(config.json_file, description)

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
-from resmoe_dist.version import __version__
 from resmoe_dist.config import commands
 from resmoe_dist.config.arguments import Parser, add_options, parsed_config
 from resmoe_dist.config.options import CommandConfig
+from resmoe_dist.version import __version__
 
 
 class Command(NamedTuple):

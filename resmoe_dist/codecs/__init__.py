@@ -9,7 +9,7 @@ from resmoe_dist.codecs.base import (
     StoredTensor,
     TensorReader,
 )
-from resmoe_dist.codecs.dense import DenseMatrix
+from resmoe_dist.codecs.dense import DENSE, DenseMatrix
 from resmoe_dist.codecs.empty import EmptyMatrix
 from resmoe_dist.codecs.low_rank import LowRankConfig, LowRankMatrix
 from resmoe_dist.codecs.pruned import PrunedConfig, PrunedMatrix
@@ -18,6 +18,7 @@ from resmoe_dist.codecs.registry import CODECS, CodecSpec, codec_named, register
 __all__ = [
     "BYTE_KINDS",
     "CODECS",
+    "DENSE",
     "BudgetConfig",
     "ByteKind",
     "CodecConfig",

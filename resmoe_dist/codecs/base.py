@@ -75,9 +75,10 @@ class EncodedMatrix(nn.Module, ABC):
     config: ClassVar[type[CodecConfig]] = CodecConfig
     stored: ClassVar[dict[str, StoredTensor]] = {}
     # Whether `encode` can keep chosen entries (a mask), so that the centre and the kept entries
-    # can be chosen together.
+    # can be chosen together. Its config is then a BudgetConfig.
     selects_entries: ClassVar[bool] = False
-    # Whether `decode` returns a stored tensor, so that there is nothing to restore.
+    # Whether a stored tensor is the matrix itself, rounded to the stored dtype. `decode` then
+    # restores nothing, and `encode` may be given the rounded matrix, which saves a float32 copy.
     is_dense: ClassVar[bool] = False
 
     def __init__(

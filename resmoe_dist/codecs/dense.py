@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from resmoe_dist.codecs.base import CodecConfig, EncodedMatrix, StoredTensor
-from resmoe_dist.codecs.registry import register_codec
+from resmoe_dist.codecs.registry import CodecSpec, register_codec
 
 
 @register_codec
@@ -46,3 +46,7 @@ class DenseMatrix(EncodedMatrix):
     def decode(self) -> Tensor:
         """The stored weight, not a copy."""
         return self.weight
+
+
+# The default for centres.
+DENSE = CodecSpec(name="dense")

@@ -1,6 +1,6 @@
 """Where the kept entries go: per expert, per group, or over the model; and how many there are.
 
-Legend: N experts of a group, I rows, D columns, S sampled entries.
+Legend: E experts of a group, I rows, D columns, S sampled entries.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from resmoe_dist.codecs import EncodedResidual, PrunedResidual
+from resmoe_dist.codecs import CodecSpec
 from resmoe_dist.compression.blocks import AlignedExperts
 from resmoe_dist.compression.center import mean_center
-from resmoe_dist.compression.encoding import encode_group
+from resmoe_dist.compression.encoding import GroupCodecs, encode_group
 from resmoe_dist.compression.windows import drop_prices
 
 # Points of a price curve: shares read off it are right to 0.01 %.
@@ -21,37 +21,39 @@ _CURVE_POINTS = 8193
 _BISECTIONS = 60
 
 
-def centerless_keep(keep: float, count: int) -> float:
-    """The share that can be kept for the same bytes by a group of `count` without a centre."""
-    return min(1.0, keep + 1 / count)
+def centerless_keep(keep: float, count: int, center_share: float = 1.0) -> float:
+    """The share of entries that a group of `count` experts can keep for the bytes of a centre too.
+
+    center_share: bytes of the centre as a share of a dense matrix's.
+    """
+    return min(1.0, keep + center_share / count)
 
 
-def center_pays(aligned: AlignedExperts, keep: float) -> bool:
-    """Whether a joint centre loses less than the entries that its bytes could hold instead.
+def center_pays(
+    aligned: AlignedExperts, residual_codec: CodecSpec, center_share: float = 1.0
+) -> bool:
+    """Whether a joint centre loses less than keeping more entries for the same bytes.
 
-    Judged on a sample of the entries.
+    residual_codec: one that selects entries. center_share: see `centerless_keep`. Estimated on a
+    sample of the entries, with an exact centre.
     """
     sample = aligned.as_sample()
+    keep = residual_codec.keep
+    assert keep is not None, "codecs that select entries have a budget"
 
     def error(center: str, keep: float) -> float:
-        encoded = encode_group(
-            sample,
-            PrunedResidual,
-            center=center,
-            keep=keep,
-            allocate="group",
-            dtype=torch.float32,
-        )
-        return encoded.squared_error
+        codecs = GroupCodecs(residual_codec.with_keep(keep), torch.float32)
+        return encode_group(sample, codecs, center=center).squared_error
 
-    return error("joint", keep) <= error("none", centerless_keep(keep, aligned.count))
+    without = centerless_keep(keep, aligned.count, center_share)
+    return error("joint", keep) <= error("none", without)
 
 
 @dataclass(frozen=True)
 class PriceCurve:
     """What dropping one more value would cost in a group, as its quantiles.
 
-    values: N·I·D. droppable: how many of them have a price; the others drop for free. prices:
+    values: E·I·D. droppable: how many of them have a price; the others drop for free. prices:
     ascending, squared errors in the units of the experts.
     """
 
@@ -62,15 +64,15 @@ class PriceCurve:
     @classmethod
     def of(cls, aligned: AlignedExperts, center: str) -> PriceCurve:
         """The curve of a group with a centre of kind `center`."""
-        sample_NS, weight_S = aligned.sample, aligned.sample_weights
+        sample_ES, weight_S = aligned.sample, aligned.sample_weights
         droppable = aligned.count * aligned.entries
         if center == "joint":
-            prices = drop_prices(sample_NS)
+            prices = drop_prices(sample_ES)
             droppable -= aligned.entries
         else:
             if center != "none":
-                sample_NS = sample_NS - aligned.sampled(mean_center(aligned, torch.float32))
-            prices = sample_NS.square()
+                sample_ES = sample_ES - aligned.sample_of(mean_center(aligned, torch.float32))
+            prices = sample_ES.square()
         if weight_S is not None:
             prices = prices * weight_S.square()
         prices = prices.flatten()
@@ -79,7 +81,7 @@ class PriceCurve:
         prices = prices.sort().values
         last = prices.numel() - 1
         points = torch.linspace(0, last, _CURVE_POINTS, dtype=torch.float64).long()
-        found = prices[points].double() * aligned.unit**2
+        found = prices[points].double() * aligned.scale**2
         return cls(aligned.count * aligned.entries, droppable, tuple(found.tolist()))
 
     def kept_at(self, price: float) -> float:
@@ -113,22 +115,41 @@ def allocate_over_model(curves: Sequence[PriceCurve], budgets: Sequence[float]) 
 
 @dataclass(frozen=True)
 class StoredSize:
-    """What decides a group's stored bytes: its experts, their shape [rows, columns], the bytes of a
-    value, the codec, and bytes that are there whatever is kept (biases)."""
+    """What decides the stored bytes of a group.
+
+    count: number of experts, each [rows, columns]. itemsize: bytes of a stored value.
+    center_codec: None for a group without a centre. fixed: bytes that do not depend on codecs, such
+    as output biases.
+    """
 
     count: int
     rows: int
     columns: int
     itemsize: int
-    codec: type[EncodedResidual]
-    has_center: bool
+    residual_codec: CodecSpec
+    center_codec: CodecSpec | None
     fixed: int = 0
 
-    def bytes_at(self, keep: float) -> int:
-        """At most this much, centre and indices included."""
-        center = self.rows * self.columns * self.itemsize if self.has_center else 0
-        residual = self.codec.stored_bytes(self.rows, self.columns, keep, self.itemsize)
-        return self.fixed + center + self.count * residual
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the experts if stored dense."""
+        return self.fixed + self.count * self.rows * self.columns * self.itemsize
+
+    @property
+    def center_bytes(self) -> int:
+        """Upper bound of the centre's bytes."""
+        return 0 if self.center_codec is None else self._bytes_of(self.center_codec)
+
+    def bytes_at(self, keep: float | None) -> int:
+        """Upper bound of the group's bytes, centre and indices included.
+
+        keep: replaces the residual codec's budget; None for codecs without one.
+        """
+        codec = self.residual_codec if keep is None else self.residual_codec.with_keep(keep)
+        return self.fixed + self.center_bytes + self.count * self._bytes_of(codec)
+
+    def _bytes_of(self, spec: CodecSpec) -> int:
+        return spec.codec.stored_bytes(self.rows, self.columns, spec.config, self.itemsize)
 
 
 def keep_for(target_bytes: float, total_bytes: Callable[[float], int]) -> float | None:

@@ -54,7 +54,10 @@ def add_options(parser: argparse.ArgumentParser, kind: type[CommandConfig]) -> N
             metavar = metavar or shown.lstrip("-").upper()
             parser.add_argument(shown, action=action, metavar=metavar, **common)
     parser.add_argument(
-        "--config", type=Path, metavar="FILE.yaml", help="options from a file; the command line wins"
+        "--config",
+        type=Path,
+        metavar="FILE.yaml",
+        help="options from a file; the command line wins",
     )
     if kind.has_presets:
         parser.add_argument(

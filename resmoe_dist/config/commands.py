@@ -41,7 +41,7 @@ class CompressConfig(CommandConfig):
     groups_per_rank: int = option(
         1, "centres per EP rank; its experts are clustered by similarity", metavar="M"
     )
-    method: str = option("resmoe", "way to compress a layer: NAME or NAME:option=value,…")
+    method: str = option("resmoe", "way to compress a layer, by name")
     codec: str = option(
         "pruned",
         "how residuals are stored: pruned, low_rank, or NAME:option=value,…",
@@ -98,9 +98,7 @@ class CompressConfig(CommandConfig):
     @model_validator(mode="after")
     def _check_mean(self) -> Self:
         if self.center == "mean" and self.align != "none":
-            raise ValueError(
-                f"--center mean averages experts as stored; drop --align {self.align}"
-            )
+            raise ValueError(f"--center mean averages experts as stored; drop --align {self.align}")
         return self
 
 
@@ -195,7 +193,9 @@ class InferConfig(ExecutionConfig, GridConfig):
     top_p: float | None = option(None, "nucleus sampling, with --temperature", gt=0, le=1)
     seed: int = option(0, "of the sampling")
 
-    json_file: Path | None = option(None, "write completions and figures here", name="json", metavar="F")
+    json_file: Path | None = option(
+        None, "write completions and figures here", name="json", metavar="F"
+    )
 
     @model_validator(mode="after")
     def _check_sampling(self) -> Self:

@@ -72,7 +72,6 @@ class CommandConfig(BaseModel):
                 sets.setdefault(exclusive, []).append(name)
         return sets
 
-
     @classmethod
     def shown_name(cls, name: str) -> str:
         """A field's name as users write it: `--max-memory`, or `source` for a positional one."""

@@ -5,11 +5,9 @@ Legend: N routed copies, S rows.
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-
 
 # Names of the activations that fused kernels support (`kernels.reference.FUSED_ACTIVATIONS`), by
 # transformers' class.

@@ -26,9 +26,10 @@ from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import check_vocabulary, load_tokenizer
 from resmoe_dist.evaluation.report import describe, layer_table
 from resmoe_dist.jobs.calibration import calibration_sequences, measure_activations
-from resmoe_dist.jobs.layers import parse_layers
 from resmoe_dist.jobs.pipeline import Compression
-from resmoe_dist.jobs.workers import Workers, find_workers
+from resmoe_dist.jobs.scheduling import Workers, find_workers
+from resmoe_dist.jobs.settings import parse_layers, with_budget
+from resmoe_dist.methods import method_named
 from resmoe_dist.parallel.entry_point import quiet_libraries, run_entry_point
 
 
@@ -77,11 +78,12 @@ def settings_of(
     """
     residual = _codec("--codec", config.codec)
     if config.keep is not None:
-        try:
-            residual = residual.with_keep(config.keep)
-        except ValueError as error:
-            raise UserError(f"--keep {config.keep}: {_reason(error)}") from error
-    options = {name: getattr(config, name) for name in ("align", "solver", "center", "allocate")}
+        residual = with_budget(residual, config.keep)
+    try:
+        known = method_named(config.method).config.model_fields
+    except ValueError as error:
+        raise UserError(f"--method {config.method}: {error}") from error
+    options = {name: getattr(config, name) for name in known if name in CompressConfig.model_fields}
     return CompressionSettings(
         groups=config.ep,
         groups_per_rank=config.groups_per_rank,

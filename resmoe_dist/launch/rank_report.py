@@ -22,9 +22,7 @@ class RankReport:
     memory: RankMemory
 
 
-def gather_reports(
-    topology: Topology, output: LaneOutput, memory: RankMemory
-) -> list[RankReport]:
+def gather_reports(topology: Topology, output: LaneOutput, memory: RankMemory) -> list[RankReport]:
     """Every rank's report, in rank order. Collective over the world."""
     # Process groups cannot be sent.
     report = RankReport(replace(topology, ep_group=None, tp_group=None), output, memory)

@@ -1,35 +1,14 @@
-"""What the tests of whole compress runs share: a source of two shards, and what becomes of it."""
+"""Fixtures shared by the tests of the compression mathematics."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.checkpoints.damage import edit_text, sharded_copy
-from tests.jobs.runs import contents, run
-
 
 @pytest.fixture
-def one_thread():
-    """Threads that share matrices this small, or a busy machine, only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def sharded_source(family_folder, tmp_path_factory):
-    """A Mixtral in two shards with tokenizer files beside it."""
-    folder = sharded_copy(family_folder("mixtral"), tmp_path_factory.mktemp("sharded") / "source")
-    edit_text(folder / "tokenizer.json", "{}")
-    edit_text(folder / "merges.txt", "#")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def expected(sharded_source, tmp_path_factory):
-    """The content of every file of an uninterrupted run on `sharded_source`."""
-    folder = tmp_path_factory.mktemp("expected") / "c"
-    run(sharded_source, folder)
-    return contents(folder)
+def set_threads():
+    """A function that sets PyTorch's number of threads until the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

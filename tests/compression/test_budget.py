@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from resmoe_dist.codecs import DenseResidual, EncodedResidual, LowRankResidual, PrunedResidual
-from resmoe_dist.compression import blocks as aligned_module
-from resmoe_dist.compression.blocks import AlignedExperts, EntryWeights
+from resmoe_dist.compression.blocks import AlignedExperts, BlockSizes, EntryWeights
 from resmoe_dist.compression.budget import (
     PriceCurve,
     StoredSize,
@@ -22,13 +21,16 @@ from resmoe_dist.compression.budget import (
 from resmoe_dist.compression.encoding import Encoded, encode_group
 from resmoe_dist.compression.windows import drop_prices
 
+DEFAULT_SIZES = BlockSizes()
 every_center = pytest.mark.parametrize("center", ["joint", "barycenter", "none"])
 
 
-def _as_stored(experts: Tensor, weights: EntryWeights | None = None) -> AlignedExperts:
+def _as_stored(
+    experts: Tensor, weights: EntryWeights | None = None, sizes: BlockSizes = DEFAULT_SIZES
+) -> AlignedExperts:
     """Experts whose rows are in aligned order already."""
     count, rows, _ = experts.shape
-    return AlignedExperts(experts, torch.arange(rows).repeat(count, 1), weights)
+    return AlignedExperts(experts, torch.arange(rows).repeat(count, 1), weights, sizes=sizes)
 
 
 def _encode(
@@ -54,7 +56,7 @@ def _kept(encoded: Encoded) -> int:
 
 def _exact_prices(aligned: AlignedExperts, center: str) -> Tensor:
     """The price of every value that has one, ascending, in float64."""
-    experts = aligned.experts_NID
+    experts = aligned.experts_EID
     if center == "joint":
         return drop_prices(experts.flatten(1)).flatten().double().sort().values
     away = experts.double() - (experts.double().mean(0) if center == "barycenter" else 0.0)
@@ -63,15 +65,13 @@ def _exact_prices(aligned: AlignedExperts, center: str) -> Tensor:
 
 @pytest.mark.parametrize(("noise", "pays"), [(None, False), (1.5, False), (0.3, True), (0, True)])
 @pytest.mark.parametrize("sample_entries", [300, 1 << 19], ids=["a sample", "all entries"])
-def test_a_centre_pays_for_experts_that_have_much_in_common(
-    monkeypatch, noise, pays, sample_entries
-):
-    monkeypatch.setattr(aligned_module, "_SAMPLE_ENTRIES", sample_entries)
+def test_a_centre_pays_for_experts_that_have_much_in_common(noise, pays, sample_entries):
     experts = torch.randn(2, 60, 50)
     if noise is not None:
         experts = torch.randn(60, 50) + noise * experts
 
-    assert center_pays(_as_stored(experts), 0.25) is pays
+    sizes = BlockSizes(sample_entries=sample_entries)
+    assert center_pays(_as_stored(experts, sizes=sizes), 0.25) is pays
 
 
 @pytest.mark.parametrize("noise", [0.3, 0.8, 1.0, 1.2, 1.6, 3.0])
@@ -120,7 +120,7 @@ def test_a_price_curve_tells_how_many_values_cost_more_than_a_price(center, scal
     aligned = _as_stored(torch.randn(5, 30, 40))
     exact = _exact_prices(aligned, center)
 
-    curve = PriceCurve.of(_as_stored(aligned.experts_NID * scale), center)
+    curve = PriceCurve.of(_as_stored(aligned.experts_EID * scale), center)
 
     assert (curve.values, curve.droppable) == (6000, exact.numel())
     for share in (0.01, 0.3, 0.5, 0.77, 0.99):
@@ -130,12 +130,12 @@ def test_a_price_curve_tells_how_many_values_cost_more_than_a_price(center, scal
 
 
 @every_center
-def test_a_price_curve_of_a_sample_is_nearly_that_of_all(monkeypatch, center):
+def test_a_price_curve_of_a_sample_is_nearly_that_of_all(center):
     aligned = _as_stored(torch.randn(5, 100, 400))
     exact = _exact_prices(aligned, center)
-    monkeypatch.setattr(aligned_module, "_SAMPLE_ENTRIES", 5000)
+    sizes = BlockSizes(sample_entries=5000)
 
-    curve = PriceCurve.of(_as_stored(aligned.experts_NID), center)
+    curve = PriceCurve.of(_as_stored(aligned.experts_EID, sizes=sizes), center)
 
     for share in (0.1, 0.5, 0.9):
         price = float(exact[int(share * exact.numel())])
@@ -175,7 +175,7 @@ def _groups() -> list[AlignedExperts]:
 @pytest.mark.parametrize("keep", [0.1, 0.25, 0.5])
 def test_sharing_budgets_over_the_model_lowers_the_error_and_keeps_no_more(center, keep):
     groups = _groups()
-    budgets = [keep * group.experts_NID.numel() for group in groups]
+    budgets = [keep * group.experts_EID.numel() for group in groups]
 
     shares = allocate_over_model([PriceCurve.of(g, center) for g in groups], budgets)
 
@@ -192,14 +192,14 @@ def test_sharing_budgets_over_the_model_lowers_the_error_and_keeps_no_more(cente
 @pytest.mark.parametrize("keep", [0.1, 0.25, 0.5])
 def test_nothing_is_dropped_in_one_group_for_more_than_is_kept_for_in_another(center, keep):
     groups = _groups()
-    budgets = [keep * group.experts_NID.numel() for group in groups]
+    budgets = [keep * group.experts_EID.numel() for group in groups]
 
     shares = allocate_over_model([PriceCurve.of(g, center) for g in groups], budgets)
 
     dearest_dropped, cheapest_kept = [], []
     for group, share in zip(groups, shares, strict=True):
         exact = _exact_prices(group, center).tolist()
-        dropped = len(exact) - round(share * group.experts_NID.numel())
+        dropped = len(exact) - round(share * group.experts_EID.numel())
         dearest_dropped += exact[:dropped][-1:]
         cheapest_kept += exact[dropped:][:1]
     # Curves have steps, and so few values are far apart.
@@ -260,7 +260,7 @@ def test_a_model_that_costs_nothing_keeps_no_more_than_its_budget():
 @pytest.mark.parametrize("keep", [0.0, 1.0])
 def test_keeping_nothing_or_everything_is_the_same_for_all(keep):
     groups = _groups()
-    budgets = [keep * group.experts_NID.numel() for group in groups]
+    budgets = [keep * group.experts_EID.numel() for group in groups]
 
     shares = allocate_over_model([PriceCurve.of(g, "none") for g in groups], budgets)
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from resmoe_dist.codecs import DenseResidual, EncodedResidual, LowRankResidual, PrunedResidual
-from resmoe_dist.compression import blocks as aligned_module
 from resmoe_dist.compression.alignment import align
-from resmoe_dist.compression.blocks import AlignedExperts, EntryWeights
+from resmoe_dist.compression.blocks import AlignedExperts, BlockSizes, EntryWeights
 from resmoe_dist.compression.encoding import BALANCED_RUN, Encoded, encode_group
 
+DEFAULT_SIZES = BlockSizes()
 seeds = st.integers(0, 2**32 - 1)
 EIGHTHS = st.integers(0, 8).map(lambda n: n / 8)
 every_center = pytest.mark.parametrize("center", ["none", "barycenter", "joint"])
@@ -30,11 +30,13 @@ def _encode(
     allocate: str = "group",
     dtype: torch.dtype = torch.float32,
     weights: EntryWeights | None = None,
+    sizes: BlockSizes = DEFAULT_SIZES,
 ) -> Encoded:
     """Experts given as a tensor are in aligned order already."""
     if isinstance(experts, Tensor):
         count, rows, _ = experts.shape
-        experts = AlignedExperts(experts, torch.arange(rows).repeat(count, 1), weights)
+        perms = torch.arange(rows).repeat(count, 1)
+        experts = AlignedExperts(experts, perms, weights, sizes=sizes)
     return encode_group(experts, codec, center=center, keep=keep, allocate=allocate, dtype=dtype)
 
 
@@ -184,15 +186,14 @@ def test_the_group_keeps_its_share_exactly_where_it_counts_most(center, keep, we
 @every_allocation
 @pytest.mark.parametrize("sample_entries", [40, 1 << 19], ids=["a sample", "all entries"])
 def test_of_equal_residuals_exactly_as_many_are_kept_as_the_budget_has_room_for(
-    monkeypatch, center, allocate, sample_entries
+    center, allocate, sample_entries
 ):
-    monkeypatch.setattr(aligned_module, "_SAMPLE_ENTRIES", sample_entries)
-    monkeypatch.setattr(aligned_module, "_BLOCK_VALUES", 60)
+    sizes = BlockSizes(block_values=60, sample_entries=sample_entries)
     # No residual is zero but where experts agree; most are equal.
     experts = torch.randint(1, 4, (4, 15, 20)).float() * (2 * torch.randint(2, (4, 15, 20)) - 1)
 
     for keep in (0.1, 1 / 3, 0.5):
-        encoded = _encode(experts, center=center, keep=keep, allocate=allocate)
+        encoded = _encode(experts, center=center, keep=keep, allocate=allocate, sizes=sizes)
 
         budget = [int(keep * 300)] * 4 if allocate == "expert" else [int(keep * 1200)]
         shared = 0.0 if encoded.center_ID is None else encoded.center_ID
@@ -238,12 +239,11 @@ def test_rows_in_aligned_order_are_encoded_as_if_they_had_been_stored_so(
 
 @every_center
 @every_allocation
-def test_blocks_are_joined_to_the_residual_of_the_whole(monkeypatch, center, allocate):
+def test_blocks_are_joined_to_the_residual_of_the_whole(center, allocate):
     experts = torch.randn(3, 11, 13)
     expected = _encode(experts, center=center, allocate=allocate)
-    monkeypatch.setattr(aligned_module, "_BLOCK_VALUES", 60)
 
-    found = _encode(experts, center=center, allocate=allocate)
+    found = _encode(experts, center=center, allocate=allocate, sizes=BlockSizes(block_values=60))
 
     for residual, whole in zip(found.residuals, expected.residuals, strict=True):
         for name, tensor in whole.tensors().items():
@@ -378,7 +378,7 @@ def test_what_is_compressed_with_everything_kept_is_restored_up_to_row_order(
 ):
     alignment = align(experts, method)
     found = _encode(
-        AlignedExperts(experts, alignment.permutations_NI),
+        AlignedExperts(experts, alignment.permutations_EI),
         center=center,
         keep=1.0,
         allocate=allocate,
@@ -387,7 +387,7 @@ def test_what_is_compressed_with_everything_kept_is_restored_up_to_row_order(
     ordered = alignment.apply(experts).double().numpy()
     units = torch.finfo(torch.float32).eps * np.abs(ordered).max(0)
     assert np.all(np.abs(_restored(found) - ordered) <= 2 * units)
-    for expert, perm in zip(experts, alignment.permutations_NI, strict=True):
+    for expert, perm in zip(experts, alignment.permutations_EI, strict=True):
         assert torch.equal(expert[perm].flatten().sort().values, expert.flatten().sort().values)
         assert sorted(perm.tolist()) == list(range(len(expert)))
 
@@ -396,7 +396,7 @@ def test_what_is_compressed_with_everything_kept_is_restored_up_to_row_order(
 @settings(deadline=None, max_examples=40)
 def test_low_rank_with_everything_kept_restores_up_to_row_order(experts, center, method):
     alignment = align(experts, method)
-    aligned = AlignedExperts(experts, alignment.permutations_NI)
+    aligned = AlignedExperts(experts, alignment.permutations_EI)
 
     found = _encode(aligned, LowRankResidual, center=center, keep=1.0)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from resmoe_dist.checkpoints.compressed import CheckpointIndex, CompressionSettings
+from resmoe_dist.checkpoints.format import CheckpointIndex, CompressionSettings
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.jobs.pipeline import Compression
 from resmoe_dist.jobs.scheduling import Workers

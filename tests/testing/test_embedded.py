@@ -27,7 +27,7 @@ def groups(embedded_source) -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def aligned_groups(groups) -> list[AlignedExperts]:
-    return [AlignedExperts(group, align(group, "loo").permutations_NI) for group in groups]
+    return [AlignedExperts(group, align(group, "loo").permutations_EI) for group in groups]
 
 
 def _error(aligned: AlignedExperts, center: str, allocate: str) -> float:
@@ -58,7 +58,7 @@ def _plain_pruning_error(experts_NID: Tensor) -> float:
 @pytest.mark.parametrize("allocate", ["expert", "group"])
 def test_pruning_around_a_barycentre_beats_plain_pruning(aligned_groups, allocate):
     for aligned in aligned_groups:
-        plain = _plain_pruning_error(aligned.experts_NID)
+        plain = _plain_pruning_error(aligned.experts_EID)
         assert _error(aligned, "barycenter", allocate) < plain
 
 
