@@ -57,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser, kind: type[CommandConfig]) -> N
         "--config",
         type=Path,
         metavar="FILE.yaml",
-        help="options from a file; the command line wins",
+        help="YAML options; the command line wins",
     )
     if kind.has_presets:
         parser.add_argument(

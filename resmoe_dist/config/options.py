@@ -19,9 +19,10 @@ from pydantic.fields import FieldInfo
 class Option:
     """How a field looks on the command line.
 
-    name: if it differs from the field's. positional: an argument without a name. metavar: placeholder for the value in help. exclusive:
-    name of a set of options of which at most one may be given. required_set: whether one of that
-    set must be given. repeatable: the option may be given several times and collects a list.
+    name: if it differs from the field's. positional: an argument without a name. metavar:
+    placeholder for the value in help. exclusive: name of a set of options of which at most one may
+    be given. required_set: whether one of that set must be given. repeatable: the option may be
+    given several times and collects a list.
     """
 
     name: str | None = None

@@ -52,7 +52,7 @@ class ExpertsAdapter(ABC):
     @classmethod
     @abstractmethod
     def activation(cls, module: Any) -> nn.Module:
-        """The activation between input and output projections. May take the module's weights away."""
+        """The activation between the projections. May take the module's weights away."""
 
     @classmethod
     @abstractmethod

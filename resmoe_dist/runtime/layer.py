@@ -88,9 +88,9 @@ class ResMoE(MoE):
     hidden_size: H. experts: what this rank owns of the layer. num_experts: of the model, on all
     ranks. topology: the grid it was loaded for; its process groups are DeepSpeed's, named by
     `expert_group_name` as in any DeepSpeed MoE. expert_map: which stored expert each of the model's
-    experts is; None if they are the same. adapter: how the model calls its experts. own_gate: keep DeepSpeed's `TopKGate` (`k`, and
-    `gate_options` as `deepspeed.moe.layer.MoE` takes them) for calls without routing. Inference
-    only.
+    experts is; None if they are the same. adapter: how the model calls its experts. own_gate:
+    keep DeepSpeed's `TopKGate` (`k`, and `gate_options` as `deepspeed.moe.layer.MoE` takes them)
+    for calls without routing. Inference only.
     """
 
     def __init__(
