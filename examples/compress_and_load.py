@@ -14,26 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from resmoe_dist import load_model
-from resmoe_dist.checkpoints.compressed import CompressionSettings
-from resmoe_dist.checkpoints.source import SourceCheckpoint
-from resmoe_dist.jobs.pipeline import Compression
-
-
-def compress(source_folder: Path, output: Path, groups: int, keep: float) -> tuple[int, int]:
-    """Compress all MoE layers. Returns the bytes of the experts before and after."""
-    source = SourceCheckpoint(source_folder)
-    settings = CompressionSettings(
-        groups=groups,
-        keep=keep,
-        codec="pruned",
-        align="loo",
-        center="auto",
-        layers=list(range(len(source.sites))),
-    )
-    index = Compression(source, output, settings).run()
-    stored_groups = [group for layer in index.layers for group in layer.groups]
-    before = sum(group.source_bytes for group in stored_groups)
-    return before, sum(group.stored_bytes for group in stored_groups)
+from resmoe_dist.config.commands import CompressConfig
+from resmoe_dist.launch.compress import compress
 
 
 def main() -> None:
@@ -45,7 +27,11 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.25, help="share of residual entries kept")
     args = parser.parse_args()
 
-    before, after = compress(args.source, args.output, args.groups, args.keep)
+    # The options of `resmoe-dist compress`.
+    config = CompressConfig(source=args.source, output=args.output, ep=args.groups, keep=args.keep)
+    groups = [group for layer in compress(config).layers for group in layer.groups]
+    before = sum(group.source_bytes for group in groups)
+    after = sum(group.stored_bytes for group in groups)
     print(f"experts: {before} bytes before, {after} after ({after / before:.1%})")
 
     # `import resmoe_dist` has registered the format with transformers.

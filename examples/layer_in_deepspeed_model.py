@@ -9,7 +9,6 @@ the same tokens here, so every rank prints the same line, on any grid.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import deepspeed
@@ -18,12 +17,8 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from resmoe_dist import ResMoE, Topology
-from resmoe_dist.parallel.launcher import (
-    add_grid_arguments,
-    quiet_libraries,
-    run_entry_point,
-    start_grid,
-)
+from resmoe_dist.parallel.entry_point import quiet_libraries, run_entry_point
+from resmoe_dist.parallel.launcher import start_grid
 
 TOKENS = 12
 
@@ -51,11 +46,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="compressed checkpoint")
     parser.add_argument("--layer", type=int, default=0, help="position among the MoE layers")
-    add_grid_arguments(parser)
+    parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
+    # The `deepspeed` launcher adds it to every command line.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     args = parser.parse_args()
     quiet_libraries()
 
-    topology = start_grid(args.ep, args.tp, sys.argv[0], sys.argv[1:])
+    topology = start_grid(args.ep, args.tp)
     torch.manual_seed(0)
     block = Block(args.folder, args.layer, topology)
     # In your model: the router's weights, the same on all ranks.

@@ -9,19 +9,14 @@ Each lane continues one of the prompts. The tensor-parallel ranks of a lane work
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
 
 from resmoe_dist import load_model
-from resmoe_dist.parallel.launcher import (
-    add_grid_arguments,
-    quiet_libraries,
-    run_entry_point,
-    start_grid,
-)
+from resmoe_dist.parallel.entry_point import quiet_libraries, run_entry_point
+from resmoe_dist.parallel.launcher import start_grid
 
 PROMPTS = ["def __init__(self, ", "import os\n", "class Error(", "    return self."]
 
@@ -31,12 +26,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="compressed checkpoint with a tokenizer")
     parser.add_argument("--max-new-tokens", type=int, default=32)
-    add_grid_arguments(parser)
+    parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
+    # The `deepspeed` launcher adds it to every command line.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     args = parser.parse_args()
     quiet_libraries()
 
     # On a machine without accelerators this starts ep * tp ranks on the CPU.
-    topology = start_grid(args.ep, args.tp, sys.argv[0], sys.argv[1:])
+    topology = start_grid(args.ep, args.tp)
     model = load_model(args.folder, ep=args.ep, tp=args.tp)
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
     prompt = PROMPTS[topology.lane % len(PROMPTS)]

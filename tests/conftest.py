@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-#from resmoe_dist.parallel.launcher import quiet_libraries
-#from tests.models import FAMILIES, save_family
+from resmoe_dist.parallel.entry_point import quiet_libraries
+from tests.models import FAMILIES, save_family
 
-#quiet_libraries()
+quiet_libraries()
 # `--hypothesis-profile few`, for runs that are slow: under a sanitizer.
 settings.register_profile("few", max_examples=20)
 # A shell's background job ignores Ctrl-C, and what it starts inherits that; tests send it.

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
-from resmoe_dist.checkpoints.format import CompressionSettings, MethodSpec
+from resmoe_dist.checkpoints.format import CheckpointIndex, CompressionSettings, MethodSpec
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.codecs import CodecSpec
 from resmoe_dist.compression.activations import LayerActivations
@@ -27,7 +27,7 @@ from resmoe_dist.evaluation.perplexity import check_vocabulary, load_tokenizer
 from resmoe_dist.evaluation.report import describe, layer_table
 from resmoe_dist.jobs.calibration import calibration_sequences, measure_activations
 from resmoe_dist.jobs.pipeline import Compression
-from resmoe_dist.jobs.scheduling import Workers, find_workers
+from resmoe_dist.jobs.scheduling import SingleWorker, Workers, find_workers
 from resmoe_dist.jobs.settings import parse_layers, with_budget
 from resmoe_dist.methods import method_named
 from resmoe_dist.parallel.entry_point import quiet_libraries, run_entry_point
@@ -47,6 +47,19 @@ def _main() -> int:
 def run_compress(config: CompressConfig) -> int:
     """Compress on every rank that was started; rank 0 prints the table. Exit code 0."""
     workers = find_workers()
+    compress(config, workers)
+    if workers.rank == 0:
+        print(layer_table(describe(CompressedCheckpoint(config.output))))
+    return 0
+
+
+def compress(config: CompressConfig, workers: Workers | None = None) -> CheckpointIndex:
+    """Compress a model and return the index of the result.
+
+    workers: the ranks that share the work, this process alone by default. Raises UserError for
+    whatever the user can correct.
+    """
+    workers = workers or SingleWorker()
     check_solver(config.solver)
     device = _device(config.device, workers)
     source = SourceCheckpoint(config.source)
@@ -62,10 +75,7 @@ def run_compress(config: CompressConfig) -> int:
         max_memory=config.max_memory,
         measure=measure,
     )
-    run.run(resume=config.resume)
-    if workers.rank == 0:
-        print(layer_table(describe(CompressedCheckpoint(config.output))))
-    return 0
+    return run.run(resume=config.resume)
 
 
 def settings_of(

@@ -31,7 +31,7 @@ _BROKEN_PIPE = _SIGNALLED + signal.SIGPIPE
 _FAILED_KEY = "resmoe_dist/failed"
 # The launchers check their ranks about once a second.
 _GRACE_SECONDS = 10
-_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 _INTERRUPT_SECONDS = 2
 
 
@@ -98,7 +98,7 @@ def _fail(text: str, code: int) -> None:
             first = _get_default_store().add(_FAILED_KEY, 1) == 1
     if not first:
         # The launcher's SIGTERM ends this rank without a message.
-        for number in _INTERRUPTS:
+        for number in INTERRUPTS:
             signal.signal(number, signal.SIG_DFL)
         time.sleep(_GRACE_SECONDS)
     print(text, file=sys.stderr, flush=True)
@@ -122,7 +122,7 @@ def _interrupts_raised() -> Iterator[list[int]]:
 
     def leave_after_delay() -> None:
         while arrived := os.read(read_end, 1):
-            if arrived[0] in _INTERRUPTS:
+            if arrived[0] in INTERRUPTS:
                 time.sleep(_INTERRUPT_SECONDS)
                 os._exit(_SIGNALLED + arrived[0])
         os.close(read_end)
@@ -132,7 +132,7 @@ def _interrupts_raised() -> Iterator[list[int]]:
     threading.Thread(target=leave_after_delay, daemon=True).start()
     # The wakeup pipe is written at once, even while Python handlers cannot run.
     other_end = signal.set_wakeup_fd(write_end)
-    before = {number: signal.getsignal(number) for number in _INTERRUPTS}
+    before = {number: signal.getsignal(number) for number in INTERRUPTS}
     for number, handler in before.items():
         if handler != signal.SIG_IGN:
             signal.signal(number, note)

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-
 COMMAND = Path(sys.executable).parent / "resmoe-dist"
 GROUP = "resmoe-00001-of-00002-group-000.safetensors"
 

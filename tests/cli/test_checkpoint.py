@@ -13,6 +13,7 @@ from tests.checkpoints.damage import (
 )
 from tests.cli.commands import GROUP, assert_mistake
 
+
 def test_inspect_writes_json_that_adds_up(run, compressed, tmp_path):
     assert run("inspect", compressed, "--json", tmp_path / "i.json")[0] == 0
 

@@ -12,6 +12,7 @@ from tests.cli.commands import assert_mistake, start
 
 EXPERT = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
 
+
 @pytest.mark.slow
 def test_compress_verify_and_restore_as_a_user_starts_them(family_folder, tmp_path):
     source = family_folder("mixtral")
@@ -42,31 +43,41 @@ def test_compress_reports_what_inspect_reports(family_folder, run, tmp_path):
     assert run("inspect", tmp_path / "c")[1].endswith(out)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ((), {"groups": 1, "codec": ("pruned", {"keep": 0.25}), "align": "loo", "center": "auto"}),
-        ((), {"allocate": "group", "groups_per_rank": 1, "target_bytes": None, "solver": "scipy"}),
-        (
-            ("--preset", "paper"),
-            {"align": "pot", "center": "barycenter", "allocate": "expert"},
-        ),
-        (("--preset", "paper", "--align", "loo"), {"align": "loo", "center": "barycenter"}),
-        (("--allocate", "model", "--groups-per-rank", 2), {"allocate": "model"}),
-        (("--groups-per-rank", 2), {"groups_per_rank": 2}),
-        (("--target-bytes", "60%"), {"target_bytes": 0.6}),
-        (("--max-memory", "30GB"), {"keep": 0.25}),
-        (("--keep", "0.5", "--codec", "low_rank"), {"keep": 0.5, "codec": "low_rank"}),
-        (("--center", "mean"), {"center": "mean", "align": "none"}),
-        (("--center", "barycenter", "--align", "pot"), {"center": "barycenter", "align": "pot"}),
-        (("--layers", "last:1", "--dtype", "bfloat16"), {"layers": [1], "dtype": "bfloat16"}),
-    ],
-)
+PRUNED = {"name": "pruned", "options": {"keep": 0.25}}
+OPTIONS = [
+    ((), {"groups": 1, "residual_codec": PRUNED, "align": "loo", "center": "auto"}),
+    ((), {"allocate": "group", "groups_per_rank": 1, "target_bytes": None, "solver": "scipy"}),
+    ((), {"center_codec": {"name": "dense", "options": {}}}),
+    (("--preset", "paper"), {"align": "pot", "center": "barycenter", "allocate": "expert"}),
+    (("--preset", "paper", "--align", "loo"), {"align": "loo", "center": "barycenter"}),
+    (("--allocate", "model", "--groups-per-rank", 2), {"allocate": "model"}),
+    (("--groups-per-rank", 2), {"groups_per_rank": 2}),
+    (("--target-bytes", "60%"), {"target_bytes": 0.6}),
+    (("--max-memory", "30GB"), {"residual_codec": PRUNED}),
+    (
+        ("--keep", "0.5", "--codec", "low_rank"),
+        {"residual_codec": {"name": "low_rank", "options": {"keep": 0.5}}},
+    ),
+    (
+        ("--codec", "low_rank:rank=3", "--center-codec", "low_rank:keep=1"),
+        {
+            "residual_codec": {"name": "low_rank", "options": {"keep": 0.25, "rank": 3}},
+            "center_codec": {"name": "low_rank", "options": {"keep": 1.0}},
+        },
+    ),
+    (("--center", "mean"), {"center": "mean", "align": "none"}),
+    (("--center", "barycenter", "--align", "pot"), {"center": "barycenter", "align": "pot"}),
+    (("--layers", "last:1", "--dtype", "bfloat16"), {"layers": [1], "dtype": "bfloat16"}),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), OPTIONS)
 def test_options_become_settings(family_folder, run, tmp_path, arguments, expected):
     source = family_folder("mixtral")
     assert run("compress", source, tmp_path / "c", "--ep", 1, *arguments)[0] == 0
 
     settings = json.loads((tmp_path / "c" / "resmoe.json").read_text())["settings"]
+    settings |= settings["method"]["options"]
     assert settings | expected == settings
 
 

@@ -11,6 +11,7 @@ from resmoe_dist.launch import evaluate as launch_evaluate
 from tests.checkpoints.damage import edit_text
 from tests.cli.commands import assert_mistake
 
+
 def test_evaluate_prints_and_writes_the_same(run, compressed, tmp_path):
     edit_text(tmp_path / "ids.json", "[[3, 4, 5, 6], [7, 8]]")
     arguments = ("--token-ids", tmp_path / "ids.json", "--json", tmp_path / "e.json")
@@ -41,7 +42,9 @@ def test_evaluate_of_what_cannot_be_scored(run, compressed, tmp_path, option, co
 
 
 def test_evaluate_reads_its_input_before_it_loads_the_model(run, compressed, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch_evaluate, "load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        launch_evaluate, "load_model", lambda *args, **kwargs: pytest.fail("loaded")
+    )
     outcome = run("evaluate", compressed, "--token-ids", tmp_path / "none")
     assert_mistake(outcome, "not a readable JSON file")
 

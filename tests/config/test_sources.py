@@ -50,7 +50,12 @@ def test_a_file_gives_options_and_the_command_line_wins(tmp_path):
 
     config = compress_from("--config", str(file), "--keep", "0.125")
 
-    assert (config.ep, config.keep, config.max_memory, config.align) == (4, 0.125, 8 * 10**9, "none")
+    assert (config.ep, config.keep, config.max_memory, config.align) == (
+        4,
+        0.125,
+        8 * 10**9,
+        "none",
+    )
 
 
 def test_a_file_may_give_everything(tmp_path):
