@@ -20,6 +20,7 @@ from resmoe_dist.checkpoints.format import CheckpointIndex, CompressionSettings
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.jobs.pipeline import Compression
 from resmoe_dist.jobs.scheduling import Workers
+from tests.compress_settings import compression_settings
 
 REPOSITORY = Path(__file__).parents[2]
 # launch/compress.py, with a pause before each task.
@@ -36,15 +37,7 @@ GROUP_FILES = [
 
 def settings(**changes: Any) -> CompressionSettings:
     """Both layers, two groups, a quarter kept; and `changes`."""
-    values = {
-        "groups": 2,
-        "keep": 0.25,
-        "codec": "pruned",
-        "align": "loo",
-        "center": "joint",
-        "layers": [0, 1],
-    }
-    return CompressionSettings(**(values | changes))
+    return compression_settings(**({"groups": 2, "layers": [0, 1]} | changes))
 
 
 def run(
@@ -78,7 +71,7 @@ def finished_in(output: Path) -> set[str]:
 
 def before_each_task(patch: pytest.MonkeyPatch, action: Callable[[Compression], Any]) -> None:
     """Have `action(compression)` called before every task of the last phase."""
-    for name in ("_do", "_copy"):
+    for name in ("compress_group", "copy_shard"):
         patch.setattr(Compression, name, _after(action, getattr(Compression, name)))
 
 
