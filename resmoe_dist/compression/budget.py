@@ -1,11 +1,11 @@
-"""Where the kept entries go: per expert, per group, or over the model; and how many there are.
+"""How budgets of kept entries are shared: between a centre and residuals, and over a model.
 
 Legend: E experts of a group, I rows, D columns, S sampled entries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from resmoe_dist.compression.center import mean_center
 from resmoe_dist.compression.encoding import GroupCodecs, encode_group
 from resmoe_dist.compression.windows import drop_prices
 
-# Points of a price curve: shares read off it are right to 0.01 %.
+# Points of a price curve: accurate to 0.01 % of the values.
 _CURVE_POINTS = 8193
 _BISECTIONS = 60
 
@@ -51,9 +51,9 @@ def center_pays(
 
 @dataclass(frozen=True)
 class PriceCurve:
-    """What dropping one more value would cost in a group, as its quantiles.
+    """What dropping one more value costs in a group, as quantiles of the prices.
 
-    values: E·I·D. droppable: how many of them have a price; the others drop for free. prices:
+    values: E·I·D. droppable: how many of them have a price; the others are free to drop. prices:
     ascending, squared errors in the units of the experts.
     """
 
@@ -92,10 +92,10 @@ class PriceCurve:
 
 
 def allocate_over_model(curves: Sequence[PriceCurve], budgets: Sequence[float]) -> list[float]:
-    """Each group's share of values to keep, so that a value kept saves as much error in all.
+    """Each group's share of values to keep, so that the last one kept saves the same in all groups.
 
-    budgets: how many values each group would keep alone; their sum is kept (Lagrange: at the least
-    error the price of the next drop is the same everywhere).
+    budgets: how many values each group would keep alone. Their sum is kept. At the least error the
+    price of the next drop is the same in all groups (Lagrange).
     """
     budget = sum(budgets)
     low, high = 0.0, max(curve.prices[-1] for curve in curves)
@@ -106,63 +106,8 @@ def allocate_over_model(curves: Sequence[PriceCurve], budgets: Sequence[float]) 
         else:
             high = price
     shares = [curve.kept_at(high) / curve.values for curve in curves]
-    # Steps of the curves, and equal prices, leave a rest: it is spread evenly.
+    # The curves have steps, and prices may be equal: the rest of the budget is spread evenly.
     kept = sum(share * curve.values for share, curve in zip(shares, curves, strict=True))
     free = sum((1 - share) * curve.values for share, curve in zip(shares, curves, strict=True))
     spread = min(1.0, (budget - kept) / free) if free > 0 else 0.0
     return [share + (1 - share) * spread for share in shares]
-
-
-@dataclass(frozen=True)
-class StoredSize:
-    """What decides the stored bytes of a group.
-
-    count: number of experts, each [rows, columns]. itemsize: bytes of a stored value.
-    center_codec: None for a group without a centre. fixed: bytes that do not depend on codecs, such
-    as output biases.
-    """
-
-    count: int
-    rows: int
-    columns: int
-    itemsize: int
-    residual_codec: CodecSpec
-    center_codec: CodecSpec | None
-    fixed: int = 0
-
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes of the experts if stored dense."""
-        return self.fixed + self.count * self.rows * self.columns * self.itemsize
-
-    @property
-    def center_bytes(self) -> int:
-        """Upper bound of the centre's bytes."""
-        return 0 if self.center_codec is None else self._bytes_of(self.center_codec)
-
-    def bytes_at(self, keep: float | None) -> int:
-        """Upper bound of the group's bytes, centre and indices included.
-
-        keep: replaces the residual codec's budget; None for codecs without one.
-        """
-        codec = self.residual_codec if keep is None else self.residual_codec.with_keep(keep)
-        return self.fixed + self.center_bytes + self.count * self._bytes_of(codec)
-
-    def _bytes_of(self, spec: CodecSpec) -> int:
-        return spec.codec.stored_bytes(self.rows, self.columns, spec.config, self.itemsize)
-
-
-def keep_for(target_bytes: float, total_bytes: Callable[[float], int]) -> float | None:
-    """The largest keep whose bytes do not exceed the target; None where even keep 0's do."""
-    if total_bytes(1.0) <= target_bytes:
-        return 1.0
-    if total_bytes(0.0) > target_bytes:
-        return None
-    low, high = 0.0, 1.0
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        if total_bytes(middle) <= target_bytes:
-            low = middle
-        else:
-            high = middle
-    return low

@@ -18,10 +18,10 @@ from resmoe_dist.checkpoints.format import STORED_DTYPES, CompressionSettings
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.compression.activations import LayerActivations
 from resmoe_dist.compression.blocks import CPU
-from resmoe_dist.compression.budget import StoredSize
 from resmoe_dist.compression.clustering import cluster_experts
 from resmoe_dist.compression.encoding import GroupCodecs
 from resmoe_dist.compression.losses import Loss
+from resmoe_dist.compression.stored_size import StoredSize
 from resmoe_dist.errors import UserError
 from resmoe_dist.jobs.memory_budget import ExpertStore, GroupMemory, return_freed_memory
 from resmoe_dist.methods import Dense, GroupPlan, Method, SourceGroup, method_of
@@ -148,15 +148,12 @@ class GroupCompressor:
         keep: the budget that it will be encoded with, for which there must be memory too.
         """
         shape, dtype = self.source.sites[layer].shape, self.source.dtype(layer)
-        size = self.size(layer, len(experts))
-        if size.residual_codec.keep is None:
-            keep = None
         need = GroupMemory.of(
             len(experts),
             shape.rows,
             shape.columns,
             dtype.itemsize,
-            stored=size.bytes_at(keep),
+            stored=self.size(layer, len(experts)).bytes_at(keep),
             solves=self.method(layer).aligns_rows and len(experts) > 1,
         )
         experts_EID = self.store.room(need, (len(experts), shape.rows, shape.columns), dtype)

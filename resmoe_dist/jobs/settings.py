@@ -9,7 +9,7 @@ from dataclasses import replace
 from resmoe_dist.checkpoints.format import CompressionSettings
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.codecs import CodecSpec
-from resmoe_dist.compression.budget import StoredSize, keep_for
+from resmoe_dist.compression.stored_size import StoredSize, keep_for
 from resmoe_dist.errors import UserError
 from resmoe_dist.jobs.group import GroupCompressor
 

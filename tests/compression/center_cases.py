@@ -7,10 +7,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from resmoe_dist.codecs import PrunedResidual
+from resmoe_dist.codecs import CodecSpec
 from resmoe_dist.codecs.bitmap import unpack_bitmap
 from resmoe_dist.compression.blocks import AlignedExperts, BlockSizes, EntryWeights
-from resmoe_dist.compression.encoding import encode_group
+from resmoe_dist.compression.encoding import GroupCodecs, encode_group
 
 DEFAULT_SIZES = BlockSizes()
 EIGHTHS = st.integers(0, 8).map(lambda n: n / 8)
@@ -40,12 +40,11 @@ def center_and_masks(
     experts: AlignedExperts, keep: float, center: str = "joint"
 ) -> tuple[Tensor, Tensor]:
     """The centre [I, D], and masks [E, I, D] of the residual entries that are kept."""
-    encoded = encode_group(
-        experts, PrunedResidual, center=center, keep=keep, allocate="group", dtype=torch.float32
-    )
+    codecs = GroupCodecs(CodecSpec(name="pruned", options={"keep": keep}), torch.float32)
+    encoded = encode_group(experts, codecs, center=center)
     columns = experts.experts_EID.shape[2]
     masks = [unpack_bitmap(residual.bitmap, columns) for residual in encoded.residuals]
-    return encoded.center_ID, torch.stack(masks)
+    return encoded.center.decode(), torch.stack(masks)
 
 
 def squared_error(experts: Tensor, center_ID: Tensor, masks: Tensor) -> float:
