@@ -246,3 +246,10 @@ def test_budget_of_nothing_or_everything_is_the_same_for_all_groups(keep):
     shares = allocate_over_model([PriceCurve.of(g, "none") for g in groups], budgets)
 
     assert shares == pytest.approx([keep] * 4, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("center_share", "expected"), [(1.0, 0.5), (0.25, 0.3125), (0.0, 0.25), (4.0, 1.0)]
+)
+def test_budget_without_a_centre_grows_by_the_bytes_of_the_centre(center_share, expected):
+    assert centerless_keep(0.25, 4, center_share) == pytest.approx(expected)
