@@ -12,6 +12,7 @@ whichever rank makes it. A resumed run keeps finished files.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from resmoe_dist.checkpoints.format import (
     FileEntry,
     GroupEntry,
     LayerEntry,
+    dtype_name,
     read_index,
 )
 from resmoe_dist.checkpoints.source import SourceCheckpoint
@@ -110,7 +112,9 @@ class Compression:
         """
         schedule = None
         try:
-            claims = together(self.workers, lambda: self._is_first and self._begin(resume))[0]
+            claims = together(
+                self.workers, lambda: self._begin(resume) if self._is_first else None
+            )[0]
             if claims is not None:
                 schedule = Schedule(self.workers, claims)
                 self._compress(schedule, resume)
@@ -187,11 +191,16 @@ class Compression:
                 return self.compress_group(task, keeps)
 
             # Copies are short, so they come last: ranks then finish at about the same time.
-            everything = [*tasks, *shards_of(self.source)]
+            everything: list[GroupTask | Shard] = [*tasks, *shards_of(self.source)]
             entries = schedule.run_phase(
                 "compressing", everything, compress, self._files.is_finished
             )
-            together(self.workers, lambda: self._is_first and self._finish(entries))
+
+            def finish() -> None:
+                if self._is_first:
+                    self._finish(entries)
+
+            together(self.workers, finish)
         except UserError as error:
             # After invalid input a second run fails too; after a full disk it may succeed.
             hindered = isinstance(error, HindranceError)
@@ -272,15 +281,19 @@ class Compression:
 
     def _finish(self, entries: dict[GroupTask | Shard, GroupEntry | FileEntry]) -> None:
         """Write index, config and companions; then give the folder its name."""
-        groups = sorted(
-            (task for task in entries if isinstance(task, GroupTask)),
-            key=lambda task: (task.layer, task.group),
-        )
+        groups: dict[int, list[tuple[int, GroupEntry]]] = defaultdict(list)
+        shards: dict[Shard, FileEntry] = {}
+        for task, entry in entries.items():
+            if isinstance(task, GroupTask):
+                assert isinstance(entry, GroupEntry)
+                groups[task.layer].append((task.group, entry))
+            else:
+                assert isinstance(entry, FileEntry)
+                shards[task] = entry
         layers = [
-            self._layer_entry(layer, [entries[task] for task in groups if task.layer == layer])
+            self._layer_entry(layer, _in_order(groups[layer]))
             for layer in range(len(self.source.sites))
         ]
-        shards = {shard: entries[shard] for shard in shards_of(self.source)}
         write_model_files(self._staging.model, self.source, self.settings, layers, shards)
         self._staging.finish()
 
@@ -297,7 +310,12 @@ class Compression:
             method=self._compressor.method(layer).name,
             center_codec=None if codecs.center is None else codecs.center.name,
             residual_codec=codecs.residual.name,
-            dtype=str(codecs.dtype).removeprefix("torch."),
+            dtype=dtype_name(codecs.dtype),
             storage=self.source.storages[layer],
             groups=groups,
         )
+
+
+def _in_order(groups: list[tuple[int, GroupEntry]]) -> list[GroupEntry]:
+    """Entries of a layer's groups, sorted by the number of the group."""
+    return [entry for _, entry in sorted(groups, key=lambda numbered: numbered[0])]

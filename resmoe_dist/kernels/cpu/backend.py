@@ -65,7 +65,7 @@ class CpuBackend(HalfProductBackend):
         if not self.is_fused:
             return super().mlp(routed, share_center=share_center)
         shared = CenterCopies.of(routed, self.layer) if share_center else None
-        centers = (None,) * 3
+        centers: tuple[Tensor | None, ...] = (None, None, None)
         if shared is not None:
             centers = (shared.token_C, shared.offsets_G, shared.index_N)
         return torch.ops.resmoe.mlp(

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resmoe_dist.codecs import DenseMatrix, PrunedMatrix
+from resmoe_dist.codecs import DenseMatrix, EncodedMatrix, PrunedMatrix
 from resmoe_dist.kernels.half_products import PRODUCT_BYTES, HalfProductBackend, Part
 from resmoe_dist.kernels.layer import LayerWeights
 from resmoe_dist.kernels.triton import kernels
@@ -177,7 +177,7 @@ class TritonBackend(HalfProductBackend):
 
 
 def job_fields(
-    center_SD: Tensor | None, residual: PrunedMatrix | None, first_row: int
+    center_SD: Tensor | None, residual: EncodedMatrix | None, first_row: int
 ) -> list[int]:
     """What a program needs to know of a job; 0 for what the job lacks.
 
@@ -189,6 +189,7 @@ def job_fields(
     if center_SD is not None:
         fields[:4] = center_SD.data_ptr(), *center_SD.stride(), len(center_SD)
     if residual is not None:
+        assert isinstance(residual, PrunedMatrix)
         bitmap, values, offsets = residual.bitmap[first_row:], residual.values, residual.row_offsets
         assert bitmap.stride(1) == 1 and values.is_contiguous() and offsets.is_contiguous()
         fields[4:8] = bitmap.data_ptr(), bitmap.stride(0), bitmap.shape[1], values.data_ptr()
@@ -200,7 +201,7 @@ def job_fields(
 def _layer_plan(layer: LayerWeights) -> Plan:
     """What the weights alone decide."""
     centers = [center.decode() for center in layer.centers]
-    bitmaps = [residual.bitmap for residual in layer.residuals]
+    bitmaps = [residual.tensors()["bitmap"] for residual in layer.residuals]
     return Plan(
         R=FEW.R,
         W=FEW.W,
