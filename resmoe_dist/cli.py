@@ -42,7 +42,7 @@ from resmoe_dist.runtime.planning import execution_for
 from resmoe_dist.sizes import parse_size
 
 if TYPE_CHECKING:
-    from resmoe_dist.jobs.scheduling import Workers
+    from resmoe_dist.jobs.workers import Workers
 
 
 def _share(text: str) -> float:
@@ -144,7 +144,7 @@ def run_compress(args: argparse.Namespace) -> int:
     # Imported here: the other commands need neither POT nor SciPy's optimisers.
     from resmoe_dist.compression.assignment import check_solver
     from resmoe_dist.jobs.pipeline import Compression, parse_layers
-    from resmoe_dist.jobs.scheduling import find_workers
+    from resmoe_dist.jobs.workers import find_workers
 
     workers = find_workers()
     chosen = {key: getattr(args, key) or value for key, value in PRESETS[args.preset].items()}

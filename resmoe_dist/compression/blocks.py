@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from resmoe_dist.jobs.memory_budget import return_freed_memory
+from resmoe_dist.process_memory import return_freed_memory
 
 CPU = torch.device("cpu")
 # Values, over all experts, of one block: its temporaries stay in the processor's cache.

@@ -27,7 +27,8 @@ from resmoe_dist.compression.clustering import cluster_experts
 from resmoe_dist.compression.encoding import encode_group
 from resmoe_dist.design_matrix import ExpertShape
 from resmoe_dist.errors import UserError
-from resmoe_dist.jobs.memory_budget import ExpertStore, GroupMemory, return_freed_memory
+from resmoe_dist.jobs.memory_budget import ExpertStore, GroupMemory
+from resmoe_dist.process_memory import return_freed_memory
 
 # Weight of inputs and neurons that no calibration token used, in units of the root mean square.
 _LEAST_WEIGHT = 1e-2
@@ -207,16 +208,16 @@ class GroupCompressor:
         """
         shape, dtype = self.source.sites[layer].shape, self.source.dtype(layer)
         codec = self.codec(layer)
-        need = GroupMemory.of(
+        need = GroupMemory.estimate(
             len(experts),
             shape.rows,
             shape.columns,
             dtype.itemsize,
-            stored=self.size(layer, len(experts)).bytes_at(keep),
-            solves=codec.uses_center and self.settings.align != "none" and len(experts) > 1,
+            stored_bytes=self.size(layer, len(experts)).bytes_at(keep),
+            aligns=codec.uses_center and self.settings.align != "none" and len(experts) > 1,
         )
         matrix_shape = (len(experts), shape.rows, shape.columns)
-        experts_NID = self.store.room(need, matrix_shape, dtype)
+        experts_NID = self.store.allocate(need, matrix_shape, dtype)
         biases = {}
         for k, matrix_ID in zip(experts, experts_NID, strict=True):
             bias_H = self.source.read_expert_into(layer, k, matrix_ID)

@@ -41,6 +41,7 @@ from resmoe_dist.compression.blocks import CPU
 from resmoe_dist.compression.budget import allocate_over_model, keep_for
 from resmoe_dist.compression.encoding import BALANCED_RUN
 from resmoe_dist.errors import UserError
+from resmoe_dist.jobs.claims import Claims
 from resmoe_dist.jobs.group import GroupCompressor, GroupPlan
 from resmoe_dist.jobs.memory_budget import ExpertStore
 from resmoe_dist.jobs.model_files import (
@@ -50,14 +51,9 @@ from resmoe_dist.jobs.model_files import (
     shards_of,
     write_model_files,
 )
-from resmoe_dist.jobs.scheduling import (
-    HindranceError,
-    Schedule,
-    SingleWorker,
-    Workers,
-    together,
-)
-from resmoe_dist.jobs.staging import Claims, StagingFolder
+from resmoe_dist.jobs.scheduling import Schedule
+from resmoe_dist.jobs.staging import StagingFolder
+from resmoe_dist.jobs.workers import RetryableError, SingleWorker, Workers, gather_or_raise
 
 _RECORD = "resmoe_record"
 _ACTIVATIONS = "activations.safetensors"
@@ -139,7 +135,9 @@ class Compression:
         """
         schedule = None
         try:
-            claims = together(self.workers, lambda: self._is_first and self._begin(resume))[0]
+            claims = gather_or_raise(self.workers, lambda: self._is_first and self._begin(resume))[
+                0
+            ]
             if claims is not None:
                 schedule = Schedule(self.workers, claims)
                 self._compress(schedule, resume)
@@ -190,12 +188,12 @@ class Compression:
             # Copies last: the last tasks are waited for.
             everything = [*tasks, *shards_of(self.source)]
             entries = schedule.run_phase("compressing", everything, compress, self._is_finished)
-            together(self.workers, lambda: self._is_first and self._finish(entries))
+            gather_or_raise(self.workers, lambda: self._is_first and self._finish(entries))
         except UserError as error:
             # A second run meets the same mistake in the input, but perhaps more room on the disk.
-            hindered = isinstance(error, HindranceError)
+            hindered = isinstance(error, RetryableError)
             keep = hindered or resume
-            kept = together(
+            kept = gather_or_raise(
                 self.workers, lambda: self._is_first and self._staging.give_up(keep=keep)
             )[0]
             if kept and hindered:
