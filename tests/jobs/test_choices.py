@@ -15,10 +15,11 @@ from resmoe_dist.checkpoints.tensor_files import tensor_bytes
 from resmoe_dist.compression.activations import LayerActivations
 from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.report import describe
-from resmoe_dist.jobs import memory_budget as memory
 from resmoe_dist.jobs.group import GroupCompressor
+from resmoe_dist.jobs.memory_budget import ExpertStore
 from resmoe_dist.jobs.pipeline import Compression
-from resmoe_dist.jobs.scheduling import DeepSpeedWorkers
+from resmoe_dist.jobs.workers import DeepSpeedWorkers
+from resmoe_dist.process_memory import resident_bytes
 from resmoe_dist.sizes import parse_size
 from tests.checkpoints.damage import edit_tensors, mistake
 from tests.jobs.runs import contents, run, settings, staging_of
@@ -222,15 +223,13 @@ def _weighted_errors(folder, checkpoint, layer, measured):
 def test_a_memory_bound_changes_no_byte(source, tmp_path, monkeypatch, in_file):
     run(source, tmp_path / "free", groups=1)
     if in_file:
-        need = []
-        room = memory.ExpertStore.room
+        allocate = ExpertStore.allocate
 
-        def tight(store, wanted, *rest):
-            need.append(1)
-            store._at_most = memory.resident_bytes() + wanted.beside + wanted.experts // 2
-            return room(store, wanted, *rest)
+        def allocate_tightly(store, need, *rest):
+            store.max_bytes = resident_bytes() + need.working_bytes + need.expert_bytes // 2
+            return allocate(store, need, *rest)
 
-        monkeypatch.setattr(memory.ExpertStore, "room", tight)
+        monkeypatch.setattr(ExpertStore, "allocate", allocate_tightly)
     checkpoint = SourceCheckpoint(source)
     run_ = Compression(
         checkpoint, tmp_path / "bound", settings(groups=1), max_memory=parse_size("30GB")
