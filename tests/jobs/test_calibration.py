@@ -301,7 +301,7 @@ def test_a_damaged_weight_is_refused_not_filled_with_noise(family_folder, tmp_pa
 
     edit_tensors(folder / "model.safetensors", harm)
 
-    with mistake(f"{name}' is missing or of another shape"):
+    with mistake(f"{name}' is missing or its shape differs from config.json"):
         measure_activations(SourceCheckpoint(folder), _sequences(8))
 
 
