@@ -1,7 +1,7 @@
-# Two commands do everything on a fresh machine with Python and a C++ compiler:
-#   make demo   set up, make and compress the embedded model, serve it on 8 ranks
-#   make test   set up, run everything that CI runs
-# DeepSpeed looks for `ninja`, and mpi4py for `mpirun`, on the PATH: hence the venv's bin first.
+# Both commands work on a fresh machine with Python and a C++ compiler:
+#   make demo   set up, train and compress the embedded model, serve it on 8 ranks
+#   make test   set up, run everything that continuous integration runs
+# The venv's bin comes first on the PATH: DeepSpeed looks for `ninja` there, mpi4py for `mpirun`.
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,12 +19,14 @@ test: $(VENV)/installed lint
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# torch first and by itself, at the pinned version: nothing else may then choose another build.
+# torch first, at the pinned version: no other requirement can then select a different build.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch

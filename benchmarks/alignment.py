@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.machine import shown, summary, timed
 from resmoe_dist.compression.alignment import align
 from resmoe_dist.compression.assignment import SOLVERS, check_solver
-from resmoe_dist.evaluation.report import text_table
+from resmoe_dist.evaluation.tables import text_table
 
 KINDS = ("related", "unrelated")
 NOISE = 0.5

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from benchmarks.machine import shown, summary, timed
-from resmoe_dist.codecs import PrunedResidual
+from resmoe_dist.codecs import CodecSpec
 from resmoe_dist.compression.blocks import AlignedExperts
-from resmoe_dist.compression.encoding import encode_group
-from resmoe_dist.evaluation.report import text_table
+from resmoe_dist.compression.encoding import GroupCodecs, encode_group
+from resmoe_dist.evaluation.tables import text_table
 
 # Name: centre, and what shares one budget.
 METHODS = {
@@ -60,24 +60,20 @@ def _compare(aligned: AlignedExperts, keep: float, repeats: int) -> dict[str, An
     seconds: dict[str, list[float]] = {name: [] for name in METHODS}
     errors: dict[str, float] = {}
     kept: dict[str, int] = {}
+    codecs = GroupCodecs(CodecSpec(name="pruned", options={"keep": keep}), torch.float32)
     for _ in range(repeats):
         for name, (center, allocate) in METHODS.items():
             # Afresh: what it remembers of its sample would be the next method's gain.
-            fresh = AlignedExperts(aligned.experts_NID, aligned.permutations_NI)
+            fresh = AlignedExperts(aligned.experts_EID, aligned.permutations_EI)
             encoded, taken = timed(
                 lambda fresh=fresh, center=center, allocate=allocate: encode_group(
-                    fresh,
-                    PrunedResidual,
-                    center=center,
-                    keep=keep,
-                    allocate=allocate,
-                    dtype=torch.float32,
+                    fresh, codecs, center=center, allocate=allocate
                 )
             )
             seconds[name].append(taken)
             errors[name] = encoded.squared_error
             kept[name] = sum(loss.kept for loss in encoded.losses)
-    norm = float(torch.linalg.vector_norm(aligned.experts_NID, dtype=torch.float64)) ** 2
+    norm = float(torch.linalg.vector_norm(aligned.experts_EID, dtype=torch.float64)) ** 2
     return {
         "experts": aligned.count,
         "keep": keep,

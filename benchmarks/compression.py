@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks import alignment, centers, large_model, one_layer, rank_scaling, tiny_models
 from benchmarks.machine import machine_facts
 from resmoe_dist.checkpoints.tensor_files import write_json
-from resmoe_dist.parallel.launcher import quiet_libraries, run_entry_point
+from resmoe_dist.parallel.entry_point import quiet_libraries, run_entry_point
 
 # Each has add_arguments(parser), measure(args) for results as JSON, and table(results) as text.
 _BENCHMARKS = {

@@ -38,13 +38,20 @@ from benchmarks import speed
 from benchmarks.machine import summary
 from benchmarks.process import ROOT, run_watched
 from benchmarks.synthetic import VOCABULARY, add_model_arguments, model_of
-from resmoe_dist.checkpoints.compressed import STORED_DTYPES, CompressionSettings, is_compressed
+from resmoe_dist.checkpoints.format import (
+    STORED_DTYPES,
+    CompressionSettings,
+    MethodSpec,
+    is_compressed,
+)
 from resmoe_dist.checkpoints.restore import restore_checkpoint
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.checkpoints.tensor_files import read_json, write_json
+from resmoe_dist.codecs import CodecSpec
 from resmoe_dist.errors import UserError, first_line
-from resmoe_dist.evaluation.report import human_bytes, text_table
-from resmoe_dist.families.sites import is_fused_experts, load_config, model_class
+from resmoe_dist.evaluation.tables import human_bytes, text_table
+from resmoe_dist.families.models import load_config, model_class
+from resmoe_dist.families.sites import FusedExperts
 from resmoe_dist.jobs.pipeline import Compression
 from resmoe_dist.runtime import execution
 from resmoe_dist.runtime.layer import ResMoE
@@ -130,10 +137,8 @@ def _folders(args: argparse.Namespace) -> tuple[Path, Path]:
         made.mkdir(exist_ok=True)
         settings = CompressionSettings(
             groups=1,
-            keep=args.keep,
-            codec=args.codec,
-            align="loo",
-            center="auto",
+            method=MethodSpec(name="resmoe"),
+            residual_codec=CodecSpec(name=args.codec, options={"keep": args.keep}),
             layers=list(range(args.layers)),
         )
         for stale in made.glob("restored-*"):
@@ -243,7 +248,7 @@ def _dense_memory(model: PreTrainedModel) -> dict[str, int]:
     experts = sum(
         parameter.nbytes
         for module in model.modules()
-        if is_fused_experts(module)
+        if FusedExperts.recognises(module)
         for parameter in module.parameters()
     )
     return {

@@ -44,7 +44,7 @@ from benchmarks.machine import summary
 from benchmarks.random_layer import DTYPE, SHAPES, RandomLayer, layer_shape
 from resmoe_dist.codecs import codec_named
 from resmoe_dist.errors import UserError, first_line
-from resmoe_dist.evaluation.report import human_bytes, text_table
+from resmoe_dist.evaluation.tables import human_bytes, text_table
 from resmoe_dist.runtime import execution
 from resmoe_dist.runtime.layer import ResMoE
 

@@ -17,7 +17,8 @@ from benchmarks.process import Finished, compress_command, differing_files, run_
 from benchmarks.synthetic import add_model_arguments, model_of
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.errors import UserError
-from resmoe_dist.evaluation.report import describe, human_bytes, text_table
+from resmoe_dist.evaluation.report import describe
+from resmoe_dist.evaluation.tables import human_bytes, text_table
 from resmoe_dist.sizes import parse_size
 
 logger = logging.getLogger(__name__)

@@ -28,26 +28,27 @@ from benchmarks.machine import timed
 from benchmarks.memory import MemoryWatch, forget_high_water, memory_of
 from benchmarks.process import ROOT
 from benchmarks.synthetic import add_model_arguments, model_of
-from resmoe_dist.checkpoints.compressed import CompressionSettings
+from resmoe_dist.checkpoints.format import CompressionSettings, MethodSpec
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.checkpoints.tensor_files import write_tensors
+from resmoe_dist.codecs import CodecSpec
 from resmoe_dist.compression import encoding
-from resmoe_dist.evaluation.report import human_bytes, text_table
-from resmoe_dist.jobs import group
+from resmoe_dist.evaluation.tables import human_bytes, text_table
 from resmoe_dist.jobs.group import GroupCompressor
 from resmoe_dist.jobs.memory_budget import ExpertStore
 from resmoe_dist.jobs.model_files import file_entry
+from resmoe_dist.methods import resmoe
 from resmoe_dist.sizes import parse_size
 
 STAGES = ("read", "align", "centre", "encode", "write", "digest", "rest")
 # What does the work of a stage: where it is looked up, its name, the stage.
 _WORK = [
     (SourceCheckpoint, "read_expert_into", "read"),
-    (group, "align", "align"),
-    (group, "center_pays", "centre"),
+    (resmoe, "align", "align"),
+    (resmoe, "center_pays", "centre"),
     (encoding, "joint_center", "centre"),
     (encoding, "mean_center", "centre"),
-    (group, "encode_group", "encode"),
+    (resmoe, "encode_group", "encode"),
 ]
 _PROFILED = 30
 
@@ -140,12 +141,16 @@ def _drop_from_cache(folder: Path) -> None:
 def _compress(args: argparse.Namespace, source: SourceCheckpoint, scratch: Path) -> dict[str, Any]:
     settings = CompressionSettings(
         groups=args.groups,
-        keep=args.keep,
-        allocate=args.allocate,
-        codec=args.codec,
-        align=args.align,
-        solver=args.solver,
-        center=args.center,
+        method=MethodSpec(
+            name="resmoe",
+            options={
+                "align": args.align,
+                "solver": args.solver,
+                "center": args.center,
+                "allocate": args.allocate,
+            },
+        ),
+        residual_codec=CodecSpec(name=args.codec, options={"keep": args.keep}),
         layers=list(range(len(source.sites))),
     )
     store = ExpertStore(scratch, parse_size(args.max_memory) if args.max_memory else None)

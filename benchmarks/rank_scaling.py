@@ -17,7 +17,7 @@ from benchmarks.machine import shown, summary
 from benchmarks.process import compress_command, differing_files, run_watched
 from benchmarks.synthetic import add_model_arguments, model_of
 from resmoe_dist.errors import UserError
-from resmoe_dist.evaluation.report import human_bytes, text_table
+from resmoe_dist.evaluation.tables import human_bytes, text_table
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import torch
 from benchmarks.machine import machine_facts
 from resmoe_dist.checkpoints.tensor_files import write_json
 from resmoe_dist.errors import UserError
-from resmoe_dist.parallel.launcher import quiet_libraries, run_entry_point
+from resmoe_dist.parallel.entry_point import quiet_libraries, run_entry_point
 
 # Several times what the last level of caches holds.
 _EVICTING_BYTES = 256 << 20

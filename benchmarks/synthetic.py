@@ -38,7 +38,7 @@ from torch import Tensor
 from resmoe_dist.checkpoints.model_folder import shard_name, write_shard_index
 from resmoe_dist.checkpoints.tensor_files import read_json, write_json
 from resmoe_dist.errors import UserError
-from resmoe_dist.parallel.launcher import quiet_libraries, run_entry_point
+from resmoe_dist.parallel.entry_point import quiet_libraries, run_entry_point
 
 VOCABULARY = 1000
 _STD = 0.02

@@ -24,7 +24,8 @@ from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.cli import add_compress_arguments, run_compress
 from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import divergence, evaluate, sequences_from_json
-from resmoe_dist.evaluation.report import describe, text_table
+from resmoe_dist.evaluation.report import describe
+from resmoe_dist.evaluation.tables import text_table
 from resmoe_dist.runtime.loading import load_model
 from resmoe_dist.testing import FAMILIES, cached_tiny_model, train_tiny_model
 from resmoe_dist.testing.corpus import EOS_ID, read_corpus

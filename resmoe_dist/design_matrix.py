@@ -1,12 +1,12 @@
 """An expert MLP as a set of rows, one per intermediate neuron.
 
 Paper 001 (ResMoE), equation 3: an expert with I intermediate neurons is the sum of I one-neuron
-MLPs, so it *is* a matrix with one row per neuron, and reordering rows does not change it:
+MLPs. So the expert is a matrix with one row per neuron, and the order of the rows does not matter:
 
     gated      W = [ gate | up | downᵀ | gate_bias | up_bias ]      D = 3H (+ 2 with biases)
     two-layer  W = [ in   | outᵀ      | in_bias ]                   D = 2H (+ 1)
 
-The output bias belongs to the whole expert, not to a row, and is kept beside the matrix.
+The output bias belongs to the whole expert, not to a row. It is stored next to the matrix.
 
 Legend: I rows (intermediate neurons), H hidden size, D columns of the design matrix.
 """
@@ -23,8 +23,9 @@ from torch import Tensor
 class ExpertShape:
     """Shape of one expert's design matrix.
 
-    rows: I. hidden: H. gated: gate, up and down rather than in and out.
-    row_bias: biases of the first layer are extra columns. output_bias: a bias [H] beside the rows.
+    rows: I. hidden: H. gated: the projections are gate, up and down; otherwise in and out.
+    row_bias: the input projections have biases, stored as extra columns. output_bias: the expert
+    has an output bias [H], stored next to the matrix.
     """
 
     rows: int
@@ -56,18 +57,18 @@ class ExpertShape:
 
 
 def row_range(rows: int, rank: int, size: int) -> tuple[int, int]:
-    """Rows [⌊rank·rows/size⌋, ⌊(rank+1)·rows/size⌋) that tensor-parallel rank `rank` holds.
+    """The rows [⌊rank·rows/size⌋, ⌊(rank+1)·rows/size⌋) of tensor-parallel rank `rank`.
 
-    The ranges of all ranks tile [0, rows); none is empty as long as size ≤ rows.
+    The ranges of all `size` ranks tile [0, rows). If size ≤ rows, every rank has at least one row.
     """
     return rank * rows // size, (rank + 1) * rows // size
 
 
 def to_rows(shape: ExpertShape, projections: dict[str, Tensor]) -> Tensor:
-    """Design matrix [I, D] of one expert.
+    """Build the design matrix [I, D] of one expert.
 
-    projections: for each name in `shape.inputs` a weight [I, H] (and `<name>_bias` [I]), and for
-    `shape.output` a weight [H, I], all oriented as `torch.nn.Linear` has them.
+    projections: a weight [I, H] for each name in `shape.inputs` (with `shape.row_bias` also
+    `<name>_bias` [I]) and a weight [H, I] for `shape.output`, oriented as in `torch.nn.Linear`.
     """
     blocks = [projections[name] for name in shape.inputs]
     blocks.append(projections[shape.output].T)
@@ -77,7 +78,10 @@ def to_rows(shape: ExpertShape, projections: dict[str, Tensor]) -> Tensor:
 
 
 def from_rows(shape: ExpertShape, matrix_ID: Tensor) -> dict[str, Tensor]:
-    """Views of a design matrix, or of a range of its rows, as projections: `to_rows` undone."""
+    """Split a design matrix, or a range of its rows, into projections: the inverse of `to_rows`.
+
+    The tensors are views of `matrix_ID`.
+    """
     H = shape.hidden
     views = {name: matrix_ID[:, i * H : (i + 1) * H] for i, name in enumerate(shape.inputs)}
     weights_end = (len(shape.inputs) + 1) * H

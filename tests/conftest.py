@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from resmoe_dist.parallel.launcher import quiet_libraries
+from resmoe_dist.parallel.entry_point import quiet_libraries
 from tests.models import FAMILIES, save_family
 
 quiet_libraries()

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import transformers
 
-from resmoe_dist.checkpoints.compressed import CheckpointIndex, CompressionSettings
+from resmoe_dist.checkpoints.format import CheckpointIndex
 from resmoe_dist.checkpoints.source import SourceCheckpoint
-from resmoe_dist.families.sites import load_config, model_class
+from resmoe_dist.families.models import load_config, model_class
 from resmoe_dist.jobs.pipeline import Compression
+from tests.compress_settings import compression_settings
 
 VOCABULARY = 64
 _COMMON = {
@@ -130,17 +131,11 @@ def dense_model(folder: Path) -> transformers.PreTrainedModel:
 
 
 def compress(source: Path, output: Path, groups: int = 1, **settings: Any) -> CheckpointIndex:
-    """Compress with defaults for whatever `settings` (of CompressionSettings) leaves out."""
+    """Compress with the defaults of `compression_settings`; all layers unless `settings` say."""
     checkpoint = SourceCheckpoint(source)
-    values = {
-        "groups": groups,
-        "keep": 0.25,
-        "codec": "pruned",
-        "align": "loo",
-        "center": "joint",
-        "layers": list(range(len(checkpoint.sites))),
-    } | settings
-    return Compression(checkpoint, output, CompressionSettings(**values)).run()
+    values = {"layers": list(range(len(checkpoint.sites)))} | settings
+    chosen = compression_settings(groups=groups, **values)
+    return Compression(checkpoint, output, chosen).run()
 
 
 def logits_of(model: transformers.PreTrainedModel, batch: int = 2, length: int = 9) -> torch.Tensor:

@@ -84,11 +84,12 @@ def _run_rank(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    from resmoe_dist.parallel.launcher import _join_world, quiet_libraries
+    from resmoe_dist.parallel.entry_point import quiet_libraries
+    from resmoe_dist.parallel.launcher import join_world
 
     try:
         quiet_libraries()
-        _join_world()
+        join_world()
         outcome = (False, function(*args))
         # Rank 0 hosts the store: it may not leave while others still join groups.
         torch.distributed.barrier()

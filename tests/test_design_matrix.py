@@ -1,6 +1,6 @@
-"""An expert is a set of rows: the way to rows and back, and what may be done to rows.
+"""Design matrices: conversion from and to projections, row order, and tensor-parallel row ranges.
 
-The reference is the expert's MLP written out in float64 NumPy on `torch.nn.Linear`'s weights.
+The reference is the expert's MLP in float64 NumPy with the weights of `torch.nn.Linear`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ SHAPES = [
 
 
 def _random_projections(shape: ExpertShape) -> dict[str, torch.Tensor]:
-    def linear(wide: int, high: int) -> torch.nn.Linear:
-        return torch.nn.Linear(wide, high, dtype=torch.float64)
+    def linear(inputs: int, outputs: int) -> torch.nn.Linear:
+        return torch.nn.Linear(inputs, outputs, dtype=torch.float64)
 
     projections = {}
     layers = {name: linear(shape.hidden, shape.rows) for name in shape.inputs}
@@ -48,7 +48,7 @@ def _mlp(shape: ExpertShape, projections: dict[str, torch.Tensor], x_TH: np.ndar
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rows_hold_every_weight_of_a_neuron_side_by_side(shape):
+def test_a_row_holds_every_weight_of_a_neuron(shape):
     projections = _random_projections(shape)
 
     matrix = to_rows(shape, projections)
@@ -81,7 +81,7 @@ def test_to_rows_undoes_from_rows(shape):
     assert torch.equal(to_rows(shape, from_rows(shape, matrix)), matrix)
 
 
-def test_from_rows_copies_nothing():
+def test_from_rows_returns_views():
     matrix = torch.zeros(4, ExpertShape(4, 3).columns)
 
     from_rows(ExpertShape(4, 3), matrix)["down"][2, 1] = 7
@@ -90,7 +90,7 @@ def test_from_rows_copies_nothing():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_permuting_rows_leaves_the_function_as_it_is(shape):
+def test_permuting_rows_does_not_change_the_expert(shape):
     projections = _random_projections(shape)
     x_TH = np.random.default_rng(0).normal(size=(9, shape.hidden))
 
@@ -101,7 +101,7 @@ def test_permuting_rows_leaves_the_function_as_it_is(shape):
 
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s.rows > 1])
-def test_the_shards_of_all_tensor_parallel_ranks_add_up_to_the_expert(shape):
+def test_partial_outputs_of_all_tensor_parallel_ranks_sum_to_the_experts(shape):
     projections = _random_projections(shape)
     matrix = to_rows(shape, projections)
     x_TH = np.random.default_rng(0).normal(size=(9, shape.hidden))
@@ -115,7 +115,7 @@ def test_the_shards_of_all_tensor_parallel_ranks_add_up_to_the_expert(shape):
 
 @given(data=st.data(), rows=st.integers(1, 40_000))
 @settings(deadline=None)
-def test_row_ranges_tile_all_rows_and_none_is_empty(data, rows):
+def test_row_ranges_tile_all_rows_and_are_not_empty(data, rows):
     size = data.draw(st.integers(1, min(rows, 300)))
 
     ranges = [row_range(rows, rank, size) for rank in range(size)]
@@ -126,7 +126,7 @@ def test_row_ranges_tile_all_rows_and_none_is_empty(data, rows):
 
 @given(data=st.data(), rows=st.integers(1, 40_000))
 @settings(deadline=None)
-def test_row_ranges_differ_by_one_row_at_most(data, rows):
+def test_row_range_sizes_differ_by_at_most_one(data, rows):
     size = data.draw(st.integers(1, min(rows, 300)))
 
     heights = {stop - start for start, stop in (row_range(rows, r, size) for r in range(size))}

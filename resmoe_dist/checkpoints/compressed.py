@@ -1,240 +1,189 @@
-"""The compressed checkpoint: a Hugging Face model folder whose experts lie in files of their own.
+"""The compressed checkpoint: a Hugging Face model folder with its experts in separate files.
 
     config.json            the source's, plus "quantization_config": {"quant_method": "resmoe", …}
-    model-*.safetensors    everything that is no expert, under its original names, with its index
-    resmoe-LLLLL-of-LLLLL-group-GGG.safetensors    centre (or none) and residuals of one group
-    resmoe.json            the index, described by the models below
+    model-*.safetensors    everything that is not an expert, under its original names, and its index
+    resmoe-LLLLL-of-LLLLL-group-GGG.safetensors    centre and residuals of one group
+    resmoe.json            the index (see `format`)
 
-Version 2 lets groups be any partition of a layer's experts, and a group do without a centre.
+A group file holds `center.<tensor>` for each tensor of the centre's codec (unless the group has no
+centre), `experts.K.<tensor>` for each tensor of the residuals' codec, and, in families with output
+biases, `experts.K.output_bias` [H].
 
-Legend: I rows, D columns, H hidden.
+Legend: H hidden.
 """
 
 from __future__ import annotations
 
-import json
-import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from resmoe_dist.checkpoints.tensor_files import TensorFile, sha256_of, tensor_bytes
-from resmoe_dist.codecs import CODECS, EncodedResidual, codec_named
-from resmoe_dist.design_matrix import ExpertShape
+from resmoe_dist.checkpoints.format import (
+    INDEX_FILE,
+    STORED_DTYPES,
+    FileEntry,
+    GroupEntry,
+    LayerEntry,
+    read_index,
+)
+from resmoe_dist.checkpoints.tensor_files import TensorFile, sha256_of
+from resmoe_dist.checkpoints.upgrade import FORMAT_VERSION, stored_tensor_name
+from resmoe_dist.codecs import ByteKind, EncodedMatrix, codec_named
 from resmoe_dist.errors import UserError
-from resmoe_dist.families.storage import ExpertStorage
 
-FORMAT_VERSION = 2
-INDEX_FILE = "resmoe.json"
-QUANT_METHOD = "resmoe"
-
-STORED_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\Z")
-
-
-def _plain_file_name(name: str) -> str:
-    if not _PLAIN_NAME.match(name):
-        raise ValueError(f"{name!r} is not a plain file name")
-    return name
-
-
-FileName = Annotated[str, AfterValidator(_plain_file_name)]
-
-
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FileEntry(_Entry):
-    """One file of the checkpoint: name, size in bytes and digest."""
-
-    file: FileName
-    bytes: int
-    sha256: str
-
-
-class GroupEntry(_Entry):
-    """One group of experts of one layer, and what storing it cost.
-
-    experts: their numbers in the layer, ascending. squared_errors: ‖T_k W_k − restored_k‖² per
-    expert (paper 001, appendix A.6, before its mean). squared_norms: ‖W_k‖² per expert; weighted_*:
-    the same two in the activation-weighted norm, None without calibration. *_bytes: of the stored
-    tensors, by what they hold. objective: of the alignment (paper 001, equation 4). keep: share of
-    residual entries that the masks kept; None where there are no masks, or the writer did not say.
-    """
-
-    file: FileEntry
-    experts: list[int]
-    squared_errors: list[float]
-    squared_norms: list[float]
-    source_bytes: int
-    center_bytes: int
-    value_bytes: int
-    index_bytes: int
-    objective: float
-    keep: float | None = None
-    weighted_squared_errors: list[float] | None = None
-    weighted_squared_norms: list[float] | None = None
-
-    @property
-    def has_center(self) -> bool:
-        """Whether a centre is stored; without one it counts as zero."""
-        return self.center_bytes > 0
-
-    @property
-    def stored_bytes(self) -> int:
-        """Everything the group's tensors take: centre, values and indices."""
-        return self.center_bytes + self.value_bytes + self.index_bytes
-
-
-class LayerEntry(_Entry):
-    """One experts module: its name in the model, its shape, its codec and its groups.
-
-    groups: each expert is in one of them, in whatever order. storage: the source's tensor names, in
-    which `restore` writes the dense experts back.
-    """
-
-    module: str
-    num_experts: int
-    rows: int
-    hidden: int
-    gated: bool
-    row_bias: bool
-    output_bias: bool
-    codec: str
-    dtype: Literal["float32", "float16", "bfloat16"]
-    storage: ExpertStorage
-    groups: list[GroupEntry]
-
-    @property
-    def shape(self) -> ExpertShape:
-        """Shape of each expert."""
-        return ExpertShape(self.rows, self.hidden, self.gated, self.row_bias, self.output_bias)
-
-
-class CompressionSettings(_Entry):
-    """How the checkpoint was made: the options of `resmoe-dist compress`.
-
-    groups: G, the `--ep` it was compressed for. groups_per_rank: of each of its G ranks. layers:
-    positions of the compressed layers among the model's MoE layers; the others are stored dense.
-    dtype None: as the source. target_bytes: share of the dense expert bytes that everything stored
-    was to take; `keep` is then what that came to. allocate: over what one budget of kept entries
-    is shared out. calibration: SHA-256 of the calibration token ids.
-    """
-
-    groups: int
-    groups_per_rank: int = 1
-    keep: float
-    target_bytes: float | None = None
-    allocate: Literal["block", "expert", "group", "model"] = "group"
-    codec: Literal["pruned", "low_rank"]
-    align: Literal["loo", "pot", "none"]
-    solver: Literal["scipy", "lapx"] = "scipy"
-    center: Literal["auto", "joint", "barycenter", "mean", "none"]
-    calibration: str | None = None
-    layers: list[int]
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
-
-
-class CheckpointIndex(_Entry):
-    """The content of resmoe.json."""
-
-    format_version: int
-    producer: str
-    settings: CompressionSettings
-    layers: list[LayerEntry]
-    other_files: list[FileEntry]
-
-
-def group_file_name(layer: int, num_layers: int, group: int) -> str:
-    """File name of one group; layers are counted from 1 as model shards are, groups from 0."""
-    return f"resmoe-{layer + 1:05d}-of-{num_layers:05d}-group-{group:03d}.safetensors"
+CENTER = "center"
+_OUTPUT_BIAS = "output_bias"
 
 
 def group_tensors(
-    center_ID: Tensor | None,
-    residuals: dict[int, EncodedResidual],
-    output_biases: dict[int, Tensor],
+    center: EncodedMatrix | None,
+    residuals: Mapping[int, EncodedMatrix],
+    output_biases: Mapping[int, Tensor],
 ) -> dict[str, Tensor]:
     """Tensors of a group file by name, from its centre and its experts' residuals and biases."""
-    tensors = {} if center_ID is None else {"center": center_ID.contiguous()}
+    tensors = {}
+    if center is not None:
+        for name, tensor in center.tensors().items():
+            tensors[f"{CENTER}.{name}"] = tensor.contiguous()
     for k, residual in residuals.items():
         for name, tensor in residual.tensors().items():
-            tensors[f"experts.{k}.{name}"] = tensor.contiguous()
+            tensors[_expert_tensor(k, name)] = tensor.contiguous()
     for k, bias_H in output_biases.items():
-        tensors[f"experts.{k}.output_bias"] = bias_H.contiguous()
+        tensors[_expert_tensor(k, _OUTPUT_BIAS)] = bias_H.contiguous()
     return tensors
+
+
+def residual_bytes(
+    residuals: Mapping[int, EncodedMatrix], output_biases: Mapping[int, Tensor]
+) -> dict[ByteKind, int]:
+    """Bytes of a group's residuals by kind; output biases count as values."""
+    found: Counter[ByteKind] = Counter()
+    for residual in residuals.values():
+        found.update(residual.bytes_by_kind())
+    found["values"] += sum(bias_H.nbytes for bias_H in output_biases.values())
+    return dict(+found)
+
+
+@dataclass(frozen=True)
+class _ExpectedTensor:
+    """What a group file must hold under a name. shape: None for sizes that the data decide.
+
+    kind: None for tensors of the centre.
+    """
+
+    shape: tuple[int | None, ...]
+    dtypes: tuple[torch.dtype, ...]
+    kind: ByteKind | None
 
 
 class GroupFile:
     """An open group file: reads row ranges of the centre and of single experts.
 
-    Raises UserError, naming the file, when it is missing or damaged.
+    format_version: of the folder. Raises UserError, naming the file, if the file is missing or
+    does not fit the index.
     """
 
-    def __init__(self, folder: Path, layer: LayerEntry, group: GroupEntry) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        layer: LayerEntry,
+        group: GroupEntry,
+        format_version: int = FORMAT_VERSION,
+    ) -> None:
         self.layer, self.group = layer, group
+        self._version = format_version
         self._file = TensorFile(folder / group.file.file)
         size = self._file.path.stat().st_size
         if size != group.file.bytes:
             raise self._damaged(f"has {size} bytes, {INDEX_FILE} says {group.file.bytes}")
-        self._codec = codec_named(layer.codec)
-        self._check_shapes()
-        self._check_dtype()
+        self._dtype = STORED_DTYPES[layer.dtype]
+        self._check()
 
-    def read_center(self, start: int, stop: int) -> Tensor | None:
-        """Rows [start, stop) of the centre; None for a group without one."""
-        return self._read("center", start, stop) if self.group.has_center else None
+    def read_center(self, start: int, stop: int) -> EncodedMatrix | None:
+        """Rows [start, stop) of the centre; None if the group has none."""
+        if not self.group.has_center:
+            return None
+        assert self.layer.center_codec is not None
+        return self._read_matrix(self.layer.center_codec, CENTER, "centre", start, stop)
 
-    def read_residual(self, expert: int, start: int, stop: int) -> EncodedResidual:
-        """Rows [start, stop) of one expert's residual."""
-
-        def read(name: str, start: int, stop: int | None) -> Tensor:
-            return self._read(f"experts.{expert}.{name}", start, stop)
-
-        try:
-            return self._codec.read(read, self.layer.shape.columns, start, stop)
-        except (ValueError, IndexError, RuntimeError) as error:
-            raise self._damaged(f"expert {expert}: {error}") from error
+    def read_residual(self, expert: int, start: int, stop: int) -> EncodedMatrix:
+        """Rows [start, stop) of the residual of one stored expert."""
+        codec, prefix = self.layer.residual_codec, f"experts.{expert}"
+        return self._read_matrix(codec, prefix, f"expert {expert}", start, stop)
 
     def read_output_bias(self, expert: int) -> Tensor | None:
-        """Output bias [H] of one expert; None for families without biases."""
+        """Output bias [H] of one stored expert; None for families without output biases."""
         if not self.layer.output_bias:
             return None
-        return self._read(f"experts.{expert}.output_bias", 0, None)
+        return self._file.read(self._stored_name(_expert_tensor(expert, _OUTPUT_BIAS)))
 
-    def _read(self, name: str, start: int, stop: int | None) -> Tensor:
-        return self._file.read(name, start, stop)
+    def _read_matrix(
+        self, codec: str, prefix: str, what: str, start: int, stop: int
+    ) -> EncodedMatrix:
+        def read(name: str, start: int, stop: int | None) -> Tensor:
+            return self._file.read(self._stored_name(f"{prefix}.{name}"), start, stop)
 
-    def _check_shapes(self) -> None:
-        shape = self.layer.shape
-        expected: dict[str, tuple[int | None, ...]] = {}
+        try:
+            columns = self.layer.shape.columns
+            return codec_named(codec).read(read, columns, start, stop, self._dtype)
+        except (ValueError, IndexError, RuntimeError) as error:
+            raise self._damaged(f"{what}: {error}") from error
+
+    def _stored_name(self, name: str) -> str:
+        return stored_tensor_name(name, self._version)
+
+    def _expected(self) -> Iterator[tuple[str, _ExpectedTensor]]:
+        """The tensors that the file must hold, by the name they have in it."""
         if self.group.has_center:
-            expected["center"] = (shape.rows, shape.columns)
+            assert self.layer.center_codec is not None
+            yield from self._expected_matrix(self.layer.center_codec, CENTER, is_center=True)
         for k in self.group.experts:
-            for name, dims in self._codec.expected_tensors(shape.rows, shape.columns).items():
-                expected[f"experts.{k}.{name}"] = dims
-            if shape.output_bias:
-                expected[f"experts.{k}.output_bias"] = (shape.hidden,)
-        for name, dims in expected.items():
-            found = self._file.shape(name)
-            if len(found) != len(dims) or any(
-                want is not None and want != have for want, have in zip(dims, found, strict=True)
-            ):
-                raise self._damaged(f"tensor {name!r} has shape {list(found)}")
+            yield from self._expected_matrix(self.layer.residual_codec, f"experts.{k}")
+            if self.layer.output_bias:
+                bias = _ExpectedTensor((self.layer.hidden,), (self._dtype,), "values")
+                yield self._stored_name(_expert_tensor(k, _OUTPUT_BIAS)), bias
 
-    def _check_dtype(self) -> None:
-        # What a codec stores as values only it knows; how many bytes they take the index says.
-        dtype = _SAFETENSORS_DTYPES[self.layer.dtype]
-        sizes = tensor_bytes(self._file.path)
-        found = sum(size for name, size in sizes.items() if self._file.dtype(name) == dtype)
-        expected = self.group.center_bytes + self.group.value_bytes
-        if found != expected:
-            raise self._damaged(f"holds {found} bytes of {dtype}, {INDEX_FILE} says {expected}")
+    def _expected_matrix(
+        self, codec_name: str, prefix: str, *, is_center: bool = False
+    ) -> Iterator[tuple[str, _ExpectedTensor]]:
+        codec, shape = codec_named(codec_name), self.layer.shape
+        shapes = codec.shapes(shape.rows, shape.columns)
+        for name, stored in codec.stored.items():
+            kind = None if is_center else stored.kind
+            expected = _ExpectedTensor(shapes[name], stored.dtypes or (self._dtype,), kind)
+            yield self._stored_name(f"{prefix}.{name}"), expected
+
+    def _check(self) -> None:
+        """Compare names, shapes, dtypes and bytes in the file's header with the index."""
+        surplus = set(self._file.names)
+        found: Counter[str] = Counter()
+        for name, expected in self._expected():
+            self._check_tensor(name, expected)
+            surplus.remove(name)
+            found[expected.kind or CENTER] += self._file.size(name)
+        if surplus:
+            raise self._damaged(f"{INDEX_FILE} does not account for tensor {min(surplus)!r}")
+        told: Counter[str] = Counter({CENTER: self.group.center_bytes})
+        told.update(self.group.residual_bytes)
+        for kind in sorted(found.keys() | told.keys()):
+            if found[kind] != told[kind]:
+                raise self._damaged(
+                    f"holds {found[kind]} bytes of {kind}, {INDEX_FILE} says {told[kind]}"
+                )
+
+    def _check_tensor(self, name: str, expected: _ExpectedTensor) -> None:
+        shape, dtype = self._file.shape(name), self._file.torch_dtype(name)
+        if len(shape) != len(expected.shape) or any(
+            want not in (None, have) for want, have in zip(expected.shape, shape, strict=True)
+        ):
+            raise self._damaged(f"tensor {name!r} has shape {list(shape)}")
+        if dtype not in expected.dtypes:
+            wanted = " or ".join(map(_dtype_name, expected.dtypes))
+            raise self._damaged(f"tensor {name!r} is stored as {_dtype_name(dtype)}, not {wanted}")
 
     def _damaged(self, what: str) -> UserError:
         return UserError(f"{self._file.path}: damaged ({what}); compress again or copy it anew")
@@ -243,8 +192,8 @@ class GroupFile:
 class CompressedCheckpoint:
     """A compressed checkpoint on disk: its index, and its files on demand.
 
-    Raises UserError when the folder is none, its format version is newer than this program, or the
-    index is damaged.
+    Raises UserError if the folder is not a compressed checkpoint, its format version is newer than
+    this program, or the index is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -252,18 +201,18 @@ class CompressedCheckpoint:
         self.index = read_index(folder)
 
     def open_group(self, layer: LayerEntry, group: GroupEntry) -> GroupFile:
-        """The file of one group."""
-        return GroupFile(self.folder, layer, group)
+        """The file of one group. Raises UserError as `GroupFile` does."""
+        return GroupFile(self.folder, layer, group, self.index.format_version)
 
     def files(self) -> list[FileEntry]:
-        """Every file the index accounts for."""
+        """Every file that the index lists."""
         groups = [group.file for layer in self.index.layers for group in layer.groups]
         return self.index.other_files + groups
 
     def faults(self) -> list[str]:
-        """One line for each file that is missing or differs from the index; empty when all is well.
+        """One line for each file that is missing or differs from the index; empty if all are whole.
 
-        Reads every file once for its digest, and checks the shapes in those that hold groups.
+        Reads every file once for its digest, and checks group files against the index.
         """
         faults = []
         for entry in self.files():
@@ -285,55 +234,9 @@ class CompressedCheckpoint:
         return faults
 
 
-def is_compressed(folder: Path) -> bool:
-    """Whether a folder holds a compressed checkpoint."""
-    return (folder / INDEX_FILE).is_file()
+def _expert_tensor(expert: int, name: str) -> str:
+    return f"experts.{expert}.{name}"
 
 
-def read_index(folder: Path) -> CheckpointIndex:
-    """The index of a compressed checkpoint.
-
-    Raises UserError for a folder without one, a newer format version, or a damaged index.
-    """
-    path = folder / INDEX_FILE
-    if not path.is_file():
-        raise UserError(
-            f"{folder}: no {INDEX_FILE} here; give a folder made by resmoe-dist compress"
-        )
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        version = raw["format_version"]
-        if not isinstance(version, int):
-            raise ValueError(f"format_version is {version!r}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); compress again or copy it anew") from error
-    if version > FORMAT_VERSION:
-        raise UserError(
-            f"{path}: format version {version} is newer than this program reads "
-            f"({FORMAT_VERSION}); upgrade resmoe-dist"
-        )
-    try:
-        index = CheckpointIndex.model_validate(raw)
-        for layer in index.layers:
-            _check_layer(layer)
-        if version == 1 and index.settings.center != "joint":
-            # Version 1 gave each expert a budget, unless it chose centre and masks together.
-            settings = index.settings.model_copy(update={"allocate": "expert"})
-            index = index.model_copy(update={"settings": settings})
-    except (ValidationError, ValueError) as error:
-        reason = str(error).splitlines()
-        raise UserError(
-            f"{path}: damaged ({' '.join(reason[:3])}); compress again or copy it anew"
-        ) from error
-    return index
-
-
-def _check_layer(layer: LayerEntry) -> None:
-    if layer.codec not in CODECS:
-        raise ValueError(f"codec {layer.codec!r} is not one of {', '.join(CODECS)}")
-    for group in layer.groups:
-        if not group.experts or group.experts != sorted(group.experts):
-            raise ValueError(f"{layer.module}: a group's experts {group.experts} do not ascend")
-    experts = sorted(k for group in layer.groups for k in group.experts)
-    if experts != list(range(layer.num_experts)):
-        raise ValueError(f"{layer.module}: the groups do not hold each expert once")
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,4 +1,7 @@
-"""A compressed checkpoint back to a dense one that plain transformers loads."""
+"""Write the dense model of a compressed checkpoint, for plain transformers.
+
+Legend: I rows, D columns, H hidden.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from resmoe_dist.checkpoints.compressed import (
-    INDEX_FILE,
-    CompressedCheckpoint,
-    GroupFile,
-    LayerEntry,
-)
+from resmoe_dist.checkpoints.compressed import CompressedCheckpoint, GroupFile
+from resmoe_dist.checkpoints.format import DROPPED, INDEX_FILE, LayerEntry
 from resmoe_dist.checkpoints.model_folder import set_dtype, shard_name, write_shard_index
 from resmoe_dist.checkpoints.source import ModelFiles
 from resmoe_dist.checkpoints.tensor_files import copy_file, read_json, write_json, write_tensors
@@ -21,15 +20,19 @@ from resmoe_dist.errors import UserError
 
 
 def restore_checkpoint(folder: Path, output: Path, dtype: torch.dtype | None = None) -> None:
-    """Write OUTPUT: the model of a compressed checkpoint with dense experts.
+    """Write the model of a compressed checkpoint with dense experts to OUTPUT.
 
-    Experts get the source's tensor names and layout, one file per layer; rows stay in aligned
-    order, which does not change an expert. dtype: of the experts; None keeps the stored one, in
-    which C + R is rounded once.
+    Experts get the source's tensor names and layout, one file per layer. Rows stay in aligned
+    order, which does not change an expert. Experts of the model that share a stored expert are each
+    written in full. dtype: of the experts; None keeps the stored one, in which C + R is rounded
+    once.
 
-    Raises UserError when OUTPUT exists or a file is damaged; OUTPUT is then not left half-written.
+    Raises UserError if OUTPUT exists, a file is damaged, or an expert was dropped. OUTPUT is then
+    not created.
     """
     checkpoint = CompressedCheckpoint(folder)
+    for layer in checkpoint.index.layers:
+        _check_no_expert_dropped(folder, layer)
     staging = output.parent / f"{output.name}.partial"
     for path in (output, staging):
         if path.exists():
@@ -43,6 +46,37 @@ def restore_checkpoint(folder: Path, output: Path, dtype: torch.dtype | None = N
         staging.rename(output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def restored_expert(
+    file: GroupFile, expert: int, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Dense design matrix [I, D] of one stored expert, C + decode(R_k), and its output bias [H].
+
+    The bias is None for families without output biases.
+    """
+    rows = file.layer.rows
+    residual = file.read_residual(expert, 0, rows)
+    center = file.read_center(0, rows)
+    bias_H = file.read_output_bias(expert)
+    if dtype is not None:
+        residual = residual.to(dtype)
+        center = None if center is None else center.to(dtype)
+        bias_H = None if bias_H is None else bias_H.to(dtype)
+    if center is None:
+        return residual.decode(), bias_H
+    dense_ID = center.decode().clone()
+    residual.add_to(dense_ID)
+    return dense_ID, bias_H
+
+
+def _check_no_expert_dropped(folder: Path, layer: LayerEntry) -> None:
+    for expert in range(layer.num_experts):
+        if layer.stored_expert(expert) == DROPPED:
+            raise UserError(
+                f"{folder}: {layer.module}: expert {expert} was dropped by the compression, so no "
+                "dense model can be written; serve the compressed folder instead"
+            )
 
 
 def _write_model(
@@ -77,26 +111,12 @@ def _write_model(
 def _dense_layer(
     checkpoint: CompressedCheckpoint, layer: LayerEntry, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    experts: dict[int, tuple[Tensor, Tensor | None]] = {}
-    for group in layer.groups:
-        file = checkpoint.open_group(layer, group)
-        experts |= {k: restored_expert(file, k, dtype) for k in group.experts}
-    return layer.storage.write(layer.shape, [experts[k] for k in range(layer.num_experts)])
-
-
-def restored_expert(
-    file: GroupFile, expert: int, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Dense design matrix [I, D] of one expert, C + decode(R_k), and its output bias [H] if any."""
-    rows = file.layer.rows
-    residual = file.read_residual(expert, 0, rows)
-    center_ID = file.read_center(0, rows)
-    bias_H = file.read_output_bias(expert)
-    if dtype is not None:
-        residual = residual.to(dtype)
-        bias_H = None if bias_H is None else bias_H.to(dtype)
-    if center_ID is None:
-        return residual.decode(), bias_H
-    dense_ID = center_ID.to(dtype or center_ID.dtype, copy=True)
-    residual.add_to(dense_ID)
-    return dense_ID, bias_H
+    files = {
+        k: file
+        for group in layer.groups
+        for file in (checkpoint.open_group(layer, group),)
+        for k in group.experts
+    }
+    # One after the other, also if two share a stored expert: files hold no shared tensors.
+    stored = (layer.stored_expert(k) for k in range(layer.num_experts))
+    return layer.storage.write(layer.shape, (restored_expert(files[k], k, dtype) for k in stored))

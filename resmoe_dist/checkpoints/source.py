@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from resmoe_dist.checkpoints.compressed import is_compressed
+from resmoe_dist.checkpoints.format import is_compressed
 from resmoe_dist.checkpoints.fp8 import DEQUANTIZED, SCALE_SUFFIX, blocks_of, find_scaled
 from resmoe_dist.checkpoints.model_folder import SHARD_INDEX, SINGLE_FILE
 from resmoe_dist.checkpoints.tensor_files import TensorFile
 from resmoe_dist.errors import UserError
-from resmoe_dist.families.sites import ExpertSite, find_expert_sites, load_config, meta_model
+from resmoe_dist.families.models import load_config, meta_model
+from resmoe_dist.families.sites import ExpertSite, find_expert_sites
 from resmoe_dist.families.storage import (
     ExpertStorage,
     expert_module_of,
@@ -155,6 +156,7 @@ class SourceCheckpoint:
         rows = self._read_rows(name, expert, start, stop)
         if name in self._scaled:
             blocks, scale_name = self._blocks, name + SCALE_SUFFIX
+            assert blocks is not None
             begin, end = start // blocks.rows, -(-stop // blocks.rows)
             scale = self._read_rows(scale_name, expert, begin, end).float()
             self._check_finite(scale_name, expert, scale)

@@ -93,6 +93,10 @@ class TensorFile:
         """Safetensors' name of a tensor's dtype (F32, BF16, U8 …), from the header alone."""
         return self._entry(name).dtype
 
+    def torch_dtype(self, name: str) -> torch.dtype:
+        """A tensor's dtype, from the header alone. Raises UserError if PyTorch does not have it."""
+        return self._torch_dtype(name, self._entry(name))
+
     def size(self, name: str) -> int:
         """Bytes of a tensor, from the header alone."""
         return self._entry(name).size
@@ -112,13 +116,16 @@ class TensorFile:
             raise UserError(f"{self.path}: tensor {name!r} is missing; fetch or rebuild the file")
         return self._entries[name]
 
-    def _load(self, name: str, entry: _Entry) -> Tensor:
+    def _torch_dtype(self, name: str, entry: _Entry) -> torch.dtype:
         if entry.dtype not in _DTYPES:
             raise UserError(
                 f"{self.path}: tensor {name!r} is stored as {entry.dtype}, which is not supported"
             )
-        tensor = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
-        unread = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        return _DTYPES[entry.dtype]
+
+    def _load(self, name: str, entry: _Entry) -> Tensor:
+        tensor = torch.empty(entry.shape, dtype=self._torch_dtype(name, entry))
+        unread = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
         try:
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(entry.begin)

@@ -1,29 +1,37 @@
-"""How residuals are stored: one file per codec, found by name through `codec_named`."""
+"""How matrices (centres and residuals) are stored: one file per codec, found by name."""
 
-from __future__ import annotations
-
-from resmoe_dist.codecs.base import EncodedResidual, TensorReader, Weights
-from resmoe_dist.codecs.dense import DenseResidual
-from resmoe_dist.codecs.low_rank import LowRankResidual
-from resmoe_dist.codecs.pruned import PrunedResidual
-
-CODECS: dict[str, type[EncodedResidual]] = {
-    codec.name: codec for codec in (PrunedResidual, LowRankResidual, DenseResidual)
-}
-
-
-def codec_named(name: str) -> type[EncodedResidual]:
-    """The codec class called `name`. Raises KeyError for a name that is not in `CODECS`."""
-    return CODECS[name]
-
+from resmoe_dist.codecs.base import (
+    BYTE_KINDS,
+    BudgetConfig,
+    ByteKind,
+    CodecConfig,
+    EncodedMatrix,
+    StoredTensor,
+    TensorReader,
+)
+from resmoe_dist.codecs.dense import DENSE, DenseMatrix
+from resmoe_dist.codecs.empty import EmptyMatrix
+from resmoe_dist.codecs.low_rank import LowRankConfig, LowRankMatrix
+from resmoe_dist.codecs.pruned import PrunedConfig, PrunedMatrix
+from resmoe_dist.codecs.registry import CODECS, CodecSpec, codec_named, register_codec
 
 __all__ = [
+    "BYTE_KINDS",
     "CODECS",
-    "DenseResidual",
-    "EncodedResidual",
-    "LowRankResidual",
-    "PrunedResidual",
+    "DENSE",
+    "BudgetConfig",
+    "ByteKind",
+    "CodecConfig",
+    "CodecSpec",
+    "DenseMatrix",
+    "EmptyMatrix",
+    "EncodedMatrix",
+    "LowRankConfig",
+    "LowRankMatrix",
+    "PrunedConfig",
+    "PrunedMatrix",
+    "StoredTensor",
     "TensorReader",
-    "Weights",
     "codec_named",
+    "register_codec",
 ]

@@ -1,8 +1,12 @@
-"""What every codec offers: encode, decode, slice rows, read a row range from a file, the products
-of tokens with an expert, its bytes.
+"""What every codec offers: encode, decode, slice rows, read a row range, count bytes.
 
-Legend: I rows of the whole expert, R rows held here (a TP rank's range), D columns, H hidden,
-T tokens, N copies (a token to an expert), J jobs.
+A codec stores a matrix [rows, columns] as a few tensors. Centres and residuals are both such
+matrices. A new codec is one file: a subclass of `EncodedMatrix` that declares its config and its
+tensors, registered with `register_codec`. Files, sizes, dtype changes, reports and tensor
+parallelism follow from the declaration.
+
+Legend: I rows of the whole matrix, R rows held here (a tensor-parallel range), D columns, H hidden,
+N routed copies.
 """
 
 from __future__ import annotations
@@ -10,195 +14,176 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from typing_extensions import Self
 
-# read(name, start, stop) returns elements [start, stop) of a stored tensor's first dimension,
-# and touches no others; stop = None reads to the end.
+# read(name, start, stop) returns elements [start, stop) of a stored tensor's first dimension
+# without reading the others; stop = None reads to the end.
 TensorReader = Callable[[str, int, "int | None"], Tensor]
+
+# What a stored tensor holds: reports count bytes by kind.
+ByteKind = Literal["values", "indices", "scales"]
+BYTE_KINDS: tuple[ByteKind, ...] = ("values", "indices", "scales")
+
+
+class CodecConfig(BaseModel):
+    """The options of a codec. A subclass adds a field per option."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BudgetConfig(CodecConfig):
+    """The options of a codec whose size is a share of the entries.
+
+    Such codecs take part in `--keep` and `--target-bytes`.
+    """
+
+    # Not above 0 only: the search for a byte target starts at 0.
+    keep: float = Field(default=0.25, ge=0, le=1, description="share of the entries kept")
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Rows of an expert: a centre [R, D] plus a residual. Either may be None, not both."""
+class StoredTensor:
+    """One tensor of an encoded matrix.
 
-    center: Tensor | None
-    residual: EncodedResidual | None
+    kind: what it holds. per_row: whether its first dimension is the rows of the matrix, so that a
+    row range is a slice; other tensors are shared by all rows. dtypes: what it may be stored as,
+    and it stays so when a model moves to another dtype. None: the dtype of the layer's values,
+    which follows the model.
+    """
 
-    @property
-    def rows(self) -> int:
-        """R."""
-        return len(self.center) if self.residual is None else self.residual.rows
+    kind: ByteKind
+    per_row: bool = True
+    dtypes: tuple[torch.dtype, ...] | None = None
 
 
-class EncodedResidual(nn.Module, ABC):
-    """The residual of one expert over a range of rows, as it lies in the file and in memory.
+class EncodedMatrix(nn.Module, ABC):
+    """A matrix [R, D] as its codec stores it, in files and in memory.
 
-    Its tensors are non-persistent buffers: they follow the module to a device or dtype, count as
-    its memory, and never enter a state dict (they have files of their own).
+    Its tensors are non-persistent buffers: they follow the module to a device or dtype and count as
+    its memory, but stay out of state dicts (they have files of their own).
+
+    shape: (R, D). tensors: the stored tensors by name. dtype: what `decode` returns; a model that
+    moves to another dtype changes it.
     """
 
     name: ClassVar[str]
-    # Whether each entry is kept or dropped on its own, so that a centre can be chosen jointly with
-    # the mask; `encode` then takes a mask.
-    chooses_entries: ClassVar[bool] = False
-    # Whether the residual is taken against a centre at all.
-    uses_center: ClassVar[bool] = True
+    config: ClassVar[type[CodecConfig]] = CodecConfig
+    stored: ClassVar[dict[str, StoredTensor]] = {}
+    # Whether `encode` can keep chosen entries (a mask), so that the centre and the kept entries
+    # can be chosen together. Its config is then a BudgetConfig.
+    selects_entries: ClassVar[bool] = False
+    # Whether a stored tensor is the matrix itself, rounded to the stored dtype. `decode` then
+    # restores nothing, and `encode` may be given the rounded matrix, which saves a float32 copy.
+    is_dense: ClassVar[bool] = False
 
-    def __init__(self, columns: int, tensors: dict[str, Tensor]) -> None:
+    def __init__(
+        self, shape: tuple[int, int], tensors: dict[str, Tensor], dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        self.columns = columns
+        self.rows, self.columns = shape
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
+        device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
+        # Knows dtype and device, and moves with the stored tensors.
+        self._like = torch.empty(0, dtype=dtype, device=device)
+
+    # --- What a codec defines ---
 
     @classmethod
     @abstractmethod
     def encode(
-        cls, residual_ID: Tensor, *, keep: float, dtype: torch.dtype, mask_ID: Tensor | None = None
-    ) -> EncodedResidual:
-        """Encode a residual [I, D], keeping the share `keep` of it, values stored as `dtype`."""
+        cls,
+        matrix_ID: Tensor,
+        config: Any,
+        dtype: torch.dtype,
+        mask_ID: Tensor | None = None,
+    ) -> Self:
+        """Encode a float32 matrix [I, D], with values stored as `dtype`.
 
-    @classmethod
-    @abstractmethod
-    def read(cls, read: TensorReader, columns: int, start: int, stop: int) -> EncodedResidual:
-        """Read rows [start, stop) and nothing else.
-
-        Raises ValueError where the tensors contradict each other (a damaged file).
+        config: an instance of `cls.config`. mask_ID: the entries to keep, for codecs that select
+        entries; None lets the codec choose.
         """
 
     @classmethod
     @abstractmethod
-    def expected_tensors(cls, rows: int, columns: int) -> dict[str, tuple[int | None, ...]]:
-        """Names and shapes in the file of an expert [rows, columns]; None where data decides."""
+    def shapes(cls, rows: int, columns: int) -> dict[str, tuple[int | None, ...]]:
+        """Shape of each stored tensor of a matrix [rows, columns]; None if the data decide."""
 
     @classmethod
     @abstractmethod
-    def stored_bytes(cls, rows: int, columns: int, keep: float, itemsize: int) -> int:
-        """The most that the tensors of an expert [rows, columns] take at `keep`, in bytes.
+    def stored_bytes(cls, rows: int, columns: int, config: Any, itemsize: int) -> int:
+        """Upper bound of the bytes that a matrix [rows, columns] takes.
 
         itemsize: bytes of a stored value.
         """
 
-    @property
-    @abstractmethod
-    def rows(self) -> int:
-        """R."""
-
     @abstractmethod
     def decode(self) -> Tensor:
-        """The residual as a dense matrix [R, D]."""
+        """The dense matrix [R, D] in `self.dtype`."""
 
-    @abstractmethod
-    def slice_rows(self, start: int, stop: int) -> EncodedResidual:
-        """Rows [start, stop) of this residual, without copying where the layout allows."""
+    # --- What follows from the declaration; a codec overrides what it can do better ---
 
     @classmethod
-    def join_rows(cls, parts: list[EncodedResidual]) -> EncodedResidual:
-        """The residual whose consecutive row ranges are `parts`: `slice_rows` undone.
+    def read(
+        cls, read: TensorReader, columns: int, start: int, stop: int, dtype: torch.dtype
+    ) -> Self:
+        """Read rows [start, stop) and nothing else.
 
-        Only codecs that choose single entries can be encoded in parts.
+        dtype: of the layer's stored values. Raises ValueError if the tensors contradict each other
+        (a damaged file).
+        """
+        tensors = {
+            name: read(name, start, stop) if tensor.per_row else read(name, 0, None)
+            for name, tensor in cls.stored.items()
+        }
+        return cls((stop - start, columns), tensors, dtype)
+
+    def slice_rows(self, start: int, stop: int) -> Self:
+        """Rows [start, stop) as views of the same tensors."""
+        tensors = {
+            name: tensor[start:stop] if self.stored[name].per_row else tensor
+            for name, tensor in self.tensors().items()
+        }
+        return type(self)((stop - start, self.columns), tensors, self.dtype)
+
+    @classmethod
+    def join_rows(cls, parts: list[Self]) -> Self:
+        """The matrix whose consecutive row ranges are `parts`; the inverse of `slice_rows`.
+
+        Only codecs that select entries are encoded in parts.
         """
         raise NotImplementedError(f"{cls.name} encodes whole matrices")
 
-    def add_to(self, dense_RD: Tensor) -> None:
-        """dense += decode(), in place: with the centre in `dense` this restores the expert."""
-        dense_RD += self.decode()
+    def add_to(self, dense_RC: Tensor, first_column: int = 0) -> None:
+        """dense += decode(), in place, for columns [first_column, first_column + C)."""
+        dense_RC += self.decode()[:, first_column : first_column + dense_RC.shape[1]]
 
-    def restore(
-        self, center_RD: Tensor | None, out: Tensor, first_row: int = 0, first_column: int = 0
-    ) -> None:
-        """Centre plus residual, dense: as many rows and columns as `out` has, from those on."""
-        rows = slice(first_row, first_row + out.shape[0])
-        columns = slice(first_column, first_column + out.shape[1])
-        dense_RD = self.slice_rows(rows.start, rows.stop).decode()
-        if center_RD is not None:
-            dense_RD = dense_RD + center_RD[rows]
-        out.copy_(dense_RD[:, columns])
+    def multiply(self, x_NH: Tensor, first_column: int) -> Tensor:
+        """x · Mᵀ over columns [first_column, first_column + H): [N, R] in float32."""
+        block_RH = self.decode()[:, first_column : first_column + x_NH.shape[1]]
+        return x_NH.float() @ block_RH.float().T
 
-    def multiply(self, x_TH: Tensor, first_column: int) -> Tensor:
-        """x · Rᵀ over the columns [first_column, first_column + H): [T, R]."""
-        return x_TH @ self.decode()[:, first_column : first_column + x_TH.shape[1]].T
+    def multiply_back(self, h_NR: Tensor, first_column: int, hidden: int) -> Tensor:
+        """h · M over columns [first_column, first_column + H): [N, H] in float32."""
+        block_RH = self.decode()[:, first_column : first_column + hidden]
+        return h_NR.float() @ block_RH.float()
 
-    def multiply_back(self, h_TR: Tensor, first_column: int, hidden: int) -> Tensor:
-        """h · R over the columns [first_column, first_column + H): [T, H]."""
-        return h_TR @ self.decode()[:, first_column : first_column + hidden]
+    # --- The same for all codecs ---
 
-    @classmethod
-    def project_in(
-        cls, x_TH: Tensor, token_N: Tensor, counts_J: list[int], jobs: list[Weights], inputs: int
-    ) -> Tensor:
-        """Products of copies with the input columns of their weights: [N, inputs·R], float32.
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of `decode`."""
+        return self._like.dtype
 
-        token_N: the row of x that each copy is of; the first counts_J[0] copies belong to jobs[0],
-        and so on. Weights are of this codec, of equally many rows.
-        """
-        rows, hidden = jobs[0].rows, x_TH.shape[1]
-        out_NC = x_TH.new_empty(len(token_N), inputs * rows, dtype=torch.float32)
-        begin = 0
-        for weights, count in zip(jobs, counts_J, strict=True):
-            copies = slice(begin, begin + count)
-            begin += count
-            x_nH = x_TH[token_N[copies]]
-            for i in range(inputs):
-                y_nR = out_NC[copies, i * rows : (i + 1) * rows]
-                y_nR.zero_()
-                if weights.center is not None:
-                    y_nR += x_nH @ weights.center[:, i * hidden : (i + 1) * hidden].T
-                if weights.residual is not None:
-                    y_nR += weights.residual.multiply(x_nH, i * hidden)
-        return out_NC
-
-    @classmethod
-    def project_out(
-        cls,
-        h_NR: Tensor,
-        token_N: Tensor,
-        counts_J: list[int],
-        jobs: list[Weights],
-        inputs: int,
-        num_tokens: int,
-        hidden: int,
-    ) -> Tensor:
-        """Products of activations with the output columns, added up per token: [T, H], float32.
-
-        h_NR: a row per copy; jobs and copies as in `project_in`.
-        """
-        out_TH = h_NR.new_zeros(num_tokens, hidden, dtype=torch.float32)
-        first, begin = inputs * hidden, 0
-        for weights, count in zip(jobs, counts_J, strict=True):
-            copies = slice(begin, begin + count)
-            begin += count
-            h_nR, token_n = h_NR[copies], token_N[copies]
-            if weights.center is not None:
-                y_nH = h_nR @ weights.center[:, first : first + hidden]
-                out_TH.index_add_(0, token_n, y_nH.float())
-            if weights.residual is not None:
-                y_nH = weights.residual.multiply_back(h_nR, first, hidden)
-                out_TH.index_add_(0, token_n, y_nH.float())
-        return out_TH
-
-    @classmethod
-    def fuses_mlp(cls, device: torch.device, dtype: torch.dtype, activation: str) -> bool:
-        """Whether `mlp` is there for such tensors and this activation."""
-        return False
-
-    @classmethod
-    def mlp(
-        cls,
-        x_TH: Tensor,
-        token_N: Tensor,
-        weight_N: Tensor,
-        counts_J: list[int],
-        jobs: list[Weights],
-        centers: list[Tensor],
-        center_J: list[int],
-        inputs: int,
-        activation: str,
-    ) -> Tensor:
-        """Both products and the activation between them: see `ops.reference.mlp`."""
-        raise NotImplementedError(f"{cls.name} has no fused MLP")
+    @property
+    def device(self) -> torch.device:
+        """Of the stored tensors."""
+        return self._like.device
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
@@ -206,5 +191,22 @@ class EncodedResidual(nn.Module, ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored tensors, indices included."""
+        """Bytes of the stored tensors, indices and scales included."""
         return sum(tensor.nbytes for tensor in self.buffers())
+
+    def bytes_by_kind(self) -> dict[ByteKind, int]:
+        """Bytes of the stored tensors by what they hold; kinds without bytes are left out."""
+        found: dict[ByteKind, int] = {}
+        for name, tensor in self.tensors().items():
+            kind = self.stored[name].kind
+            found[kind] = found.get(kind, 0) + tensor.nbytes
+        return found
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # nn.Module would cast every floating-point buffer; scales and the like keep their dtype.
+        for name, tensor in self._buffers.items():
+            assert tensor is not None
+            follows = self.stored[name].dtypes is None
+            self._buffers[name] = fn(tensor) if follows else tensor.to(fn(tensor[:0]).device)
+        self._like = fn(self._like)
+        return self

@@ -1,48 +1,52 @@
-"""The codec that compresses nothing: a whole expert, no centre.
-
-For layers left out by `--layers`, so that they are sharded and served like all the others.
-"""
+"""`dense`: the matrix itself. The default for centres, and for layers that are not compressed."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from resmoe_dist.codecs.base import EncodedResidual, TensorReader
+from resmoe_dist.codecs.base import CodecConfig, EncodedMatrix, StoredTensor
+from resmoe_dist.codecs.registry import CodecSpec, register_codec
 
 
-class DenseResidual(EncodedResidual):
-    """weight [R, D]: the rows themselves."""
+@register_codec
+class DenseMatrix(EncodedMatrix):
+    """weight [R, D]."""
 
     name = "dense"
-    uses_center = False
+    stored = {"weight": StoredTensor("values")}
+    is_dense = True
 
     weight: Tensor
 
     @classmethod
+    def of(cls, weight_RD: Tensor) -> DenseMatrix:
+        """A dense matrix that shares memory with `weight_RD`."""
+        rows, columns = weight_RD.shape
+        return cls((rows, columns), {"weight": weight_RD}, weight_RD.dtype)
+
+    @classmethod
     def encode(
-        cls, residual_ID: Tensor, *, keep: float, dtype: torch.dtype, mask_ID: Tensor | None = None
-    ) -> DenseResidual:
-        return cls(residual_ID.shape[1], {"weight": residual_ID.to(dtype)})
+        cls,
+        matrix_ID: Tensor,
+        config: CodecConfig,
+        dtype: torch.dtype,
+        mask_ID: Tensor | None = None,
+    ) -> DenseMatrix:
+        return cls.of(matrix_ID.to(dtype))
 
     @classmethod
-    def read(cls, read: TensorReader, columns: int, start: int, stop: int) -> DenseResidual:
-        return cls(columns, {"weight": read("weight", start, stop)})
-
-    @classmethod
-    def expected_tensors(cls, rows: int, columns: int) -> dict[str, tuple[int | None, ...]]:
+    def shapes(cls, rows: int, columns: int) -> dict[str, tuple[int | None, ...]]:
         return {"weight": (rows, columns)}
 
     @classmethod
-    def stored_bytes(cls, rows: int, columns: int, keep: float, itemsize: int) -> int:
+    def stored_bytes(cls, rows: int, columns: int, config: CodecConfig, itemsize: int) -> int:
         return rows * columns * itemsize
 
-    @property
-    def rows(self) -> int:
-        return self.weight.shape[0]
-
     def decode(self) -> Tensor:
+        """The stored weight, not a copy."""
         return self.weight
 
-    def slice_rows(self, start: int, stop: int) -> DenseResidual:
-        return DenseResidual(self.columns, {"weight": self.weight[start:stop]})
+
+# The default for centres.
+DENSE = CodecSpec(name="dense")

@@ -1,57 +1,59 @@
-"""Where the kept entries go: per expert, per group, or over the model; and how many there are.
+"""How budgets of kept entries are shared: between a centre and residuals, and over a model.
 
-Legend: N experts of a group, I rows, D columns, S sampled entries.
+Legend: E experts of a group, I rows, D columns, S sampled entries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from resmoe_dist.codecs import EncodedResidual, PrunedResidual
+from resmoe_dist.codecs import CodecSpec
 from resmoe_dist.compression.blocks import AlignedExperts
 from resmoe_dist.compression.center import mean_center
-from resmoe_dist.compression.encoding import encode_group
+from resmoe_dist.compression.encoding import GroupCodecs, encode_group
 from resmoe_dist.compression.windows import drop_prices
 
-# Points of a price curve: shares read off it are right to 0.01 %.
+# Points of a price curve: accurate to 0.01 % of the values.
 _CURVE_POINTS = 8193
 _BISECTIONS = 60
 
 
-def centerless_keep(keep: float, count: int) -> float:
-    """The share that can be kept for the same bytes by a group of `count` without a centre."""
-    return min(1.0, keep + 1 / count)
+def centerless_keep(keep: float, count: int, center_share: float = 1.0) -> float:
+    """The share of entries that a group of `count` experts can keep for the bytes of a centre too.
+
+    center_share: bytes of the centre as a share of a dense matrix's.
+    """
+    return min(1.0, keep + center_share / count)
 
 
-def center_pays(aligned: AlignedExperts, keep: float) -> bool:
-    """Whether a joint centre loses less than the entries that its bytes could hold instead.
+def center_pays(
+    aligned: AlignedExperts, residual_codec: CodecSpec, center_share: float = 1.0
+) -> bool:
+    """Whether a joint centre loses less than keeping more entries for the same bytes.
 
-    Judged on a sample of the entries.
+    residual_codec: one that selects entries. center_share: see `centerless_keep`. Estimated on a
+    sample of the entries, with an exact centre.
     """
     sample = aligned.as_sample()
+    keep = residual_codec.keep
+    assert keep is not None, "codecs that select entries have a budget"
 
     def error(center: str, keep: float) -> float:
-        encoded = encode_group(
-            sample,
-            PrunedResidual,
-            center=center,
-            keep=keep,
-            allocate="group",
-            dtype=torch.float32,
-        )
-        return encoded.squared_error
+        codecs = GroupCodecs(residual_codec.with_keep(keep), torch.float32)
+        return encode_group(sample, codecs, center=center).squared_error
 
-    return error("joint", keep) <= error("none", centerless_keep(keep, aligned.count))
+    without = centerless_keep(keep, aligned.count, center_share)
+    return error("joint", keep) <= error("none", without)
 
 
 @dataclass(frozen=True)
 class PriceCurve:
-    """What dropping one more value would cost in a group, as its quantiles.
+    """What dropping one more value costs in a group, as quantiles of the prices.
 
-    values: N·I·D. droppable: how many of them have a price; the others drop for free. prices:
+    values: E·I·D. droppable: how many of them have a price; the others are free to drop. prices:
     ascending, squared errors in the units of the experts.
     """
 
@@ -62,15 +64,15 @@ class PriceCurve:
     @classmethod
     def of(cls, aligned: AlignedExperts, center: str) -> PriceCurve:
         """The curve of a group with a centre of kind `center`."""
-        sample_NS, weight_S = aligned.sample, aligned.sample_weights
+        sample_ES, weight_S = aligned.sample, aligned.sample_weights
         droppable = aligned.count * aligned.entries
         if center == "joint":
-            prices = drop_prices(sample_NS)
+            prices = drop_prices(sample_ES)
             droppable -= aligned.entries
         else:
             if center != "none":
-                sample_NS = sample_NS - aligned.sampled(mean_center(aligned, torch.float32))
-            prices = sample_NS.square()
+                sample_ES = sample_ES - aligned.sample_of(mean_center(aligned, torch.float32))
+            prices = sample_ES.square()
         if weight_S is not None:
             prices = prices * weight_S.square()
         prices = prices.flatten()
@@ -79,7 +81,7 @@ class PriceCurve:
         prices = prices.sort().values
         last = prices.numel() - 1
         points = torch.linspace(0, last, _CURVE_POINTS, dtype=torch.float64).long()
-        found = prices[points].double() * aligned.unit**2
+        found = prices[points].double() * aligned.scale**2
         return cls(aligned.count * aligned.entries, droppable, tuple(found.tolist()))
 
     def kept_at(self, price: float) -> float:
@@ -90,10 +92,10 @@ class PriceCurve:
 
 
 def allocate_over_model(curves: Sequence[PriceCurve], budgets: Sequence[float]) -> list[float]:
-    """Each group's share of values to keep, so that a value kept saves as much error in all.
+    """Each group's share of values to keep, so that the last one kept saves the same in all groups.
 
-    budgets: how many values each group would keep alone; their sum is kept (Lagrange: at the least
-    error the price of the next drop is the same everywhere).
+    budgets: how many values each group would keep alone. Their sum is kept. At the least error the
+    price of the next drop is the same in all groups (Lagrange).
     """
     budget = sum(budgets)
     low, high = 0.0, max(curve.prices[-1] for curve in curves)
@@ -104,44 +106,8 @@ def allocate_over_model(curves: Sequence[PriceCurve], budgets: Sequence[float]) 
         else:
             high = price
     shares = [curve.kept_at(high) / curve.values for curve in curves]
-    # Steps of the curves, and equal prices, leave a rest: it is spread evenly.
+    # The curves have steps, and prices may be equal: the rest of the budget is spread evenly.
     kept = sum(share * curve.values for share, curve in zip(shares, curves, strict=True))
     free = sum((1 - share) * curve.values for share, curve in zip(shares, curves, strict=True))
     spread = min(1.0, (budget - kept) / free) if free > 0 else 0.0
     return [share + (1 - share) * spread for share in shares]
-
-
-@dataclass(frozen=True)
-class StoredSize:
-    """What decides a group's stored bytes: its experts, their shape [rows, columns], the bytes of a
-    value, the codec, and bytes that are there whatever is kept (biases)."""
-
-    count: int
-    rows: int
-    columns: int
-    itemsize: int
-    codec: type[EncodedResidual]
-    has_center: bool
-    fixed: int = 0
-
-    def bytes_at(self, keep: float) -> int:
-        """At most this much, centre and indices included."""
-        center = self.rows * self.columns * self.itemsize if self.has_center else 0
-        residual = self.codec.stored_bytes(self.rows, self.columns, keep, self.itemsize)
-        return self.fixed + center + self.count * residual
-
-
-def keep_for(target_bytes: float, total_bytes: Callable[[float], int]) -> float | None:
-    """The largest keep whose bytes do not exceed the target; None where even keep 0's do."""
-    if total_bytes(1.0) <= target_bytes:
-        return 1.0
-    if total_bytes(0.0) > target_bytes:
-        return None
-    low, high = 0.0, 1.0
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        if total_bytes(middle) <= target_bytes:
-            low = middle
-        else:
-            high = middle
-    return low

@@ -1,4 +1,7 @@
-"""Exact order statistics of values that are too many to hold, made block by block."""
+"""Exact order statistics of more values than fit in memory, computed block by block.
+
+Legend: E dependent values in a column of a sample, S independent columns.
+"""
 
 from __future__ import annotations
 
@@ -14,67 +17,75 @@ from resmoe_dist.compression.threads import in_parallel
 
 Block = TypeVar("Block")
 
-# Half the bracket around the wanted value, in standard deviations of the sample's error.
-_BRACKET = 6.0
+# Half the width of the bracket, in standard deviations of the sample's error.
+_BRACKET_DEVIATIONS = 6.0
 
 
 @dataclass(frozen=True)
 class OrderStatistic:
-    """value: the wanted one. ties: of its equals in each block, how many have no higher rank."""
+    """value: the order statistic. ties[b]: how many entries of block b that are equal to `value`
+    are among the smallest `rank` values."""
 
     value: float
     ties: list[int]
 
 
 def order_statistic(
-    sample_CS: Tensor,
-    values_in: Callable[[Block], Tensor],
+    sample_ES: Tensor,
+    values_of: Callable[[Block], Tensor],
     blocks: Callable[[], Iterable[Block]],
     total: int,
     rank: int,
     *,
     device: torch.device,
 ) -> OrderStatistic:
-    """The rank-th smallest (from 1) of `total` values; equals rank in the order of the blocks.
+    """The `rank`-th smallest (from 1) of `total` values. Equal values rank in the order of blocks.
 
-    sample_CS: some of the values; those of a column belong together (of one entry, say), columns
-    are independent. blocks and values_in: make all the values, the same ones each time; on
-    `device`. The sample tells between which two values the wanted one will be; one pass counts
-    those below and keeps those between. In the rare case that it was not there, the bracket is
-    widened.
+    sample_ES: a sample of the values. The values of a column may depend on each other (those of one
+    entry, for example); the columns are independent. blocks: starts a pass over all blocks; each
+    pass must yield the same ones. values_of: the values of a block, on `device`.
+
+    The sample gives a bracket that very likely contains the result. One pass counts the values
+    below the bracket and collects those inside it. If the result is outside, the bracket is widened
+    and another pass follows.
     """
     assert 1 <= rank <= total
-    sample = sample_CS.flatten().sort().values
+    sample = sample_ES.flatten().sort().values
     middle = rank / total * sample.numel()
-    # The share below is wrong by at most σ = C/2·√S entries of the sample.
-    margin = _BRACKET * 0.5 * math.sqrt(sample.numel() * sample_CS.shape[0])
+    # The standard deviation of the position in the sample is at most E/2·√S.
+    margin = _BRACKET_DEVIATIONS * 0.5 * math.sqrt(sample.numel() * sample_ES.shape[0])
     while True:
-        low = _at(sample, middle - margin)
-        high = _at(sample, middle + margin)
+        low = _value_at(sample, middle - margin)
+        high = _value_at(sample, middle + margin)
 
-        def look(block: Block, low: float = low, high: float = high) -> _Found:
-            return _Found.among(values_in(block), low, high)
+        def count(block: Block, low: float = low, high: float = high) -> _BlockCounts:
+            return _BlockCounts.of(values_of(block), low, high)
 
-        parts = list(in_parallel(look, blocks(), device=device))
-        found = _within(parts, low, high, rank)
+        counts = list(in_parallel(count, blocks(), device=device))
+        found = _find_in_bracket(counts, low, high, rank)
         if found is not None:
-            value, at = found
-            return OrderStatistic(value, _dealt(at, [part.equals(value) for part in parts]))
+            value, ties = found
+            return OrderStatistic(value, _distribute(ties, [c.equal_to(value) for c in counts]))
         margin *= 8
 
 
-def _dealt(count: int, at_most: list[int]) -> list[int]:
-    """`count` dealt out in order, to each at most so many."""
-    dealt = []
-    for most in at_most:
-        dealt.append(min(count, most))
-        count -= dealt[-1]
-    return dealt
+def _distribute(total: int, limits: list[int]) -> list[int]:
+    """Split `total` over the limits in order, each filled before the next."""
+    parts = []
+    for limit in limits:
+        parts.append(min(total, limit))
+        total -= parts[-1]
+    return parts
 
 
 @dataclass(frozen=True)
-class _Found:
-    """Of one block: how many values are below the bracket, how many are its ends, and the rest."""
+class _BlockCounts:
+    """One block's values relative to the bracket [low, high].
+
+    below, at_low, at_high: how many are below the bracket or equal to one of its ends. The ends are
+    counted rather than collected because they may be very common. between: all other values in the
+    bracket.
+    """
 
     low: float
     high: float
@@ -83,15 +94,8 @@ class _Found:
     at_high: int
     between: Tensor
 
-    def equals(self, value: float) -> int:
-        """How many values are `value`, which is one in the bracket."""
-        if value == self.low:
-            return self.at_low
-        return self.at_high if value == self.high else int((self.between == value).sum())
-
     @classmethod
-    def among(cls, values: Tensor, low: float, high: float) -> _Found:
-        """The ends are counted and not kept: they may be very common."""
+    def of(cls, values: Tensor, low: float, high: float) -> _BlockCounts:
         candidates = values[(values >= low) & (values <= high)]
         return cls(
             low=low,
@@ -102,8 +106,15 @@ class _Found:
             between=candidates[(candidates > low) & (candidates < high)],
         )
 
+    def equal_to(self, value: float) -> int:
+        """How many values are equal to `value`, a value in the bracket."""
+        if value == self.low:
+            return self.at_low
+        return self.at_high if value == self.high else int((self.between == value).sum())
 
-def _at(sorted_values: Tensor, position: float) -> float:
+
+def _value_at(sorted_values: Tensor, position: float) -> float:
+    """The value at a position; infinite outside the tensor."""
     if position < 0:
         return -math.inf
     if position >= sorted_values.numel():
@@ -111,20 +122,25 @@ def _at(sorted_values: Tensor, position: float) -> float:
     return float(sorted_values[int(position)])
 
 
-def _within(parts: list[_Found], low: float, high: float, rank: int) -> tuple[float, int] | None:
-    """The wanted value if it is in [low, high], and which one (from 1) it is of its equals."""
-    rank -= sum(part.below for part in parts)
+def _find_in_bracket(
+    counts: list[_BlockCounts], low: float, high: float, rank: int
+) -> tuple[float, int] | None:
+    """The value of rank `rank`, and its rank (from 1) among the values equal to it.
+
+    None if the value is outside [low, high].
+    """
+    rank -= sum(block.below for block in counts)
     if rank < 1:
         return None
-    at_low = sum(part.at_low for part in parts)
+    at_low = sum(block.at_low for block in counts)
     if rank <= at_low:
         return low, rank
     rank -= at_low
-    inside = torch.cat([part.between for part in parts])
-    if rank <= inside.numel():
-        value = inside.kthvalue(rank).values
-        return float(value), rank - int((inside < value).sum())
-    rank -= inside.numel()
-    if low != high and rank <= sum(part.at_high for part in parts):
+    between = torch.cat([block.between for block in counts])
+    if rank <= between.numel():
+        value = between.kthvalue(rank).values
+        return float(value), rank - int((between < value).sum())
+    rank -= between.numel()
+    if low != high and rank <= sum(block.at_high for block in counts):
         return high, rank
     return None

@@ -1,4 +1,4 @@
-"""Work on many blocks at once, one thread each."""
+"""Process many blocks in parallel, one thread per block."""
 
 from __future__ import annotations
 
@@ -16,26 +16,30 @@ Result = TypeVar("Result")
 def in_parallel(
     work: Callable[[Item], Result], items: Iterable[Item], *, device: torch.device
 ) -> Iterator[Result]:
-    """`work` of each item, in order; on a CPU on as many threads as PyTorch has.
+    """Yield `work(item)` for each item, in order.
 
-    PyTorch would share out every single operation, each too short for that: threads that meet after
-    it wait more than they work, and by far the most on a machine that is busy otherwise. Results do
-    not depend on the number of threads. Few more items than threads are underway at a time.
+    On a CPU, as many items run at a time as PyTorch has threads, each on one thread. On other
+    devices, and with one thread, items run one after the other. At most one item more than
+    threads is in progress.
+
+    PyTorch's own parallelism splits every single operation. The operations here are short, so the
+    threads would spend most of the time waiting for each other. Results do not depend on the number
+    of threads.
     """
     threads = torch.get_num_threads()
     if threads == 1 or device.type != "cpu":
         yield from map(work, items)
         return
-    underway: deque[Future[Result]] = deque()
-    # Threads that are made from here on have one thread to themselves.
+    pending: deque[Future[Result]] = deque()
+    # Threads created from now on inherit this setting.
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads) as pool:
             for item in items:
-                underway.append(pool.submit(work, item))
-                if len(underway) > threads:
-                    yield underway.popleft().result()
-            while underway:
-                yield underway.popleft().result()
+                pending.append(pool.submit(work, item))
+                if len(pending) > threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
     finally:
         torch.set_num_threads(threads)

@@ -1,34 +1,44 @@
-"""Bytes and errors of a compressed checkpoint, measured from its files, as a table and as JSON.
-
-Legend: N experts, I rows, D columns.
-"""
+"""Bytes and errors of a compressed checkpoint, measured from its files, as a table and as JSON."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from resmoe_dist.checkpoints.compressed import STORED_DTYPES, CompressedCheckpoint, LayerEntry
+from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
+from resmoe_dist.checkpoints.format import STORED_DTYPES, LayerEntry
 from resmoe_dist.checkpoints.tensor_files import tensor_bytes
-from resmoe_dist.codecs import codec_named
+from resmoe_dist.codecs import BYTE_KINDS, ByteKind
+from resmoe_dist.evaluation.tables import human_bytes, text_table
+
+_NO_BYTES = "0 B"
 
 
 def describe(checkpoint: CompressedCheckpoint) -> dict[str, Any]:
     """Settings, and per layer and in total: error, and bytes before and after by kind.
 
-    `error` is (1/N) Σ_k ‖T_k W_k − restored_k‖² (paper 001, appendix A.6), `relative_error` its
-    share of (1/N) Σ_k ‖W_k‖², `weighted_relative_error` the same in the activation-weighted norm.
-    `keep` is the share of residual entries kept. These last two are None where the index does not
-    say. `groups_without_center` leaves layers stored dense out. Bytes are what the files' headers
-    say lies in them; `dense_bytes` is what the experts would take dense in the stored dtype,
-    `source_bytes` what they took in theirs.
+    `error` is (1/E) Σ_k ‖T_k W_k − restored_k‖² over the E experts of the layer (paper 001,
+    appendix A.6), `relative_error` its share of (1/E) Σ_k ‖W_k‖², `weighted_relative_error` the
+    same in the activation-weighted norm. `keep` is the share of residual entries kept. The last two
+    are None if the index does not have them. `groups_without_center` does not count layers that the
+    settings left out. Bytes are those in the files' headers, `residual_bytes` by kind.
+    `dense_bytes` is what the experts would take dense in the stored dtype, `source_bytes` what they
+    took in the source.
+
+    Raises UserError if a file is missing or does not fit the index.
     """
     index = checkpoint.index
-    layers = [_describe_layer(checkpoint, layer) for layer in index.layers]
-    keys = ("source_bytes", "dense_bytes")
-    keys += ("center_bytes", "value_bytes", "index_bytes", "stored_bytes")
+    chosen = set(index.settings.layers)
+    layers = [
+        _describe_layer(checkpoint, layer, is_compressed=i in chosen)
+        for i, layer in enumerate(index.layers)
+    ]
+    keys = ("source_bytes", "dense_bytes", "center_bytes", "stored_bytes")
     total: dict[str, Any] = {key: sum(layer[key] for layer in layers) for key in keys}
+    total["residual_bytes"] = _sum_by_kind(layer["residual_bytes"] for layer in layers)
     total["ratio"] = total["stored_bytes"] / total["source_bytes"]
-    total |= _accuracy([layer for layer in index.layers if layer.codec != "dense"])
+    total |= _accuracy([layer for i, layer in enumerate(index.layers) if i in chosen])
     total["groups_without_center"] = sum(layer["groups_without_center"] for layer in layers)
     other = sum(
         sum(tensor_bytes(checkpoint.folder / entry.file).values())
@@ -47,22 +57,28 @@ def describe(checkpoint: CompressedCheckpoint) -> dict[str, Any]:
     }
 
 
-def _describe_layer(checkpoint: CompressedCheckpoint, layer: LayerEntry) -> dict[str, Any]:
-    bytes_by_kind = {"center": 0, "value": 0, "index": 0}
+def _describe_layer(
+    checkpoint: CompressedCheckpoint, layer: LayerEntry, *, is_compressed: bool
+) -> dict[str, Any]:
     for group in layer.groups:
-        for name, size in tensor_bytes(checkpoint.folder / group.file.file).items():
-            bytes_by_kind[_kind(name)] += size
-    stored = sum(bytes_by_kind.values())
+        # Raises unless the bytes in the file are those of the index.
+        checkpoint.open_group(layer, group)
+    stored = sum(group.stored_bytes for group in layer.groups)
     source = sum(group.source_bytes for group in layer.groups)
     error = sum(e for group in layer.groups for e in group.squared_errors) / layer.num_experts
     norm = sum(n for group in layer.groups for n in group.squared_norms) / layer.num_experts
+    without_center = sum(not group.has_center for group in layer.groups)
     return {
         "module": layer.module,
-        "codec": layer.codec,
+        "method": layer.method,
+        "center_codec": layer.center_codec,
+        "residual_codec": layer.residual_codec,
+        "compressed": is_compressed,
         "dtype": layer.dtype,
         "experts": layer.num_experts,
+        "stored_experts": layer.stored_experts,
         "groups": len(layer.groups),
-        "groups_without_center": _groups_without_center(layer),
+        "groups_without_center": without_center if is_compressed else 0,
         "rows": layer.rows,
         "columns": layer.shape.columns,
         "error": error,
@@ -70,22 +86,30 @@ def _describe_layer(checkpoint: CompressedCheckpoint, layer: LayerEntry) -> dict
         **_accuracy([layer]),
         "source_bytes": source,
         "dense_bytes": _dense_bytes(layer),
-        "center_bytes": bytes_by_kind["center"],
-        "value_bytes": bytes_by_kind["value"],
-        "index_bytes": bytes_by_kind["index"],
+        "center_bytes": sum(group.center_bytes for group in layer.groups),
+        "residual_bytes": _sum_by_kind(group.residual_bytes for group in layer.groups),
         "stored_bytes": stored,
         "ratio": stored / source,
         "bits_per_entry": 8 * stored / (layer.num_experts * layer.shape.entries),
     }
 
 
+def _sum_by_kind(parts: Iterable[Mapping[ByteKind, int]]) -> dict[ByteKind, int]:
+    """Bytes of every kind, also of those that no part has."""
+    total: Counter[ByteKind] = Counter(dict.fromkeys(BYTE_KINDS, 0))
+    for part in parts:
+        total.update(part)
+    return dict(total)
+
+
 def _accuracy(layers: list[LayerEntry]) -> dict[str, float | None]:
     """Relative errors and kept share over all experts of some layers."""
     groups = [group for layer in layers for group in layer.groups]
-    errors = [group.weighted_squared_errors for group in groups]
-    norms = [group.weighted_squared_norms for group in groups]
-    calibrated = bool(groups) and None not in errors + norms
-    masked = bool(groups) and all(group.keep is not None for group in groups)
+    errors = [e for group in groups if (e := group.weighted_squared_errors) is not None]
+    norms = [n for group in groups if (n := group.weighted_squared_norms) is not None]
+    calibrated = len(errors) == len(norms) == len(groups) > 0
+    keeps = [group.keep for group in groups if group.keep is not None]
+    masked = len(keeps) == len(groups) > 0
     sizes = [len(g.experts) * layer.shape.entries for layer in layers for g in layer.groups]
     return {
         "relative_error": _relative(
@@ -93,7 +117,7 @@ def _accuracy(layers: list[LayerEntry]) -> dict[str, float | None]:
         ),
         "weighted_relative_error": _relative(errors, norms) if calibrated else None,
         "keep": (
-            sum(group.keep * size for group, size in zip(groups, sizes, strict=True)) / sum(sizes)
+            sum(keep * size for keep, size in zip(keeps, sizes, strict=True)) / sum(sizes)
             if masked
             else None
         ),
@@ -105,36 +129,37 @@ def _relative(errors: list[list[float]], norms: list[list[float]]) -> float:
     return sum(map(sum, errors)) / norm if norm else 0.0
 
 
-def _groups_without_center(layer: LayerEntry) -> int:
-    return sum(codec_named(layer.codec).uses_center and not g.has_center for g in layer.groups)
-
-
 def _dense_bytes(layer: LayerEntry) -> int:
     values = layer.shape.entries + (layer.hidden if layer.output_bias else 0)
     return layer.num_experts * values * STORED_DTYPES[layer.dtype].itemsize
 
 
-def _kind(tensor_name: str) -> str:
-    if tensor_name == "center":
-        return "center"
-    return "index" if tensor_name.endswith((".bitmap", ".row_offsets")) else "value"
+def settings_line(settings: dict[str, Any]) -> str:
+    """Settings of `describe` as text: `groups 4, residual_codec pruned (keep 0.25)`."""
+    shown = {key: value for key, value in settings.items() if key not in ("layers", "calibration")}
+    return ", ".join(
+        f"{key} {_setting(value)}" for key, value in shown.items() if value is not None
+    )
+
+
+def _setting(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    options = ", ".join(f"{key} {option}" for key, option in value["options"].items())
+    return f"{value['name']} ({options})" if options else value["name"]
 
 
 def layer_table(description: dict[str, Any]) -> str:
     """The layers and the total of `describe` as a text table."""
     layers, total = description["layers"], description["experts"]
-    rows = [_row(layer["module"], layer) for layer in layers]
-    rows.append(_row("all experts", {"codec": "", "groups": "", "error": None} | total))
-    # A column that there is nothing to say in is left out.
-    header = [name for name in rows[0] if any(row[name] for row in rows)]
+    rows = [_row(layer["module"], _codecs_of(layer), layer) for layer in layers]
+    rows.append(_row("all experts", "", {"groups": "", "error": None} | total))
+    # Columns that are empty or zero in all rows are left out.
+    header = [name for name in rows[0] if any(row[name] not in ("", _NO_BYTES) for row in rows)]
     lines = [text_table(header, [[row[name] for name in header] for row in rows], left=2)]
-    if without := total["groups_without_center"]:
-        groups = sum(layer["groups"] for layer in layers if layer["codec"] != "dense")
-        asked_for = description["settings"]["center"] == "none"
-        why = "as --center none asks" if asked_for else "there it would not pay for its bytes"
-        lines.append(f"no centre in {without} of {groups} groups: {why}")
+    lines += _center_remarks([layer for layer in layers if layer["compressed"]])
     if total["dense_bytes"] != total["source_bytes"]:
-        # Narrower values alone are no achievement of the compression.
+        # A narrower dtype alone is not counted as compression.
         share = total["stored_bytes"] / total["dense_bytes"]
         dense = human_bytes(total["dense_bytes"])
         lines.append(f"dense experts in the stored dtype would take {dense}: {share:.1%} of that")
@@ -147,15 +172,39 @@ def layer_table(description: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _row(name: str, values: dict[str, Any]) -> dict[str, str]:
+def _codecs_of(layer: dict[str, Any]) -> str:
+    """`dense + pruned`: the codecs of centres and residuals."""
+    return " + ".join(filter(None, (layer["center_codec"], layer["residual_codec"])))
+
+
+def _center_remarks(compressed: list[dict[str, Any]]) -> list[str]:
+    """Lines about groups without a centre: by choice of the settings, or of the method."""
+    groups = sum(layer["groups"] for layer in compressed)
+    remarks = []
+    for by_settings, why in (
+        (True, "as the settings ask"),
+        (False, "there it would not pay for its bytes"),
+    ):
+        without = sum(
+            layer["groups_without_center"]
+            for layer in compressed
+            if (layer["center_codec"] is None) is by_settings
+        )
+        if without:
+            remarks.append(f"no centre in {without} of {groups} groups: {why}")
+    return remarks
+
+
+def _row(name: str, codecs: str, values: dict[str, Any]) -> dict[str, str]:
     """Cells by column."""
 
     def cell(value: float | None, digits: str) -> str:
         return "" if value is None else format(value, digits)
 
+    residual_bytes = values["residual_bytes"]
     return {
         "layer": name,
-        "codec": values["codec"],
+        "codec": codecs,
         "groups": str(values["groups"]),
         "keep": cell(values["keep"], ".3f"),
         "error": cell(values["error"], ".4g"),
@@ -163,31 +212,7 @@ def _row(name: str, values: dict[str, Any]) -> dict[str, str]:
         "weighted": cell(values["weighted_relative_error"], ".4f"),
         "before": human_bytes(values["source_bytes"]),
         "centre": human_bytes(values["center_bytes"]),
-        "values": human_bytes(values["value_bytes"]),
-        "indices": human_bytes(values["index_bytes"]),
+        **{kind: human_bytes(residual_bytes[kind]) for kind in BYTE_KINDS},
         "after": human_bytes(values["stored_bytes"]),
         "share": f"{values['ratio']:.1%}",
     }
-
-
-def text_table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
-    """Columns aligned: the first `left` to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(row: list[str]) -> str:
-        cells = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "  ".join(cells).rstrip()
-
-    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
-
-
-def human_bytes(count: float) -> str:
-    """1536 -> '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"

@@ -1,24 +1,18 @@
-"""The non-linearity between an expert's inputs and its output, as its family defines it."""
+"""The function between an expert's input and output projections, as its family defines it.
+
+Legend: N routed copies, S rows.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.integrations.moe import _default_apply_gate
 
-from resmoe_dist.families.sites import is_switch_experts
-
-
-class Activation(Protocol):
-    """Takes the outputs [R, I] of the input projections (gate, up; or in), gives h [R, I]."""
-
-    def __call__(self, *inputs: Tensor) -> Tensor: ...
-
-
-# Activations that kernels have (see `ops.reference`), by what transformers makes of their names.
+# Names of the activations that fused kernels support (`kernels.reference.FUSED_ACTIVATIONS`), by
+# transformers' class.
 _KERNELS = {
     type(ACT2FN[name]): kernel
     for name, kernel in (
@@ -43,7 +37,7 @@ class PlainActivation(nn.Module):
 
     @property
     def kernel(self) -> str | None:
-        """The name of it among the kernels', if it is one of them."""
+        """Its name among the fused kernels' activations, or None."""
         return _KERNELS.get(type(self.act))
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -54,6 +48,9 @@ class PlainActivation(nn.Module):
 class FamilyGate(nn.Module):
     """A family's own `_apply_gate`, on the module it came with, stripped of its weights."""
 
+    kernel = None
+    experts: Any
+
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
         experts._parameters.clear()
@@ -63,11 +60,3 @@ class FamilyGate(nn.Module):
         if self.experts.is_concatenated:
             return self.experts._apply_gate(torch.cat([gate, up], -1))
         return self.experts._apply_gate(torch.stack([gate, up], -1).flatten(-2))
-
-
-def activation_of(experts: nn.Module) -> nn.Module:
-    """The activation of a transformers experts module. The module's weights may be taken away."""
-    if is_switch_experts(experts):
-        return PlainActivation(experts["expert_0"].act)
-    own_gate = type(experts)._apply_gate is not _default_apply_gate
-    return FamilyGate(experts) if own_gate and experts.has_gate else PlainActivation(experts.act_fn)

@@ -1,22 +1,24 @@
-"""Where a model keeps its experts, read off the model itself.
+"""Where a model keeps its experts, and how it calls them, read off the model itself.
 
 In transformers v5 some sixty families build their experts as one module of fused 3-D weights that
-says how it lays them out (`is_transposed`, `is_concatenated`, `has_bias`, `has_gate`); Switch
-Transformers keeps a ModuleDict of small MLPs. Building the model on the meta device costs no memory
-and tells, for every family alike, which modules hold experts and of what shape.
+says how it lays them out (`is_transposed`, `is_concatenated`, `has_bias`, `has_gate`). Switch
+Transformers keeps a ModuleDict of small MLPs. One adapter per kind of module knows its shape, its
+activation and its call. A model on the meta device costs no memory and is enough to find them.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.integrations.moe import _default_apply_gate
 
 from resmoe_dist.design_matrix import ExpertShape
 from resmoe_dist.errors import UserError
+from resmoe_dist.families.activations import FamilyGate, PlainActivation
+from resmoe_dist.routing import NO_EXPERT
 
 
 @dataclass(frozen=True)
@@ -34,104 +36,127 @@ class ExpertSite:
     interleaved: bool = False
 
 
-def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The transformers class that a config's `architectures` names.
+class ExpertsAdapter(ABC):
+    """One kind of experts module: what it looks like, and how its block calls it."""
 
-    Raises UserError when it names none that transformers has.
-    """
-    for name in config.architectures or []:
-        found = getattr(transformers, name, None)
-        if isinstance(found, type) and issubclass(found, PreTrainedModel):
-            return found
-    raise UserError(
-        f"config.json: 'architectures' is {config.architectures!r}, which transformers "
-        f"{transformers.__version__} does not have; name a class such as 'MixtralForCausalLM'"
-    )
+    @classmethod
+    @abstractmethod
+    def recognises(cls, module: nn.Module) -> bool:
+        """Whether a module is of this kind."""
+
+    @classmethod
+    @abstractmethod
+    def site(cls, name: str, module: Any) -> ExpertSite:
+        """Shape and layout of the module called `name`. Raises UserError if it is unsupported."""
+
+    @classmethod
+    @abstractmethod
+    def activation(cls, module: Any) -> nn.Module:
+        """The activation between the projections. May take the module's weights away."""
+
+    @classmethod
+    @abstractmethod
+    def routing(cls, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The call's arguments as hidden states [T, H], top_k_index [T, K], top_k_weights [T, K].
+
+        A dropped copy gets index NO_EXPERT.
+        """
 
 
-def load_config(folder: str) -> PretrainedConfig:
-    """The config of a model folder. Raises UserError where there is none that can be read."""
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # what transformers raises for a bad config has no common class
-        raise UserError(
-            f"{folder}: not a readable Hugging Face model folder ({_reason(error)})"
-        ) from error
+class FusedExperts(ExpertsAdapter):
+    """transformers v5's modules of fused weights, called with index and weights."""
+
+    @classmethod
+    def recognises(cls, module: nn.Module) -> bool:
+        return hasattr(module, "is_transposed") and isinstance(
+            getattr(module, "down_proj", None), Tensor
+        )
+
+    @classmethod
+    def site(cls, name: str, module: Any) -> ExpertSite:
+        if getattr(module, "has_post_expert_norm", False):
+            raise UserError(
+                f"{name} ({type(module).__name__}) normalises each expert's output, which a sum of "
+                "rows cannot express; this family is not supported"
+            )
+        num_experts, *shape = module.down_proj.shape
+        rows, hidden = shape if module.is_transposed else reversed(shape)
+        return ExpertSite(
+            name,
+            num_experts,
+            ExpertShape(
+                rows=rows,
+                hidden=hidden,
+                gated=module.has_gate,
+                row_bias=module.has_bias,
+                output_bias=module.has_bias,
+            ),
+            transposed=module.is_transposed,
+            interleaved=not module.is_concatenated,
+        )
+
+    @classmethod
+    def activation(cls, module: Any) -> nn.Module:
+        has_family_gate = type(module)._apply_gate is not _default_apply_gate
+        if has_family_gate and module.has_gate:
+            return FamilyGate(module)
+        return PlainActivation(module.act_fn)
+
+    @classmethod
+    def routing(cls, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hidden_states, top_k_index, top_k_weights = arguments
+        return hidden_states, top_k_index, top_k_weights
 
 
-def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a config with its parameters on the meta device: names and shapes, no memory.
+class SwitchExperts(ExpertsAdapter):
+    """Switch Transformers' ModuleDict of experts, called with a one-hot mask."""
 
-    Raises UserError for a config of which transformers cannot make its model.
-    """
-    kind = model_class(config)
-    try:
-        with torch.device("meta"):
-            return kind._from_config(config)
-    except Exception as error:  # as in load_config
-        raise UserError(
-            f"{config.name_or_path}: config.json does not describe a {kind.__name__} "
-            f"({_reason(error)})"
-        ) from error
+    @classmethod
+    def recognises(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.ModuleDict) and "expert_0" in module
+
+    @classmethod
+    def site(cls, name: str, module: Any) -> ExpertSite:
+        rows, hidden = module["expert_0"].wi.weight.shape
+        return ExpertSite(name, len(module), ExpertShape(rows=rows, hidden=hidden, gated=False))
+
+    @classmethod
+    def activation(cls, module: Any) -> nn.Module:
+        return PlainActivation(module["expert_0"].act)
+
+    @classmethod
+    def routing(cls, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # selected [T, 1, E] is all zero for a token over capacity; weights are [T, 1].
+        hidden_states, selected, routing_weights = arguments
+        kept_T1, index_T1 = selected.max(-1)
+        return hidden_states, index_T1.masked_fill(kept_T1 == 0, NO_EXPERT), routing_weights
+
+
+ADAPTERS: tuple[type[ExpertsAdapter], ...] = (FusedExperts, SwitchExperts)
+
+
+def adapter_for(module: nn.Module) -> type[ExpertsAdapter] | None:
+    """The adapter of an experts module; None for any other module."""
+    return next((adapter for adapter in ADAPTERS if adapter.recognises(module)), None)
 
 
 def find_expert_sites(model: nn.Module) -> list[ExpertSite]:
     """All expert modules of a model, in the order of its modules.
 
-    Raises UserError for experts that are laid out in a way this project does not read.
+    Raises UserError for experts whose layout is not supported.
     """
-    sites = []
-    for name, module in model.named_modules():
-        if is_fused_experts(module):
-            sites.append(_fused_site(name, module))
-        elif is_switch_experts(module):
-            sites.append(_switch_site(name, module))
-    return sites
+    return [
+        adapter.site(name, module)
+        for name, module in model.named_modules()
+        if (adapter := adapter_for(module)) is not None
+    ]
 
 
-def is_fused_experts(module: nn.Module) -> bool:
-    """Whether a module is one of transformers v5's fused expert modules."""
-    return hasattr(module, "is_transposed") and isinstance(
-        getattr(module, "down_proj", None), Tensor
-    )
-
-
-def is_switch_experts(module: nn.Module) -> bool:
-    """Whether a module is Switch Transformers' ModuleDict of experts."""
-    return isinstance(module, nn.ModuleDict) and "expert_0" in module
-
-
-def _reason(error: Exception) -> str:
-    """What an error says, in one line: of a longer story the beginning."""
-    said = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(said[:2])}"
-
-
-def _fused_site(name: str, module: nn.Module) -> ExpertSite:
-    if getattr(module, "has_post_expert_norm", False):
-        raise UserError(
-            f"{name} ({type(module).__name__}) normalises each expert's output, which a sum of "
-            "rows cannot express; this family is not supported"
-        )
-    down_shape = module.down_proj.shape
-    num_experts = down_shape[0]
-    rows, hidden = down_shape[1:] if module.is_transposed else reversed(down_shape[1:])
-    shape = ExpertShape(
-        rows=rows,
-        hidden=hidden,
-        gated=module.has_gate,
-        row_bias=module.has_bias,
-        output_bias=module.has_bias,
-    )
-    return ExpertSite(
-        name,
-        num_experts,
-        shape,
-        transposed=module.is_transposed,
-        interleaved=not module.is_concatenated,
-    )
-
-
-def _switch_site(name: str, module: nn.ModuleDict) -> ExpertSite:
-    rows, hidden = module["expert_0"].wi.weight.shape
-    return ExpertSite(name, len(module), ExpertShape(rows=rows, hidden=hidden, gated=False))
+def replace_experts(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the experts called `name`, before weights are loaded."""
+    model.set_submodule(name, module)
+    # transformers initialises, block by block, what no checkpoint file filled, and would look for
+    # the original experts.
+    block = model.get_submodule(name.rpartition(".")[0])
+    for part in (block, *module.modules()):
+        part._is_hf_initialized = True  # type: ignore[assignment]

@@ -30,10 +30,8 @@ from resmoe_dist.compression.activations import LayerActivations
 from resmoe_dist.design_matrix import from_rows
 from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import sequences_from_text
-from resmoe_dist.families.activations import activation_of
-from resmoe_dist.families.sites import is_switch_experts, model_class
-from resmoe_dist.parallel.dispatcher import NO_EXPERT
-from resmoe_dist.runtime.quantizer import replace_experts
+from resmoe_dist.families.models import model_class
+from resmoe_dist.families.sites import ExpertsAdapter, adapter_for, replace_experts
 
 DEFAULT_TOKENS = 4096
 DEFAULT_CONTEXT = 256
@@ -110,8 +108,15 @@ def measure_activations(
 class _MeasuredExperts(nn.Module):
     """Replaces an experts module: reads and runs one expert at a time and sums up squares."""
 
-    def __init__(self, source: SourceCheckpoint, layer: int, activation: nn.Module) -> None:
+    def __init__(
+        self,
+        source: SourceCheckpoint,
+        layer: int,
+        adapter: type[ExpertsAdapter],
+        activation: nn.Module,
+    ) -> None:
         super().__init__()
+        self.adapter = adapter
         self.source = source
         self.layer = layer
         self.activation = activation
@@ -126,8 +131,9 @@ class _MeasuredExperts(nn.Module):
                 site.num_experts, site.shape.rows, dtype=torch.float64
             )
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Run all experts: hidden states [T, H], index and weights [T, K] -> [T, H]."""
+    def forward(self, *arguments: Tensor) -> Tensor:
+        """Run all experts on the arguments of the model's experts module -> [T, H]."""
+        hidden_states, top_k_index, top_k_weights = self.adapter.routing(*arguments)
         self.tokens += hidden_states.shape[0]
         self.input_squares_H += _sum_of_squares(hidden_states)
         out_TH = torch.zeros_like(hidden_states)
@@ -178,19 +184,6 @@ class _MeasuredExperts(nn.Module):
         )
 
 
-class _MeasuredSwitchExperts(_MeasuredExperts):
-    """Replaces the experts of Switch Transformers, which get a one-hot mask, not an index."""
-
-    def forward(self, hidden_states: Tensor, selected: Tensor, routing_weights: Tensor) -> Tensor:
-        """Run all experts: hidden states [T, H], mask [T, 1, E], weights [T, 1] -> [T, H].
-
-        A token over its expert's capacity has a mask of zeros.
-        """
-        kept_T1, index_T1 = selected.max(-1)
-        index_T1 = index_T1.masked_fill(kept_T1 == 0, NO_EXPERT)
-        return super().forward(hidden_states, index_T1, routing_weights)
-
-
 class _MeasuringQuantizer(HfQuantizer):
     """Replaces the experts modules of a model while `from_pretrained` loads it."""
 
@@ -198,8 +191,10 @@ class _MeasuringQuantizer(HfQuantizer):
         source = _source.get()
         for layer, site in enumerate(source.sites):
             original = model.get_submodule(site.module)
-            kind = _MeasuredSwitchExperts if is_switch_experts(original) else _MeasuredExperts
-            replace_experts(model, site.module, kind(source, layer, activation_of(original)))
+            adapter = adapter_for(original)
+            assert adapter is not None
+            measured = _MeasuredExperts(source, layer, adapter, adapter.activation(original))
+            replace_experts(model, site.module, measured)
 
     def is_serializable(self) -> bool:
         """No: the model is used for one measurement only."""

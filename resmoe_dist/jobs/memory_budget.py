@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +16,19 @@ from torch import Tensor
 
 from resmoe_dist.checkpoints.tensor_files import FULL_DISK
 from resmoe_dist.errors import UserError
-from resmoe_dist.process_memory import resident_bytes
 
 # Blocks of entries, a sample of them, and what the allocator keeps in reserve.
 _SCRATCH_BYTES = 400 * 1024**2
 # Blocks of products between rows.
 _SCRATCH_BYTES_PER_ROW = 16 * 1024
+
+
+def resident_bytes() -> int:
+    """Return this process's anonymous memory: all that the system cannot drop as page cache."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("/proc/self/status has no RssAnon")
 
 
 @dataclass(frozen=True)
@@ -60,17 +66,10 @@ class ExpertStore:
 
     folder: where the file is made. It is unlinked as soon as it is mapped.
     max_bytes: the anonymous memory that this process may use; None for no bound.
-    resident_bytes: measures the anonymous memory that this process uses now.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        max_bytes: int | None,
-        resident_bytes: Callable[[], int] = resident_bytes,
-    ) -> None:
+    def __init__(self, folder: Path, max_bytes: int | None) -> None:
         self.folder, self.max_bytes = folder, max_bytes
-        self._resident_bytes = resident_bytes
 
     def allocate(
         self, need: GroupMemory, shape: tuple[int, int, int], dtype: torch.dtype
@@ -81,7 +80,7 @@ class ExpertStore:
         """
         if self.max_bytes is None:
             return torch.empty(shape, dtype=dtype)
-        available = self.max_bytes - self._resident_bytes() - need.working_bytes
+        available = self.max_bytes - resident_bytes() - need.working_bytes
         if available >= need.expert_bytes:
             return torch.empty(shape, dtype=dtype)
         if available < 0:

@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from resmoe_dist import __version__
-from resmoe_dist.checkpoints.compressed import (
-    FORMAT_VERSION,
+from resmoe_dist.checkpoints.format import (
     INDEX_FILE,
     QUANT_METHOD,
     CheckpointIndex,
@@ -24,6 +22,8 @@ from resmoe_dist.checkpoints.model_folder import (
 )
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.checkpoints.tensor_files import copy_file, read_json, sha256_of, write_json
+from resmoe_dist.checkpoints.upgrade import FORMAT_VERSION
+from resmoe_dist.version import __version__
 
 PRODUCER = f"resmoe-dist {__version__}"
 # Tokenizer, chat templates and generation defaults.
@@ -94,7 +94,8 @@ def _write_config(folder: Path, source: SourceCheckpoint, settings: CompressionS
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
         "groups": settings.groups,
-        "codec": settings.codec,
-        "keep": settings.keep,
+        "method": settings.method.name,
+        "center_codec": settings.center_codec.model_dump(),
+        "residual_codec": settings.residual_codec.model_dump(),
     }
     write_json(folder / "config.json", config)

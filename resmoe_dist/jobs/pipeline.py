@@ -1,48 +1,47 @@
 """Source checkpoint to compressed checkpoint: one (layer, group) at a time, one file each.
 
-    cluster     where a rank has several centres: which of its experts share one
-    plan        where the whole model shares one budget: align, and price each group's entries
-    compress    read, align, choose the centre, encode, write
+    calibrate   measure activations, if errors are weighted
+    cluster     if a rank has several groups: which of its experts share one
+    plan        if the whole model shares one budget: align, and price each group's entries
+    compress    read a group, compress it by the layer's method, write it
 
 Each phase hands its tasks to the ranks as they become free. The run works in `OUTPUT.partial` (see
-`staging`); each file appears there at once, under its final name and with the same bytes whichever
-rank made it, and a resumed run keeps those.
+`staging`). Each file appears there atomically, under its final name and with the same bytes
+whichever rank makes it. A resumed run keeps finished files.
 """
 
 from __future__ import annotations
 
-import json
-import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from resmoe_dist.checkpoints.compressed import (
-    FORMAT_VERSION,
+from resmoe_dist.checkpoints.format import (
     CheckpointIndex,
     CompressionSettings,
     FileEntry,
     GroupEntry,
     LayerEntry,
-    group_file_name,
+    dtype_name,
     read_index,
 )
 from resmoe_dist.checkpoints.source import SourceCheckpoint
-from resmoe_dist.checkpoints.tensor_files import TensorFile, write_tensors
+from resmoe_dist.checkpoints.tensor_files import write_tensors
+from resmoe_dist.checkpoints.upgrade import FORMAT_VERSION
 from resmoe_dist.compression.activations import (
     LayerActivations,
     load_activations,
     save_activations,
 )
 from resmoe_dist.compression.blocks import CPU
-from resmoe_dist.compression.budget import allocate_over_model, keep_for
-from resmoe_dist.compression.encoding import BALANCED_RUN
+from resmoe_dist.compression.budget import allocate_over_model
 from resmoe_dist.errors import UserError
 from resmoe_dist.jobs.claims import Claims
-from resmoe_dist.jobs.group import GroupCompressor, GroupPlan
+from resmoe_dist.jobs.group import GroupCompressor
 from resmoe_dist.jobs.memory_budget import ExpertStore
 from resmoe_dist.jobs.model_files import (
     PRODUCER,
@@ -52,52 +51,24 @@ from resmoe_dist.jobs.model_files import (
     write_model_files,
 )
 from resmoe_dist.jobs.scheduling import Schedule
+from resmoe_dist.jobs.settings import check_settings, keep_for_target
 from resmoe_dist.jobs.staging import StagingFolder
+from resmoe_dist.jobs.tasks import GroupTask, TaskFiles, is_whole
 from resmoe_dist.jobs.workers import RetryableError, SingleWorker, Workers, gather_or_raise
+from resmoe_dist.methods import GroupPlan, method_of
 
-_RECORD = "resmoe_record"
 _ACTIVATIONS = "activations.safetensors"
-
-
-def parse_layers(text: str, count: int) -> list[int]:
-    """Positions among `count` MoE layers named by `all`, `last:N`, `A-B` (inclusive) or `A,B,…`.
-
-    Raises UserError for anything else, or a position that does not exist.
-    """
-    if text == "all":
-        return list(range(count))
-    chosen: Sequence[int]
-    if match := re.fullmatch(r"last:(\d+)", text):
-        chosen = range(count - int(match[1]), count)
-    elif match := re.fullmatch(r"(\d+)-(\d+)", text):
-        chosen = range(int(match[1]), int(match[2]) + 1)
-    elif re.fullmatch(r"\d+(,\d+)*", text):
-        chosen = sorted({int(part) for part in text.split(",")})
-    else:
-        raise UserError(f"--layers {text}: not understood; write all, last:24, 8-31 or 0,2")
-    if not chosen or chosen[0] < 0 or chosen[-1] >= count:
-        raise UserError(f"--layers {text}: this model has {count} MoE layers, 0 to {count - 1}")
-    return list(chosen)
-
-
-@dataclass(frozen=True)
-class _GroupTask:
-    """One group of one layer, counted from 0, and its experts' numbers in the layer."""
-
-    layer: int
-    group: int
-    experts: tuple[int, ...]
 
 
 class Compression:
     """One run of `resmoe-dist compress`.
 
-    device: where products and the choice of centres are computed. max_memory: bytes of anonymous
-    memory that each rank may take. measure: the activations of each MoE layer, to weigh errors by;
-    called on one rank.
+    device: where to compute. max_memory: bytes of anonymous memory that each rank may take.
+    measure: returns the activations of each MoE layer, to weigh errors by; called on one rank.
 
-    Raises UserError for whatever the user can mend: see `SourceCheckpoint`; settings that do not
-    fit the model or each other; an output folder that exists.
+    Raises UserError for a source that cannot be compressed (see `SourceCheckpoint`), settings that
+    do not fit the model or each other, and an output folder that exists; ValueError for an unknown
+    method or option of it.
     """
 
     def __init__(
@@ -114,36 +85,38 @@ class Compression:
         self.source, self.output, self._measure = source, output, measure
         self.workers = workers or SingleWorker()
         self._staging = StagingFolder(output)
-        _check_settings(source, settings)
-
-        def compressor(settings: CompressionSettings) -> GroupCompressor:
-            store = ExpertStore(self._staging.scratch, max_memory)
-            return GroupCompressor(source, settings, store, device=device)
-
+        self._files = TaskFiles(self._staging, len(source.sites))
+        # Defaults are written out, so that the checkpoint records all options that made it.
+        settings = settings.model_copy(update={"method": method_of(settings.method).spec})
+        store = ExpertStore(self._staging.scratch, max_memory)
+        compressor = GroupCompressor(source, settings, store, device=device)
+        check_settings(source, settings, compressor)
         if settings.target_bytes is not None:
-            keep = _keep_for_target(source, compressor(settings), settings)
-            settings = settings.model_copy(update={"keep": keep})
-        self.settings = settings
-        self._compressor = compressor(settings)
+            keep = keep_for_target(source, settings, compressor)
+            residual_codec = settings.residual_codec.with_keep(keep)
+            settings = settings.model_copy(update={"residual_codec": residual_codec})
+            compressor = GroupCompressor(source, settings, store, device=device)
+            check_settings(source, settings, compressor)
+        self.settings, self._compressor = settings, compressor
 
     def run(self, *, resume: bool = False) -> CheckpointIndex:
         """Compress everything and return the index, on every rank.
 
-        A mistake in the input leaves nothing behind, unless `resume` is set. An interrupted run, or
-        one that met a full disk after something was finished, leaves `OUTPUT.partial`, from which
-        `resume` continues.
+        Invalid input leaves nothing behind, unless `resume` is set. A run that is interrupted, or
+        meets a full disk after something was finished, leaves `OUTPUT.partial`, from which `resume`
+        continues.
         """
         schedule = None
         try:
-            claims = gather_or_raise(self.workers, lambda: self._is_first and self._begin(resume))[
-                0
-            ]
+            claims = gather_or_raise(
+                self.workers, lambda: self._begin(resume) if self._is_first else None
+            )[0]
             if claims is not None:
                 schedule = Schedule(self.workers, claims)
                 self._compress(schedule, resume)
         except KeyboardInterrupt as interruption:
-            # Of ranks that are interrupted together, the one that closes the claims speaks; where
-            # a failed rank has closed them, that is what there is to say.
+            # If several ranks are interrupted, the one that closes the claims reports it. If a
+            # failed rank has closed them, its error is reported instead.
             if self._is_first if schedule is None else schedule.claims.close():
                 interruption.args = ("interrupted; continue with --resume",)
             raise
@@ -151,12 +124,38 @@ class Compression:
             self._staging.release()
         return read_index(self.output)
 
+    def compress_group(
+        self, task: GroupTask, keeps: dict[GroupTask, float] | None = None
+    ) -> GroupEntry:
+        """Make the file of one group, unless it is finished.
+
+        keeps: budgets of planned groups, which replace those of their plans.
+        """
+        record = self._files.record(task)
+        if record is None:
+            plan = None
+            if keeps and task in keeps:
+                plan = self._files.plan(task)
+                assert plan is not None
+                plan = replace(plan, keep=keeps[task])
+            made = self._compressor.compress(task.layer, task.experts, plan)
+            record = made.record
+            self._files.write_group(task, made)
+        return GroupEntry(file=file_entry(self._files.path(task)), **record)
+
+    def copy_shard(self, shard: Shard) -> FileEntry:
+        """Copy tensors that are not experts' to a file, unless it is finished."""
+        path = self._files.path(shard)
+        if not is_whole(path):
+            write_tensors(path, {n: self.source.read_other(n) for n in shard.names}, {})
+        return file_entry(path)
+
     @property
     def _is_first(self) -> bool:
         return self.workers.rank == 0
 
     def _identity(self) -> dict[str, Any]:
-        """What a run must have in common with one that it continues."""
+        """What a run must have in common with a run that it continues."""
         return self.settings.model_dump() | {
             "source": self.source.fingerprint(),
             "producer": f"{PRODUCER}, format {FORMAT_VERSION}",
@@ -175,28 +174,37 @@ class Compression:
         return claims
 
     def _compress(self, schedule: Schedule, resume: bool) -> None:
-        """All phases, then what rank 0 alone writes."""
+        """All phases, then what only rank 0 writes."""
         try:
             if self._measure is not None:
                 self._compressor.activations = self._calibrate(schedule, self._measure)
             tasks = self._group_tasks(schedule)
-            keeps = self._shared_out(schedule, tasks)
+            keeps = self._allocate_keep(schedule, tasks)
 
-            def compress(task: _GroupTask | Shard) -> GroupEntry | FileEntry:
-                return self._copy(task) if isinstance(task, Shard) else self._do(task, keeps)
+            def compress(task: GroupTask | Shard) -> GroupEntry | FileEntry:
+                if isinstance(task, Shard):
+                    return self.copy_shard(task)
+                return self.compress_group(task, keeps)
 
-            # Copies last: the last tasks are waited for.
-            everything = [*tasks, *shards_of(self.source)]
-            entries = schedule.run_phase("compressing", everything, compress, self._is_finished)
-            gather_or_raise(self.workers, lambda: self._is_first and self._finish(entries))
+            # Copies are short, so they come last: ranks then finish at about the same time.
+            everything: list[GroupTask | Shard] = [*tasks, *shards_of(self.source)]
+            entries = schedule.run_phase(
+                "compressing", everything, compress, self._files.is_finished
+            )
+
+            def finish() -> None:
+                if self._is_first:
+                    self._finish(entries)
+
+            gather_or_raise(self.workers, finish)
         except UserError as error:
-            # A second run meets the same mistake in the input, but perhaps more room on the disk.
-            hindered = isinstance(error, RetryableError)
-            keep = hindered or resume
+            # After invalid input a second run fails too; after a full disk it may succeed.
+            retryable = isinstance(error, RetryableError)
+            keep = retryable or resume
             kept = gather_or_raise(
                 self.workers, lambda: self._is_first and self._staging.give_up(keep=keep)
             )[0]
-            if kept and hindered:
+            if kept and retryable:
                 raise UserError(
                     f"{error}; finished work is kept, run again with --resume"
                 ) from error
@@ -205,20 +213,20 @@ class Compression:
     def _calibrate(
         self, schedule: Schedule, measure: Callable[[], Sequence[LayerActivations]]
     ) -> list[LayerActivations]:
-        """Activations of all MoE layers, measured by one rank, or by an earlier run."""
+        """Activations of all MoE layers, measured by one rank or by an earlier run."""
         path, sites = self._staging.scratch / _ACTIVATIONS, self.source.sites
 
         def calibrate(_: str) -> None:
-            if not _is_whole(path):
+            if not is_whole(path):
                 save_activations(path, sites, measure())
 
-        schedule.run_phase("calibrating", ["calibration"], calibrate, lambda _: _is_whole(path))
+        schedule.run_phase("calibrating", ["calibration"], calibrate, lambda _: is_whole(path))
         return load_activations(path, sites)
 
-    def _group_tasks(self, schedule: Schedule) -> list[_GroupTask]:
-        """All groups, from the most work to the least."""
+    def _group_tasks(self, schedule: Schedule) -> list[GroupTask]:
+        """All groups, those with the most work first."""
         owned = [
-            _GroupTask(layer, rank, tuple(range(rank * size, (rank + 1) * size)))
+            GroupTask(layer, rank, tuple(range(rank * size, (rank + 1) * size)))
             for layer, site in enumerate(self.source.sites)
             for size in (site.num_experts // self.settings.groups,)
             for rank in range(self.settings.groups)
@@ -226,184 +234,84 @@ class Compression:
         clusters = self.settings.groups_per_rank
         split = [task for task in owned if clusters > 1 and task.layer in self.settings.layers]
 
-        def cluster(task: _GroupTask) -> list[list[int]]:
+        def cluster(task: GroupTask) -> list[list[int]]:
             return self._compressor.cluster(task.layer, task.experts, clusters)
 
         found = schedule.run_phase("clustering", split, cluster) if split else {}
         tasks = [
-            _GroupTask(task.layer, task.group * len(parts) + i, tuple(experts))
+            GroupTask(task.layer, task.group * len(parts) + i, tuple(experts))
             for task in owned
             for parts in (found.get(task, [task.experts]),)
             for i, experts in enumerate(parts)
         ]
         return sorted(tasks, key=self._work, reverse=True)
 
-    def _work(self, task: _GroupTask) -> tuple[bool, int]:
-        """Orders groups by how long they take: dense ones are only copied."""
+    def _work(self, task: GroupTask) -> tuple[bool, int]:
+        """Sorts groups by the time they take. Dense ones are only copied."""
         entries = len(task.experts) * self.source.sites[task.layer].shape.entries
         return task.layer in self.settings.layers, entries
 
-    def _shared_out(self, schedule: Schedule, tasks: list[_GroupTask]) -> dict[_GroupTask, float]:
-        """The share to keep of each group that does not simply keep the settings' share."""
-        if self.settings.allocate != "model":
+    def _allocate_keep(self, schedule: Schedule, tasks: list[GroupTask]) -> dict[GroupTask, float]:
+        """The share to keep of each group that shares its budget with the whole model."""
+        planned = [task for task in tasks if self._compressor.method(task.layer).shares_budget]
+        if not planned:
             return {}
-        planned = [task for task in tasks if task.layer in self.settings.layers]
 
-        def plan(task: _GroupTask) -> GroupPlan:
-            path = self._plan_path(task)
-            found = GroupPlan.load(path)
+        def plan(task: GroupTask) -> GroupPlan:
+            found = self._files.plan(task)
             if found is None:
                 found = self._compressor.plan(task.layer, task.experts)
-                found.save(path)
-            # The alignment is read again where it is needed: not every rank needs all of them.
-            return found.without_alignment()
+                self._files.write_plan(task, found)
+            # The rank that compresses the group reads the permutations from the file.
+            return found.without_permutations()
 
         plans = schedule.run_phase(
-            "planning",
-            planned,
-            plan,
-            lambda task: GroupPlan.load(self._plan_path(task)) is not None,
+            "planning", planned, plan, lambda task: self._files.plan(task) is not None
         )
-        curves = [plans[task].curve for task in planned]
-        budgets = [plans[task].keep * plans[task].curve.values for task in planned]
+        curves, budgets = [], []
+        for found in plans.values():
+            assert found.curve is not None and found.keep is not None
+            curves.append(found.curve)
+            budgets.append(found.keep * found.curve.values)
         return dict(zip(planned, allocate_over_model(curves, budgets), strict=True))
 
-    def _plan_path(self, task: _GroupTask) -> Path:
-        name = f"plan-{task.layer:05d}-{task.group:05d}.safetensors"
-        return self._staging.scratch / name
-
-    def _path(self, task: _GroupTask | Shard) -> Path:
-        if isinstance(task, Shard):
-            return self._staging.model / task.file
-        name = group_file_name(task.layer, len(self.source.sites), task.group)
-        return self._staging.model / name
-
-    def _is_finished(self, task: _GroupTask | Shard) -> bool:
-        """Whether an earlier run made the task's file, and it is whole."""
-        path = self._path(task)
-        return _is_whole(path) if isinstance(task, Shard) else _record_in(path) is not None
-
-    def _copy(self, shard: Shard) -> FileEntry:
-        path = self._path(shard)
-        if not _is_whole(path):
-            write_tensors(path, {n: self.source.read_other(n) for n in shard.names}, {})
-        return file_entry(path)
-
-    def _do(self, task: _GroupTask, keeps: dict[_GroupTask, float]) -> GroupEntry:
-        path = self._path(task)
-        record = _record_in(path)
-        if record is None:
-            plan = None
-            if task in keeps:
-                plan = GroupPlan.load(self._plan_path(task))
-                assert plan is not None
-                plan = replace(plan, keep=keeps[task])
-            made = self._compressor.compress(task.layer, task.experts, plan)
-            record = made.record
-            write_tensors(path, made.tensors, {_RECORD: json.dumps(record)})
-        return GroupEntry(file=file_entry(path), **record)
-
-    def _finish(self, entries: dict[_GroupTask | Shard, GroupEntry | FileEntry]) -> None:
-        """Index, config and companions; then the folder gets its name."""
-        groups = sorted(
-            (task for task in entries if isinstance(task, _GroupTask)),
-            key=lambda task: (task.layer, task.group),
-        )
+    def _finish(self, entries: dict[GroupTask | Shard, GroupEntry | FileEntry]) -> None:
+        """Write index, config and companions; then give the folder its name."""
+        groups: dict[int, list[tuple[int, GroupEntry]]] = defaultdict(list)
+        shards: dict[Shard, FileEntry] = {}
+        for task, entry in entries.items():
+            if isinstance(task, GroupTask):
+                assert isinstance(entry, GroupEntry)
+                groups[task.layer].append((task.group, entry))
+            else:
+                assert isinstance(entry, FileEntry)
+                shards[task] = entry
         layers = [
-            LayerEntry(
-                module=site.module,
-                num_experts=site.num_experts,
-                rows=site.shape.rows,
-                hidden=site.shape.hidden,
-                gated=site.shape.gated,
-                row_bias=site.shape.row_bias,
-                output_bias=site.shape.output_bias,
-                codec=self._compressor.codec(layer).name,
-                dtype=str(self._compressor.dtype(layer)).removeprefix("torch."),
-                storage=self.source.storages[layer],
-                groups=[entries[task] for task in groups if task.layer == layer],
-            )
-            for layer, site in enumerate(self.source.sites)
+            self._layer_entry(layer, _in_order(groups[layer]))
+            for layer in range(len(self.source.sites))
         ]
-        shards = {shard: entries[shard] for shard in shards_of(self.source)}
         write_model_files(self._staging.model, self.source, self.settings, layers, shards)
         self._staging.finish()
 
-
-def _check_settings(source: SourceCheckpoint, settings: CompressionSettings) -> None:
-    if settings.groups < 1:
-        raise UserError(f"--ep {settings.groups}: must be 1 or more")
-    if not 0 < settings.keep <= 1:
-        raise UserError(f"--keep {settings.keep}: must lie in (0, 1]")
-    if settings.allocate in ("block", "model") and settings.codec != "pruned":
-        raise UserError(
-            f"--allocate {settings.allocate}: needs --codec pruned, not {settings.codec}"
+    def _layer_entry(self, layer: int, groups: list[GroupEntry]) -> LayerEntry:
+        site, codecs = self.source.sites[layer], self._compressor.codecs(layer)
+        return LayerEntry(
+            module=site.module,
+            num_experts=site.num_experts,
+            rows=site.shape.rows,
+            hidden=site.shape.hidden,
+            gated=site.shape.gated,
+            row_bias=site.shape.row_bias,
+            output_bias=site.shape.output_bias,
+            method=self._compressor.method(layer).name,
+            center_codec=None if codecs.center is None else codecs.center.name,
+            residual_codec=codecs.residual.name,
+            dtype=dtype_name(codecs.dtype),
+            storage=self.source.storages[layer],
+            groups=groups,
         )
-    if settings.allocate == "block" and int(settings.keep * BALANCED_RUN) < 1:
-        raise UserError(
-            f"--allocate block: --keep {settings.keep} of {BALANCED_RUN} entries is none; "
-            f"give {1 / BALANCED_RUN} or more"
-        )
-    for site in source.sites:
-        if site.num_experts % settings.groups:
-            raise UserError(
-                f"--ep {settings.groups}: {site.module} has {site.num_experts} experts, which "
-                f"do not divide into {settings.groups} groups; choose a divisor"
-            )
-        owned = site.num_experts // settings.groups
-        if not 1 <= settings.groups_per_rank <= owned:
-            raise UserError(
-                f"--groups-per-rank {settings.groups_per_rank}: a rank has {owned} experts of "
-                f"{site.module}; choose 1 to {owned}"
-            )
 
 
-def _keep_for_target(
-    source: SourceCheckpoint, compressor: GroupCompressor, settings: CompressionSettings
-) -> float:
-    """The keep at which all experts' tensors take the share `target_bytes` of what they take dense.
-
-    Raises UserError for a share that centres, indices and dense layers alone exceed.
-    """
-    assert settings.target_bytes is not None
-    fixed = dense = 0
-    sizes = []
-    for layer, site in enumerate(source.sites):
-        size = compressor.size(layer, site.num_experts)
-        here = size.fixed + size.count * size.rows * size.columns * size.itemsize
-        dense += here
-        if layer in settings.layers:
-            groups = settings.groups * settings.groups_per_rank
-            # Its centres, and its experts, which cost the same in groups of whatever size.
-            sizes += [replace(size, count=0, fixed=0)] * groups
-            sizes.append(replace(size, has_center=False))
-        else:
-            fixed += here
-
-    def total(keep: float) -> int:
-        return fixed + sum(size.bytes_at(keep) for size in sizes)
-
-    keep = keep_for(settings.target_bytes * dense, total)
-    if not keep:
-        raise UserError(
-            f"--target-bytes {settings.target_bytes}: centres, indices and layers left dense alone "
-            f"take {total(0.0) / dense:.3f} of the dense experts; allow more, or use a smaller --ep"
-        )
-    return keep
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a file was finished by an earlier run."""
-    try:
-        TensorFile(path)
-    except UserError:
-        return False
-    return True
-
-
-def _record_in(path: Path) -> dict[str, Any] | None:
-    """The record in the header of a finished group file; None where the file is none."""
-    try:
-        return json.loads(TensorFile(path).metadata[_RECORD])
-    except (UserError, KeyError, ValueError):
-        return None
+def _in_order(groups: list[tuple[int, GroupEntry]]) -> list[GroupEntry]:
+    """Entries of a layer's groups, sorted by the number of the group."""
+    return [entry for _, entry in sorted(groups, key=lambda numbered: numbered[0])]

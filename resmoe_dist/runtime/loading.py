@@ -10,9 +10,9 @@ from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from resmoe_dist.checkpoints.compressed import is_compressed, read_index
+from resmoe_dist.checkpoints.format import is_compressed, read_index
 from resmoe_dist.errors import UserError, first_line
-from resmoe_dist.families.sites import load_config, model_class
+from resmoe_dist.families.models import load_config, model_class
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology, build_topology, owned_experts
 from resmoe_dist.runtime.execution import Execution
 from resmoe_dist.runtime.layer import ResMoE
@@ -64,7 +64,7 @@ def load_model(
     model = model.to(get_accelerator().current_device_name()).eval()
     for module in model.modules():
         if isinstance(module, ResMoE):
-            module.experts.execution.prepare(module.experts)
+            module.experts.prepare()
     return model
 
 
@@ -97,7 +97,7 @@ def check_grid(folder: Path, ep: int, tp: int) -> None:
             )
         return
     for layer in read_index(folder).layers:
-        owned_experts(layer.num_experts, 0, ep)
+        owned_experts(layer.stored_experts, 0, ep)
         if tp > layer.rows:
             raise UserError(
                 f"--tp {tp}: {layer.module} has {layer.rows} rows, fewer than ranks to share them"

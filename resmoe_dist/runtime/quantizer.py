@@ -1,7 +1,8 @@
 """`from_pretrained` for compressed checkpoints: quantization method `resmoe` in transformers.
 
-transformers builds the model on the meta device and loads everything that is no expert; before
-that this module takes each experts module out, afterwards it puts a loaded `ResMoE` in its place.
+transformers builds the model on the meta device and loads everything except the experts. Before
+that, a placeholder takes the place of each experts module; afterwards, a loaded `ResMoE` does.
+`resmoe_dist.registration` registers the classes.
 """
 
 from __future__ import annotations
@@ -14,22 +15,17 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from resmoe_dist.checkpoints.compressed import QUANT_METHOD, CompressedCheckpoint, LayerEntry
+from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
+from resmoe_dist.checkpoints.format import QUANT_METHOD, LayerEntry
 from resmoe_dist.errors import UserError
-from resmoe_dist.families.activations import activation_of
-from resmoe_dist.families.sites import is_fused_experts, is_switch_experts
+from resmoe_dist.families.sites import ExpertsAdapter, adapter_for, replace_experts
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
 from resmoe_dist.runtime.execution import Execution
 from resmoe_dist.runtime.experts import CompressedExperts
-from resmoe_dist.runtime.layer import ResMoE, SwitchResMoE
+from resmoe_dist.runtime.layer import ResMoE
 from resmoe_dist.runtime.planning import execution_for
 
 # transformers calls the quantizer from inside `from_pretrained`, which has no argument for these.
@@ -56,26 +52,16 @@ class ResMoEQuantizationConfig(QuantizationConfigMixin):
 
     def __init__(self, **values: Any) -> None:
         self.quant_method = values.pop("quant_method", QUANT_METHOD)
-        vars(self).update(values)
+        self.__dict__.update(values)
 
 
 class _Placeholder(nn.Module):
-    """Holds an experts module's place, and its activation, while the rest of a model loads."""
+    """Stands for an experts module, and keeps its activation, while the rest of a model loads."""
 
-    def __init__(self, switch: bool, activation: nn.Module) -> None:
+    def __init__(self, adapter: type[ExpertsAdapter], activation: nn.Module) -> None:
         super().__init__()
-        self.switch = switch
+        self.adapter = adapter
         self.activation = activation
-
-
-def replace_experts(model: PreTrainedModel, name: str, module: nn.Module) -> None:
-    """Put `module` in the place of the experts called `name`, before weights are loaded."""
-    model.set_submodule(name, module)
-    # transformers initialises what no checkpoint file filled, block by block, and would look for
-    # the original experts in theirs.
-    block = model.get_submodule(name.rpartition(".")[0])
-    for part in (block, *module.modules()):
-        part._is_hf_initialized = True
 
 
 class ResMoEQuantizer(HfQuantizer):
@@ -87,20 +73,26 @@ class ResMoEQuantizer(HfQuantizer):
         folder = _folder_of(model, kwargs.get("checkpoint_files"))
         self._checkpoint = CompressedCheckpoint(folder)
         for layer in self._checkpoint.index.layers:
-            original = _experts_module(model, layer)
-            placeholder = _Placeholder(is_switch_experts(original), activation_of(original))
+            original, adapter = _experts_module(model, layer)
+            placeholder = _Placeholder(adapter, adapter.activation(original))
             replace_experts(model, layer.module, placeholder)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        # Only now: transformers empties all buffers that its checkpoint files do not fill.
+        # Not earlier: transformers empties all buffers that its checkpoint files do not fill.
         topology, execution = _topology.get(), _execution.get() or execution_for()
         for layer in self._checkpoint.index.layers:
             placeholder = model.get_submodule(layer.module)
             experts = CompressedExperts.load(
                 self._checkpoint, layer, topology, placeholder.activation, execution
             )
-            kind = SwitchResMoE if placeholder.switch else ResMoE
-            moe = kind(layer.hidden, experts.to(model.dtype), layer.num_experts, topology)
+            moe = ResMoE(
+                layer.hidden,
+                experts.to(model.dtype),
+                layer.num_experts,
+                topology,
+                expert_map=layer.expert_map,
+                adapter=placeholder.adapter,
+            )
             model.set_submodule(layer.module, moe.to(model.device).eval())
 
     def is_serializable(self) -> bool:
@@ -113,18 +105,15 @@ class ResMoEQuantizer(HfQuantizer):
         return False
 
 
-if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-    register_quantization_config(QUANT_METHOD)(ResMoEQuantizationConfig)
-    register_quantizer(QUANT_METHOD)(ResMoEQuantizer)
-
-
 def _folder_of(model: PreTrainedModel, checkpoint_files: list[str] | None) -> Path:
     if checkpoint_files:
         return Path(checkpoint_files[0]).parent
     return Path(model.config.name_or_path)
 
 
-def _experts_module(model: PreTrainedModel, layer: LayerEntry) -> nn.Module:
+def _experts_module(
+    model: PreTrainedModel, layer: LayerEntry
+) -> tuple[nn.Module, type[ExpertsAdapter]]:
     try:
         module = model.get_submodule(layer.module)
     except AttributeError as error:
@@ -132,6 +121,7 @@ def _experts_module(model: PreTrainedModel, layer: LayerEntry) -> nn.Module:
             f"{layer.module}: the checkpoint has experts here, {type(model).__name__} has none; "
             "config.json and resmoe.json do not belong together"
         ) from error
-    if not (is_fused_experts(module) or is_switch_experts(module)):
+    adapter = adapter_for(module)
+    if adapter is None:
         raise UserError(f"{layer.module}: a {type(module).__name__} holds no experts")
-    return module
+    return module, adapter

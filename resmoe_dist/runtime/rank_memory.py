@@ -44,8 +44,8 @@ def rank_memory(model: PreTrainedModel) -> RankMemory:
         center_bytes=center,
         residual_bytes=residual,
         other_bytes=sum(storages.values()) - center - residual,
-        groups=sum(len(layer.experts.groups) for layer in layers),
+        groups=sum(layer.experts.num_groups for layer in layers),
         num_experts=layers[0].num_experts if layers else 0,
         dense_expert_bytes=model.dtype.itemsize
-        * sum(layer.num_experts * layer.experts.shape.entries for layer in layers),
+        * sum(layer.num_experts * layer.experts.layer.shape.entries for layer in layers),
     )

@@ -7,11 +7,13 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from resmoe_dist import __version__
-from resmoe_dist.checkpoints.compressed import FORMAT_VERSION, CompressionSettings, is_compressed
+from resmoe_dist.checkpoints.format import CompressionSettings, MethodSpec, is_compressed
 from resmoe_dist.checkpoints.source import SourceCheckpoint
+from resmoe_dist.checkpoints.upgrade import FORMAT_VERSION
+from resmoe_dist.codecs import CodecSpec
 from resmoe_dist.testing import cached_tiny_model
 from resmoe_dist.user_cache import cache_root
+from resmoe_dist.version import __version__
 
 DEMO_PROMPTS = [
     "def __init__(self, ",
@@ -40,10 +42,8 @@ def embedded_checkpoint(groups: int) -> Path:
         source = SourceCheckpoint(source_folder)
         settings = CompressionSettings(
             groups=groups,
-            keep=0.25,
-            codec="pruned",
-            align="loo",
-            center="auto",
+            method=MethodSpec(name="resmoe"),
+            residual_codec=CodecSpec(name="pruned", options={"keep": 0.25}),
             layers=list(range(len(source.sites))),
         )
         # Another process may be at it too: each works in a folder of its own, the first to finish

@@ -1,6 +1,6 @@
-"""What every codec computes with an expert, against its decoded matrix in float64.
+"""Products and sums that codecs compute without a dense matrix, against float64.
 
-Legend: R rows, D columns, H hidden, T tokens, N copies, J jobs.
+Legend: R rows, D columns, H hidden, N copies.
 """
 
 from __future__ import annotations
@@ -12,48 +12,40 @@ import pytest
 import torch
 from torch import Tensor
 
-from resmoe_dist.codecs import CODECS, EncodedResidual, LowRankResidual, Weights
+from resmoe_dist.codecs import CODECS, EncodedMatrix, LowRankMatrix, codec_named
 
-ROWS, HIDDEN, TOKENS = 11, 9, 7
+ROWS, HIDDEN, COPIES = 11, 9, 7
 # Two inputs, an output, and two columns of biases.
 COLUMNS = 3 * HIDDEN + 2
-every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+every_codec = pytest.mark.parametrize("codec", CODECS)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-with_and_without_center = pytest.mark.parametrize("centered", [False, True])
 
 
-class Expert(NamedTuple):
-    """A centre or none, a residual, their sum and the sum of their magnitudes in float64."""
+class Encoded(NamedTuple):
+    """A matrix, its exact entries, and the magnitudes of what they are sums of."""
 
-    center: Tensor | None
-    residual: EncodedResidual
+    matrix: EncodedMatrix
     exact: Tensor
     magnitude: Tensor
 
 
-def make_expert(codec: type[EncodedResidual], dtype: torch.dtype, centered: bool) -> Expert:
-    residual_RD = torch.randn(ROWS, COLUMNS)
+def encoded(name: str, dtype: torch.dtype) -> Encoded:
+    matrix_RD = torch.randn(ROWS, COLUMNS)
     # Rows of which `pruned` keeps nothing, at both ends and in between.
-    residual_RD[[0, 3, 4, ROWS - 1]] *= 1e-3
-    residual = codec.encode(residual_RD, keep=0.4, dtype=dtype)
-    center = torch.randn(ROWS, COLUMNS).to(dtype) if centered else None
-    doubled = copy.deepcopy(residual).double()
+    matrix_RD[[0, 3, 4, ROWS - 1]] *= 1e-3
+    codec = codec_named(name)
+    matrix = codec.encode(matrix_RD, codec.config(), dtype)
+    doubled = copy.deepcopy(matrix).double()
     exact = doubled.decode()
     magnitude = exact.abs()
-    if isinstance(doubled, LowRankResidual):
+    if isinstance(doubled, LowRankMatrix):
         magnitude = doubled.left.abs() @ doubled.right.abs()
-    if center is not None:
-        exact = exact + center.double()
-        magnitude = magnitude + center.double().abs()
-    return Expert(center, residual, exact, magnitude)
+    return Encoded(matrix, exact, magnitude)
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """How far a result may be off, relative to the sum of the magnitudes that it is made of.
-
-    Three roundings: of the residual's entries or its first product, of the sum or product with the
-    centre, and of the result. In float32 sums are rounded too: sixteen.
-    """
+    """Error relative to the magnitudes: three roundings, of the entries or a first product, of the
+    sum, and of the result. float32 sums are rounded too: sixteen."""
     times = 16 if dtype == torch.float32 else 3
     return times * torch.finfo(dtype).eps / 2
 
@@ -65,137 +57,85 @@ def assert_close(found: Tensor, exact: Tensor, allowed: Tensor) -> None:
 
 @every_codec
 @every_dtype
-@with_and_without_center
-def test_any_rows_and_columns_are_restored(codec, dtype, centered):
-    expert = make_expert(codec, dtype, centered)
-    for first, stop in ((0, ROWS), (0, 4), (2, 7), (3, 5), (ROWS - 1, ROWS), (5, 5)):
-        for column, end in ((0, COLUMNS), (0, 1), (HIDDEN, 2 * HIDDEN), (13, COLUMNS), (4, 4)):
-            # As a part of something larger, as experts are restored into a workspace.
-            out = torch.full((stop - first, end - column + 3), 7.0, dtype=dtype)[:, : end - column]
-            part = slice(first, stop), slice(column, end)
-
-            expert.residual.restore(expert.center, out, first, column)
-
-            allowed = rounding(dtype) * expert.magnitude[part]
-            assert out.dtype == dtype
-            assert_close(out, expert.exact[part], allowed)
-
-
-@every_codec
-@every_dtype
-def test_restoring_slices_gives_their_rows(codec, dtype):
-    expert = make_expert(codec, dtype, centered=True)
-    part = expert.residual.slice_rows(2, 9).slice_rows(1, 6)
-    out = torch.empty(3, COLUMNS, dtype=dtype)
-
-    part.restore(expert.center[3:8], out, 2)
-
-    assert_close(out, expert.exact[5:8], rounding(dtype) * expert.magnitude[5:8])
-
-
-@every_codec
-@every_dtype
 @pytest.mark.parametrize("column", [0, HIDDEN, 5])
-def test_multiplying_is_a_product_with_some_columns(codec, dtype, column):
-    expert = make_expert(codec, dtype, centered=False)
-    x_TH = torch.randn(TOKENS, HIDDEN).to(dtype)
+def test_multiply_is_a_product_with_some_columns(codec, dtype, column):
+    matrix, exact, magnitude = encoded(codec, dtype)
+    x_NH = torch.randn(COPIES, HIDDEN).to(dtype)
     part = slice(column, column + HIDDEN)
 
-    found = expert.residual.multiply(x_TH, column)
+    found = matrix.multiply(x_NH, column)
 
-    allowed = rounding(dtype) * (x_TH.double().abs() @ expert.magnitude[:, part].T)
-    assert_close(found, x_TH.double() @ expert.exact[:, part].T, allowed)
+    assert found.dtype == torch.float32
+    allowed = rounding(dtype) * (x_NH.double().abs() @ magnitude[:, part].T)
+    assert_close(found, x_NH.double() @ exact[:, part].T, allowed)
 
 
 @every_codec
 @every_dtype
 @pytest.mark.parametrize("column", [0, 2 * HIDDEN, 5])
-def test_multiplying_back_is_a_product_with_some_columns(codec, dtype, column):
-    expert = make_expert(codec, dtype, centered=False)
-    h_TR = torch.randn(TOKENS, ROWS).to(dtype)
+def test_multiply_back_is_a_product_with_some_columns(codec, dtype, column):
+    matrix, exact, magnitude = encoded(codec, dtype)
+    h_NR = torch.randn(COPIES, ROWS).to(dtype)
     part = slice(column, column + HIDDEN)
 
-    found = expert.residual.multiply_back(h_TR, column, HIDDEN)
+    found = matrix.multiply_back(h_NR, column, HIDDEN)
 
-    allowed = rounding(dtype) * (h_TR.double().abs() @ expert.magnitude[:, part])
-    assert_close(found, h_TR.double() @ expert.exact[:, part], allowed)
-
-
-class Job(NamedTuple):
-    """Weights, the same in float64, and the tokens of the copies that are multiplied by them."""
-
-    weights: Weights
-    exact: Tensor
-    magnitude: Tensor
-    tokens: list[int]
-
-
-def make_jobs(codec: type[EncodedResidual], dtype: torch.dtype) -> list[Job]:
-    """A centre alone, a residual alone, both, and weights without copies; tokens repeat."""
-    both, alone, unused = (make_expert(codec, dtype, centered) for centered in (True, False, True))
-    center = torch.randn(ROWS, COLUMNS).to(dtype)
-    return [
-        Job(Weights(center, None), center.double(), center.double().abs(), list(range(TOKENS))),
-        Job(Weights(None, alone.residual), alone.exact, alone.magnitude, [5, 0, 5]),
-        Job(Weights(unused.center, unused.residual), unused.exact, unused.magnitude, []),
-        Job(Weights(both.center, both.residual), both.exact, both.magnitude, [2, 3, 6, 3]),
-    ]
+    assert found.dtype == torch.float32
+    allowed = rounding(dtype) * (h_NR.double().abs() @ magnitude[:, part])
+    assert_close(found, h_NR.double() @ exact[:, part], allowed)
 
 
 @every_codec
 @every_dtype
-@pytest.mark.parametrize("inputs", [1, 2])
-def test_products_on_the_way_in_are_with_the_first_columns(codec, dtype, inputs):
-    jobs = make_jobs(codec, dtype)
-    x_TH = torch.randn(TOKENS, HIDDEN).to(dtype)
-    counts_J = [len(job.tokens) for job in jobs]
-    token_N = torch.tensor([token for job in jobs for token in job.tokens])
+def test_add_to_adds_some_columns_of_some_rows(codec, dtype):
+    matrix, exact, magnitude = encoded(codec, dtype)
+    for first, stop in ((0, ROWS), (0, 4), (2, 7), (ROWS - 1, ROWS), (5, 5)):
+        for column, end in ((0, COLUMNS), (0, 1), (HIDDEN, 2 * HIDDEN), (13, COLUMNS), (4, 4)):
+            # A part of a larger matrix.
+            memory = torch.randn(stop - first, end - column + 3).to(dtype)
+            dense = memory[:, : end - column]
+            before, beside = dense.double(), memory[:, end - column :].clone()
 
-    found = codec.project_in(x_TH, token_N, counts_J, [job.weights for job in jobs], inputs)
+            matrix.slice_rows(first, stop).add_to(dense, column)
 
-    exact, allowed = [], []
-    for job in jobs:
-        x_nH = x_TH[job.tokens].double()
-        parts = [slice(i * HIDDEN, (i + 1) * HIDDEN) for i in range(inputs)]
-        exact.append(torch.cat([x_nH @ job.exact[:, part].T for part in parts], 1))
-        allowed.append(torch.cat([x_nH.abs() @ job.magnitude[:, part].T for part in parts], 1))
-    assert found.dtype == torch.float32
-    assert_close(found, torch.cat(exact), rounding(dtype) * torch.cat(allowed))
+            part = slice(first, stop), slice(column, end)
+            allowed = rounding(dtype) * (magnitude[part] + before.abs())
+            assert_close(dense, before + exact[part], allowed)
+            assert torch.equal(memory[:, end - column :], beside)
 
 
 @every_codec
-@every_dtype
-@pytest.mark.parametrize("inputs", [1, 2])
-def test_products_on_the_way_out_are_with_the_next_and_add_up_per_token(codec, dtype, inputs):
-    jobs = make_jobs(codec, dtype)
-    counts_J = [len(job.tokens) for job in jobs]
-    token_N = torch.tensor([token for job in jobs for token in job.tokens])
-    h_NR = torch.randn(len(token_N), ROWS).to(dtype)
-    weights = [job.weights for job in jobs]
+def test_slices_of_slices_are_rows_of_the_whole(codec):
+    matrix, _, _ = encoded(codec, torch.float32)
 
-    # One token more than any copy is of.
-    found = codec.project_out(h_NR, token_N, counts_J, weights, inputs, TOKENS + 1, HIDDEN)
+    found = matrix.slice_rows(2, 9).slice_rows(1, 6)
 
-    exact, allowed = torch.zeros(2, TOKENS + 1, HIDDEN, dtype=torch.float64)
-    part = slice(inputs * HIDDEN, (inputs + 1) * HIDDEN)
-    copies = iter(h_NR.double())
-    for job in jobs:
-        for token in job.tokens:
-            h_R = next(copies)
-            exact[token] += h_R @ job.exact[:, part]
-            allowed[token] += h_R.abs() @ job.magnitude[:, part]
-    assert found.dtype == torch.float32
-    assert_close(found, exact, rounding(dtype) * allowed)
-    assert torch.equal(found[-1], torch.zeros(HIDDEN))
+    assert found.rows == 5
+    assert torch.equal(found.decode(), matrix.decode()[3:8])
 
 
 @every_codec
-def test_weights_have_the_rows_of_what_they_are_made_of(codec):
-    expert = make_expert(codec, torch.float32, centered=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_matrix_follows_a_module_to_another_dtype(codec, dtype):
+    matrix, _, _ = encoded(codec, torch.float32)
+    kept = {
+        name: tensor.dtype
+        for name, tensor in matrix.tensors().items()
+        if matrix.stored[name].dtypes is not None
+    }
 
-    for weights in (
-        Weights(expert.center, expert.residual),
-        Weights(expert.center, None),
-        Weights(None, expert.residual),
-    ):
-        assert weights.rows == ROWS
+    moved = torch.nn.Sequential(matrix).to(dtype)[0]
+
+    assert moved.dtype == moved.decode().dtype == dtype
+    for name, tensor in moved.tensors().items():
+        assert tensor.dtype == kept.get(name, dtype)
+
+
+@every_codec
+def test_bytes_by_kind_are_those_of_the_tensors(codec):
+    matrix, _, _ = encoded(codec, torch.bfloat16)
+
+    assert sum(matrix.bytes_by_kind().values()) == matrix.nbytes
+    assert matrix.nbytes == sum(tensor.nbytes for tensor in matrix.tensors().values())
+    config = codec_named(codec).config()
+    assert matrix.nbytes <= codec_named(codec).stored_bytes(ROWS, COLUMNS, config, 2)

@@ -1,92 +1,70 @@
-"""Budgets against brute force, exact counts, and what real groups lose."""
+"""Whether a centre pays, prices of entries, and budgets that are shared over a model."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from resmoe_dist.codecs import DenseResidual, EncodedResidual, LowRankResidual, PrunedResidual
-from resmoe_dist.compression import blocks as aligned_module
-from resmoe_dist.compression.blocks import AlignedExperts, EntryWeights
+from resmoe_dist.codecs import CodecSpec
+from resmoe_dist.compression.blocks import AlignedExperts, BlockSizes, EntryWeights
 from resmoe_dist.compression.budget import (
     PriceCurve,
-    StoredSize,
     allocate_over_model,
     center_pays,
     centerless_keep,
-    keep_for,
 )
-from resmoe_dist.compression.encoding import Encoded, encode_group
+from resmoe_dist.compression.encoding import Encoded
 from resmoe_dist.compression.windows import drop_prices
-
-every_center = pytest.mark.parametrize("center", ["joint", "barycenter", "none"])
-
-
-def _as_stored(experts: Tensor, weights: EntryWeights | None = None) -> AlignedExperts:
-    """Experts whose rows are in aligned order already."""
-    count, rows, _ = experts.shape
-    return AlignedExperts(experts, torch.arange(rows).repeat(count, 1), weights)
+from tests.compression.center_cases import in_stored_order
+from tests.compression.encoding_cases import encode, every_center, kept_entries, stored_bytes
 
 
-def _encode(
-    aligned: AlignedExperts,
-    center: str,
-    keep: float,
-    *,
-    codec: type[EncodedResidual] = PrunedResidual,
-    allocate: str = "group",
-    dtype: torch.dtype = torch.float32,
-) -> Encoded:
-    return encode_group(aligned, codec, center=center, keep=keep, allocate=allocate, dtype=dtype)
+def _pruned(keep: float) -> CodecSpec:
+    return CodecSpec(name="pruned", options={"keep": keep})
 
 
-def _nbytes(encoded: Encoded) -> int:
-    center = 0 if encoded.center_ID is None else encoded.center_ID.nbytes
-    return center + sum(residual.nbytes for residual in encoded.residuals)
+def _encode(experts: AlignedExperts, center: str, keep: float) -> Encoded:
+    return encode(experts, center=center, keep=keep)
 
 
 def _kept(encoded: Encoded) -> int:
-    return sum(residual.values.numel() for residual in encoded.residuals)
+    return sum(kept_entries(encoded))
 
 
 def _exact_prices(aligned: AlignedExperts, center: str) -> Tensor:
-    """The price of every value that has one, ascending, in float64."""
-    experts = aligned.experts_NID
+    """The prices of all values that are not free, ascending, in float64."""
+    experts = aligned.experts_EID
     if center == "joint":
         return drop_prices(experts.flatten(1)).flatten().double().sort().values
-    away = experts.double() - (experts.double().mean(0) if center == "barycenter" else 0.0)
-    return away.square().flatten().sort().values
+    deviation = experts.double() - (experts.double().mean(0) if center == "barycenter" else 0.0)
+    return deviation.square().flatten().sort().values
 
 
 @pytest.mark.parametrize(("noise", "pays"), [(None, False), (1.5, False), (0.3, True), (0, True)])
 @pytest.mark.parametrize("sample_entries", [300, 1 << 19], ids=["a sample", "all entries"])
-def test_a_centre_pays_for_experts_that_have_much_in_common(
-    monkeypatch, noise, pays, sample_entries
-):
-    monkeypatch.setattr(aligned_module, "_SAMPLE_ENTRIES", sample_entries)
+def test_centre_pays_for_similar_experts_only(noise, pays, sample_entries):
     experts = torch.randn(2, 60, 50)
     if noise is not None:
         experts = torch.randn(60, 50) + noise * experts
 
-    assert center_pays(_as_stored(experts), 0.25) is pays
+    sizes = BlockSizes(sample_entries=sample_entries)
+    assert center_pays(in_stored_order(experts, sizes=sizes), _pruned(0.25)) is pays
 
 
 @pytest.mark.parametrize("noise", [0.3, 0.8, 1.0, 1.2, 1.6, 3.0])
 @pytest.mark.parametrize("count", [2, 4, 16])
-def test_a_centre_pays_where_the_whole_group_loses_less_with_it_for_the_same_bytes(count, noise):
-    aligned = _as_stored(torch.randn(30, 40) + noise * torch.randn(count, 30, 40))
+def test_centre_pays_exactly_if_the_whole_group_loses_less_for_the_same_bytes(count, noise):
+    aligned = in_stored_order(torch.randn(30, 40) + noise * torch.randn(count, 30, 40))
 
-    found = center_pays(aligned, 0.25)
+    found = center_pays(aligned, _pruned(0.25))
 
     joint = _encode(aligned, "joint", 0.25).squared_error
     assert found is (joint <= _encode(aligned, "none", 0.25 + 1 / count).squared_error)
 
 
-def test_whether_a_centre_pays_is_judged_by_weighted_errors():
-    # What is alike counts for nothing.
+def test_weighted_errors_decide_whether_a_centre_pays():
+    # The similar half of the columns has almost no weight.
     experts = torch.randn(4, 40, 20)
     experts[:, :, :10] = 2 * torch.randn(40, 10)
     column_D = torch.ones(20)
@@ -94,19 +72,19 @@ def test_whether_a_centre_pays_is_judged_by_weighted_errors():
 
     weights = EntryWeights(column_D, torch.ones(40), slice(0, 0))
 
-    assert center_pays(_as_stored(experts), 0.2)
-    assert not center_pays(_as_stored(experts, weights), 0.2)
+    assert center_pays(in_stored_order(experts), _pruned(0.2))
+    assert not center_pays(in_stored_order(experts, weights), _pruned(0.2))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 16])
 @pytest.mark.parametrize("keep", [0.1, 0.25, 0.4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_a_centre_as_many_bytes_are_stored(count, keep, dtype):
-    aligned = _as_stored(torch.randn(count, 24, 40))
+def test_group_without_a_centre_stores_the_same_bytes(count, keep, dtype):
+    aligned = in_stored_order(torch.randn(count, 24, 40))
     more = centerless_keep(keep, count)
 
-    joint = _nbytes(_encode(aligned, "joint", keep, dtype=dtype))
-    without = _nbytes(_encode(aligned, "none", more, dtype=dtype))
+    joint = stored_bytes(encode(aligned, center="joint", keep=keep, dtype=dtype))
+    without = stored_bytes(encode(aligned, center="none", keep=more, dtype=dtype))
 
     assert more <= 1
     if count > 1:
@@ -116,11 +94,11 @@ def test_without_a_centre_as_many_bytes_are_stored(count, keep, dtype):
 
 @every_center
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
-def test_a_price_curve_tells_how_many_values_cost_more_than_a_price(center, scale):
-    aligned = _as_stored(torch.randn(5, 30, 40))
+def test_price_curve_counts_values_above_a_price(center, scale):
+    aligned = in_stored_order(torch.randn(5, 30, 40))
     exact = _exact_prices(aligned, center)
 
-    curve = PriceCurve.of(_as_stored(aligned.experts_NID * scale), center)
+    curve = PriceCurve.of(in_stored_order(aligned.experts_EID * scale), center)
 
     assert (curve.values, curve.droppable) == (6000, exact.numel())
     for share in (0.01, 0.3, 0.5, 0.77, 0.99):
@@ -130,12 +108,12 @@ def test_a_price_curve_tells_how_many_values_cost_more_than_a_price(center, scal
 
 
 @every_center
-def test_a_price_curve_of_a_sample_is_nearly_that_of_all(monkeypatch, center):
-    aligned = _as_stored(torch.randn(5, 100, 400))
+def test_price_curve_of_a_sample_is_close_to_that_of_all_entries(center):
+    aligned = in_stored_order(torch.randn(5, 100, 400))
     exact = _exact_prices(aligned, center)
-    monkeypatch.setattr(aligned_module, "_SAMPLE_ENTRIES", 5000)
+    sizes = BlockSizes(sample_entries=5000)
 
-    curve = PriceCurve.of(_as_stored(aligned.experts_NID), center)
+    curve = PriceCurve.of(in_stored_order(aligned.experts_EID, sizes=sizes), center)
 
     for share in (0.1, 0.5, 0.9):
         price = float(exact[int(share * exact.numel())])
@@ -149,13 +127,13 @@ def test_prices_are_weighted():
     matrix[:, 10:] *= 4
 
     for center in ("joint", "barycenter", "none"):
-        found = PriceCurve.of(_as_stored(experts, weights), center)
-        expected = PriceCurve.of(_as_stored(experts * matrix), center)
+        found = PriceCurve.of(in_stored_order(experts, weights), center)
+        expected = PriceCurve.of(in_stored_order(experts * matrix), center)
         assert found.prices == pytest.approx(expected.prices, rel=1e-5, abs=1e-12)
 
 
-def test_an_expert_alone_drops_everything_for_free():
-    curve = PriceCurve.of(_as_stored(torch.randn(1, 20, 30)), "joint")
+def test_single_expert_drops_everything_for_free():
+    curve = PriceCurve.of(in_stored_order(torch.randn(1, 20, 30)), "joint")
 
     assert (curve.values, curve.droppable) == (600, 0)
     assert curve.kept_at(0.0) == 0
@@ -164,18 +142,18 @@ def test_an_expert_alone_drops_everything_for_free():
 def _groups() -> list[AlignedExperts]:
     """Groups of a model: of different scale, size, and likeness."""
     return [
-        _as_stored(torch.randn(4, 30, 40)),
-        _as_stored(0.2 * torch.randn(4, 30, 40)),
-        _as_stored(torch.randn(25, 40) + 0.5 * torch.randn(8, 25, 40)),
-        _as_stored(3 * torch.randn(2, 20, 40) ** 3),
+        in_stored_order(torch.randn(4, 30, 40)),
+        in_stored_order(0.2 * torch.randn(4, 30, 40)),
+        in_stored_order(torch.randn(25, 40) + 0.5 * torch.randn(8, 25, 40)),
+        in_stored_order(3 * torch.randn(2, 20, 40) ** 3),
     ]
 
 
 @every_center
 @pytest.mark.parametrize("keep", [0.1, 0.25, 0.5])
-def test_sharing_budgets_over_the_model_lowers_the_error_and_keeps_no_more(center, keep):
+def test_shared_budget_lowers_the_error_and_keeps_no_more(center, keep):
     groups = _groups()
-    budgets = [keep * group.experts_NID.numel() for group in groups]
+    budgets = [keep * group.experts_EID.numel() for group in groups]
 
     shares = allocate_over_model([PriceCurve.of(g, center) for g in groups], budgets)
 
@@ -190,24 +168,27 @@ def test_sharing_budgets_over_the_model_lowers_the_error_and_keeps_no_more(cente
 
 @every_center
 @pytest.mark.parametrize("keep", [0.1, 0.25, 0.5])
-def test_nothing_is_dropped_in_one_group_for_more_than_is_kept_for_in_another(center, keep):
+def test_no_dropped_value_costs_more_than_a_kept_one_of_another_group(center, keep):
     groups = _groups()
-    budgets = [keep * group.experts_NID.numel() for group in groups]
+    budgets = [keep * group.experts_EID.numel() for group in groups]
 
     shares = allocate_over_model([PriceCurve.of(g, center) for g in groups], budgets)
 
     dearest_dropped, cheapest_kept = [], []
     for group, share in zip(groups, shares, strict=True):
         exact = _exact_prices(group, center).tolist()
-        dropped = len(exact) - round(share * group.experts_NID.numel())
+        dropped = len(exact) - round(share * group.experts_EID.numel())
         dearest_dropped += exact[:dropped][-1:]
         cheapest_kept += exact[dropped:][:1]
     # Curves have steps, and so few values are far apart.
     assert max(dearest_dropped) <= 1.05 * min(cheapest_kept)
 
 
-def test_no_other_shares_of_two_groups_lose_less():
-    groups = [_as_stored(torch.randn(3, 30, 50)), _as_stored(0.4 * torch.randn(3, 30, 50))]
+def test_allocation_is_the_best_of_all_splits_between_two_groups():
+    groups = [
+        in_stored_order(torch.randn(3, 30, 50)),
+        in_stored_order(0.4 * torch.randn(3, 30, 50)),
+    ]
     values = 3 * 30 * 50
     shares = allocate_over_model([PriceCurve.of(g, "joint") for g in groups], [0.25 * values] * 2)
 
@@ -222,15 +203,15 @@ def test_no_other_shares_of_two_groups_lose_less():
     assert lost(shares[0]) <= 1.005 * least < 0.95 * lost(0.25)
 
 
-def test_equal_curves_have_equal_shares_whatever_each_would_keep_alone():
-    curve = PriceCurve.of(_as_stored(torch.randn(3, 20, 30)), "joint")
+def test_equal_curves_get_equal_shares():
+    curve = PriceCurve.of(in_stored_order(torch.randn(3, 20, 30)), "joint")
 
     shares = allocate_over_model([curve] * 3, [0.1 * 1800, 0.2 * 1800, 0.6 * 1800])
 
     assert shares == pytest.approx([0.3] * 3, abs=1e-9)
 
 
-def test_a_model_of_equal_prices_spreads_its_budget_evenly():
+def test_equal_prices_spread_the_budget_evenly():
     coarse = PriceCurve(1000, 1000, (1.0,) * 50)
 
     shares = allocate_over_model([coarse, coarse], [100, 300])
@@ -238,9 +219,9 @@ def test_a_model_of_equal_prices_spreads_its_budget_evenly():
     assert shares == pytest.approx([0.2, 0.2])
 
 
-def test_a_group_that_costs_nothing_leaves_its_budget_to_the_others():
-    equal = PriceCurve.of(_as_stored(torch.randn(20, 30).repeat(3, 1, 1)), "joint")
-    other = PriceCurve.of(_as_stored(torch.randn(3, 20, 30)), "joint")
+def test_group_without_errors_leaves_its_budget_to_the_others():
+    equal = PriceCurve.of(in_stored_order(torch.randn(20, 30).repeat(3, 1, 1)), "joint")
+    other = PriceCurve.of(in_stored_order(torch.randn(3, 20, 30)), "joint")
 
     shares = allocate_over_model([equal, other], [450, 450])
 
@@ -248,9 +229,9 @@ def test_a_group_that_costs_nothing_leaves_its_budget_to_the_others():
     assert shares[1] == pytest.approx(0.5, abs=1e-3)
 
 
-def test_a_model_that_costs_nothing_keeps_no_more_than_its_budget():
-    equal = PriceCurve.of(_as_stored(torch.zeros(3, 20, 30)), "joint")
-    alone = PriceCurve.of(_as_stored(torch.randn(1, 20, 30)), "joint")
+def test_model_without_errors_keeps_no_more_than_its_budget():
+    equal = PriceCurve.of(in_stored_order(torch.zeros(3, 20, 30)), "joint")
+    alone = PriceCurve.of(in_stored_order(torch.randn(1, 20, 30)), "joint")
 
     shares = allocate_over_model([equal, alone], [450, 150])
 
@@ -258,71 +239,17 @@ def test_a_model_that_costs_nothing_keeps_no_more_than_its_budget():
 
 
 @pytest.mark.parametrize("keep", [0.0, 1.0])
-def test_keeping_nothing_or_everything_is_the_same_for_all(keep):
+def test_budget_of_nothing_or_everything_is_the_same_for_all_groups(keep):
     groups = _groups()
-    budgets = [keep * group.experts_NID.numel() for group in groups]
+    budgets = [keep * group.experts_EID.numel() for group in groups]
 
     shares = allocate_over_model([PriceCurve.of(g, "none") for g in groups], budgets)
 
     assert shares == pytest.approx([keep] * 4, abs=1e-9)
 
 
-CODECS = [PrunedResidual, LowRankResidual, DenseResidual]
-
-
-@pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("center", ["joint", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("allocate", ["expert", "group"])
-def test_stored_bytes_are_at_most_and_nearly_what_is_told(codec, center, dtype, allocate):
-    for count, rows, columns in ((1, 40, 60), (3, 31, 53), (8, 24, 75)):
-        aligned = _as_stored(torch.randn(count, rows, columns))
-        has_center = codec.uses_center and center != "none"
-        size = StoredSize(count, rows, columns, dtype.itemsize, codec, has_center, fixed=128)
-        for keep in (0.0, 0.1, 0.2575, 0.4):
-            found = _encode(aligned, center, keep, codec=codec, allocate=allocate, dtype=dtype)
-            if count == 1 and has_center and codec is PrunedResidual:
-                # An expert alone is its own centre: it has no residual, whatever the share.
-                assert _nbytes(found) + 128 <= size.bytes_at(keep)
-                continue
-            actual = _nbytes(found) + 128
-            rounding = count * dtype.itemsize
-            assert actual <= size.bytes_at(keep) <= 1.001 * actual + rounding, (count, keep)
-
-
-@given(
-    counts=st.lists(st.integers(1, 9), min_size=1, max_size=3),
-    rows=st.integers(1, 40),
-    columns=st.integers(1, 40),
-    codec=st.sampled_from(CODECS),
-    has_center=st.booleans(),
-    share=st.floats(0, 1.2),
+@pytest.mark.parametrize(
+    ("center_share", "expected"), [(1.0, 0.5), (0.25, 0.3125), (0.0, 0.25), (4.0, 1.0)]
 )
-@settings(deadline=None)
-def test_the_largest_keep_within_a_target_is_found(counts, rows, columns, codec, has_center, share):
-    sizes = [StoredSize(count, rows, columns, 2, codec, has_center) for count in counts]
-
-    def total_bytes(keep: float) -> int:
-        return sum(size.bytes_at(keep) for size in sizes)
-
-    target = total_bytes(0.0) + share * (total_bytes(1.0) - total_bytes(0.0))
-
-    found = keep_for(target, total_bytes)
-
-    fitting = [n / 1000 for n in range(1001) if total_bytes(n / 1000) <= target]
-    assert found >= max(fitting)
-    assert total_bytes(found) <= target
-    assert found == 1 or total_bytes(min(1.0, found + 1e-9)) > target
-
-
-def test_a_target_below_what_nothing_kept_takes_cannot_be_met():
-    size = StoredSize(4, 20, 30, 2, PrunedResidual, True, fixed=100)
-
-    assert keep_for(size.bytes_at(0.0) - 1, size.bytes_at) is None
-    assert keep_for(size.bytes_at(0.0), size.bytes_at) is not None
-
-
-def test_a_target_that_holds_everything_keeps_everything():
-    size = StoredSize(4, 20, 30, 2, PrunedResidual, True)
-
-    assert keep_for(size.bytes_at(1.0), size.bytes_at) == 1
+def test_budget_without_a_centre_grows_by_the_bytes_of_the_centre(center_share, expected):
+    assert centerless_keep(0.25, 4, center_share) == pytest.approx(expected)

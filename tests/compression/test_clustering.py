@@ -1,4 +1,4 @@
-"""Clusters of experts: planted ones are found, and the order of neurons means nothing."""
+"""Clustering finds planted clusters and does not depend on the order of neurons."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from resmoe_dist.compression import clustering
 from resmoe_dist.compression.clustering import cluster_experts
 
 seeds = st.integers(0, 2**32 - 1)
@@ -17,7 +16,7 @@ seeds = st.integers(0, 2**32 - 1)
 def _planted(
     labels: list[int], noise: float, *, rows: int = 20, columns: int = 12, seed: int = 0
 ) -> list[Tensor]:
-    """Noisy copies of one base per label, each in an order of its own."""
+    """Noisy copies of one matrix per label, each with its rows in random order."""
     generator = torch.Generator().manual_seed(seed)
     bases = torch.randn(max(labels) + 1, rows, columns, generator=generator)
     return [
@@ -28,8 +27,8 @@ def _planted(
 
 
 def _lists(labels: list[int]) -> list[list[int]]:
-    """The clusters that labels stand for, by their first expert."""
-    return sorted([k for k, own in enumerate(labels) if own == label] for label in set(labels))
+    """Convert the label of each expert to lists of experts, ordered by their first expert."""
+    return sorted([k for k, other in enumerate(labels) if other == label] for label in set(labels))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +43,7 @@ def test_planted_clusters_are_found(labels, noise):
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_the_scale_of_the_weights_does_not_matter(scale):
+def test_clusters_do_not_depend_on_the_scale_of_the_weights(scale):
     labels = [0, 1, 0, 1, 2]
 
     found = cluster_experts([scale * expert for expert in _planted(labels, 0.1)], 3)
@@ -62,8 +61,8 @@ def test_experts_of_any_dtype_are_clustered():
 
 @given(count=st.integers(1, 9), data=st.data(), seed=seeds)
 @settings(deadline=None)
-def test_every_expert_is_in_one_of_exactly_as_many_clusters_as_asked_for(count, data, seed):
-    # Few labels and no noise: many experts are equal, and many distances.
+def test_every_expert_is_in_one_of_the_requested_number_of_clusters(count, data, seed):
+    # Few labels and no noise: many experts and distances are equal.
     labels = data.draw(st.lists(st.integers(0, 3), min_size=count, max_size=count))
     noise = data.draw(st.sampled_from([0.0, 0.1]))
     clusters = data.draw(st.integers(1, count))
@@ -78,7 +77,7 @@ def test_every_expert_is_in_one_of_exactly_as_many_clusters_as_asked_for(count, 
 
 @pytest.mark.parametrize("expert", [torch.zeros(6, 4), torch.ones(6, 4)], ids=["zeros", "ones"])
 @pytest.mark.parametrize("clusters", [1, 2, 4, 7])
-def test_equal_experts_are_split_all_the_same(expert, clusters):
+def test_equal_experts_are_split_into_the_requested_number(expert, clusters):
     found = cluster_experts([expert] * 7, clusters)
 
     assert len(found) == clusters
@@ -87,7 +86,7 @@ def test_equal_experts_are_split_all_the_same(expert, clusters):
 
 @given(seed=seeds, clusters=st.integers(2, 5))
 @settings(deadline=None, max_examples=40)
-def test_the_order_of_the_rows_does_not_matter(seed, clusters):
+def test_clusters_do_not_depend_on_the_order_of_the_rows(seed, clusters):
     generator = torch.Generator().manual_seed(seed)
     experts = list(torch.randn(6, 15, 10, generator=generator))
     shuffled = [expert[torch.randperm(15, generator=generator)] for expert in experts]
@@ -95,17 +94,17 @@ def test_the_order_of_the_rows_does_not_matter(seed, clusters):
     assert cluster_experts(shuffled, clusters) == cluster_experts(experts, clusters)
 
 
-@pytest.mark.parametrize(("block_rows", "columns"), [(1, 512), (7, 512), (2048, 5)])
-def test_blocks_of_rows_and_a_sketch_of_the_columns_find_the_same(monkeypatch, block_rows, columns):
+@pytest.mark.parametrize(("block_rows", "sketch_columns"), [(1, 512), (7, 512), (2048, 5)])
+def test_small_blocks_and_sketches_find_the_same_clusters(block_rows, sketch_columns):
     labels = [0, 1, 2, 1, 0, 2, 2]
     experts = _planted(labels, 0.2, columns=40)
-    monkeypatch.setattr(clustering, "_BLOCK_ROWS", block_rows)
-    monkeypatch.setattr(clustering, "_COLUMNS", columns)
 
-    assert cluster_experts(experts, 3) == _lists(labels)
+    found = cluster_experts(experts, 3, sketch_columns=sketch_columns, block_rows=block_rows)
+
+    assert found == _lists(labels)
 
 
-def test_experts_may_come_one_at_a_time():
+def test_experts_may_come_from_a_generator():
     labels = [0, 1, 0, 1]
     experts = _planted(labels, 0.1)
 

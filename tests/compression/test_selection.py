@@ -1,4 +1,4 @@
-"""Order statistics against sorting, whatever sample told where to look."""
+"""Order statistics against sorting, with good and misleading samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from resmoe_dist.compression.selection import order_statistic
 
 
 def _blocks(values: Tensor, size: int) -> tuple[Callable[[], Iterator[Tensor]], list[int]]:
-    """Makes the values in blocks, and counts how often."""
+    """A function that yields the values in blocks, and a list with one item per call to it."""
     passes: list[int] = []
 
     def blocks() -> Iterator[Tensor]:
@@ -28,27 +28,30 @@ def _blocks(values: Tensor, size: int) -> tuple[Callable[[], Iterator[Tensor]], 
 def _found(
     sample: Tensor, blocks: Callable[[], Iterator[Tensor]], total: int, rank: int
 ) -> tuple[float, int]:
-    """The value, and which one of its equals it is; those before it rank in the order of blocks."""
+    """The value of rank `rank`, and its rank among the values equal to it.
+
+    Asserts that ties are taken from the first blocks on.
+    """
     found = order_statistic(
         sample, lambda block: block, blocks, total, rank, device=torch.device("cpu")
     )
-    at_most = [int((block == found.value).sum()) for block in blocks()]
+    equal = [int((block == found.value).sum()) for block in blocks()]
     left = sum(found.ties)
-    for ties, most in zip(found.ties, at_most, strict=True):
-        assert ties == min(left, most)
+    for ties, available in zip(found.ties, equal, strict=True):
+        assert ties == min(left, available)
         left -= ties
     return found.value, sum(found.ties)
 
 
 def _expected(values: Tensor, rank: int) -> tuple[float, int]:
-    """By sorting; which of its equals it is, by counting those below."""
+    """The same by sorting and counting."""
     ordered = np.sort(values.numpy())
     value = ordered[rank - 1]
     return float(value), rank - int((ordered < value).sum())
 
 
 def _samples(values: Tensor, entries: int) -> dict[str, Tensor]:
-    """Samples [1 or 5, entries / 5]: honest ones and misleading ones."""
+    """Samples [1, entries] or [5, entries / 5]: representative ones and misleading ones."""
     ordered = values.sort().values
     return {
         "random": values[torch.randperm(len(values))[:entries]].view(1, -1),
@@ -63,7 +66,7 @@ def _samples(values: Tensor, entries: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", ["all differ", "heavy ties", "mostly zeros", "all equal"])
 @pytest.mark.parametrize("size", [70, 10**6])
-def test_any_rank_is_found_from_any_sample(kind, size):
+def test_every_rank_is_found_with_every_sample(kind, size):
     values = torch.randn(6000)
     if kind == "heavy ties":
         values = values.round()
@@ -81,7 +84,7 @@ def test_any_rank_is_found_from_any_sample(kind, size):
 
 @given(data=st.data(), total=st.integers(2, 40), spread=st.integers(0, 12))
 @settings(deadline=None)
-def test_which_of_its_equals_it_is_is_counted_exactly(data, total, spread):
+def test_ties_are_counted_exactly(data, total, spread):
     drawn = data.draw(st.lists(st.integers(-spread, spread), min_size=total, max_size=total))
     values = torch.tensor(drawn, dtype=torch.float32)
     sample = values[: data.draw(st.integers(1, total))].view(1, -1)
@@ -92,7 +95,7 @@ def test_which_of_its_equals_it_is_is_counted_exactly(data, total, spread):
     assert found == _expected(values, rank)
 
 
-def test_an_honest_sample_needs_one_pass():
+def test_representative_sample_needs_one_pass():
     values = torch.randn(100_000)
     blocks, passes = _blocks(values, 5000)
 
@@ -100,10 +103,10 @@ def test_an_honest_sample_needs_one_pass():
         passes.clear()
         sample = values[::10].view(1, -1)
         assert _found(sample, blocks, 100_000, rank) == _expected(values, rank)
-        assert len(passes) == 2  # one of them to check the ties
+        assert len(passes) == 2  # one of them is this test's own, to check the ties
 
 
-def test_a_misleading_sample_needs_more_passes_until_the_value_is_within():
+def test_misleading_sample_needs_more_passes():
     values = torch.arange(100_000.0)
     blocks, passes = _blocks(values, 5000)
 

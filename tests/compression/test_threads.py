@@ -1,4 +1,4 @@
-"""Blocks handed to threads: in order, one thread each, and the setting as it was afterwards."""
+"""in_parallel: results in order, one thread per item, and the thread setting restored."""
 
 from __future__ import annotations
 
@@ -10,26 +10,23 @@ from resmoe_dist.compression.threads import in_parallel
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def three_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(autouse=True)
+def three_threads(set_threads):
+    set_threads(3)
 
 
-def test_results_come_in_the_order_of_the_items(three_threads):
+def test_results_are_in_the_order_of_the_items():
     assert list(in_parallel(lambda x: x * x, range(50), device=CPU)) == [x * x for x in range(50)]
 
 
-def test_each_item_has_one_thread_and_the_setting_is_restored(three_threads):
+def test_each_item_has_one_thread_and_the_setting_is_restored():
     found = in_parallel(lambda _: torch.get_num_threads(), range(9), device=CPU)
 
     assert set(found) == {1}
     assert torch.get_num_threads() == 3
 
 
-def test_no_more_items_than_threads_and_one_are_taken_ahead(three_threads):
+def test_few_items_are_taken_before_their_results_are_used():
     taken = []
 
     def items():
@@ -41,7 +38,7 @@ def test_no_more_items_than_threads_and_one_are_taken_ahead(three_threads):
         assert len(taken) <= done + 1 + 3 + 1
 
 
-def test_a_failure_reaches_the_caller_and_the_setting_is_restored(three_threads):
+def test_an_error_reaches_the_caller_and_the_setting_is_restored():
     def fail_at_seven(number):
         if number == 7:
             raise ValueError("seven")
@@ -52,7 +49,7 @@ def test_a_failure_reaches_the_caller_and_the_setting_is_restored(three_threads)
     assert torch.get_num_threads() == 3
 
 
-def test_a_caller_that_stops_early_leaves_the_setting_restored(three_threads):
+def test_the_setting_is_restored_if_the_caller_stops_early():
     results = in_parallel(lambda x: x, range(20), device=CPU)
     assert next(results) == 0
     results.close()

@@ -1,4 +1,4 @@
-"""Which activations the kernels for whole MLPs take, and that these are what transformers has."""
+"""Which activations the fused kernels support, and that they compute what transformers does."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.activations import ACT2FN
 
-from resmoe_dist.codecs import PrunedResidual
 from resmoe_dist.families.activations import PlainActivation
+from resmoe_dist.kernels.cpu.backend import CpuBackend
 from resmoe_dist.kernels.cpu.build import load_kernels
-from resmoe_dist.runtime.execution import Execution
+from resmoe_dist.runtime.execution import Product
 from tests.models import relative_difference
-from tests.runtime.random_layers import GROUPINGS, SHORT, make_experts, naive, routed
+from tests.runtime.random_layers import GROUPINGS, SHORT, make_experts, naive, random_tokens
 
 # As in test_execution. Any two of the activations differ by more.
 TOLERANCE = 1e-5
@@ -29,102 +29,94 @@ OTHERS = ["gelu", "gelu_10", "quick_gelu", "relu2", "relu6", "mish", "tanh"]
 SHAPES = {"gated": SHORT, "two-layer": replace(SHORT, gated=False)}
 
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-every_mode = pytest.mark.parametrize("mode", ["shared", "tiled"])
+shared_or_not = pytest.mark.parametrize("share_center", [True, False], ids=["shared", "tiled"])
 
 
-@pytest.fixture
-def fused(monkeypatch) -> list[str]:
-    """The activations that `mlp` of `pruned` was asked for."""
+def is_fused(experts) -> bool:
+    """Whether a layer runs in one fused kernel."""
     if not load_kernels():
         pytest.skip("without kernels nothing is fused")
-    asked, original = [], PrunedResidual.mlp
-
-    def spy(*arguments) -> Tensor:
-        asked.append(arguments[-1])
-        return original(*arguments)
-
-    monkeypatch.setattr(PrunedResidual, "mlp", spy)
-    return asked
+    return isinstance(experts.backend, CpuBackend) and experts.backend.is_fused
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_an_activation_that_kernels_have_is_known_by_every_name_of_it(name):
+def test_every_name_of_a_fused_activation_is_known(name):
     assert PlainActivation(name).kernel == KERNELS[name]
     assert PlainActivation(ACT2FN[name]).kernel == KERNELS[name]
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_an_activation_that_kernels_lack_is_none_of_theirs(name):
+def test_other_activations_have_no_kernel(name):
     assert PlainActivation(name).kernel is None
 
 
-class OwnSilu(nn.SiLU):
-    """Something else, for all one knows."""
+class CustomSilu(nn.SiLU):
+    """A subclass may compute anything."""
 
 
-def test_a_module_of_ones_own_is_none_of_the_kernels():
-    assert PlainActivation(OwnSilu()).kernel is None
+def test_a_subclass_has_no_kernel():
+    assert PlainActivation(CustomSilu()).kernel is None
 
 
-@every_mode
+@shared_or_not
 @every_shape
 @pytest.mark.parametrize("grouping", GROUPINGS)
 @pytest.mark.parametrize("name", [*KERNELS, *OTHERS])
-def test_a_layer_has_the_activation_that_transformers_has(name, grouping, shape, mode):
-    experts = make_experts(shape, GROUPINGS[grouping], execution=Execution(mode), act=name)
-    # Several copies of an expert, and many.
+def test_a_layer_computes_the_activation_of_transformers(name, grouping, shape, share_center):
+    experts = make_experts(
+        shape, GROUPINGS[grouping], execution=Product(share_center=share_center), act=name
+    )
+    # Few and many copies per expert use different kernels.
     for count in (5, 40):
-        tokens = routed(count)
+        routed = random_tokens(count)
 
-        expected = naive(experts, tokens, ACT2FN[name])
-        assert relative_difference(experts(tokens).double(), expected) <= TOLERANCE
+        expected = naive(experts, routed, ACT2FN[name])
+        assert relative_difference(experts(routed).double(), expected) <= TOLERANCE
 
 
-@every_mode
 @every_shape
 @pytest.mark.parametrize("name", KERNELS)
-def test_an_activation_that_kernels_have_is_run_by_one(fused, name, shape, mode):
-    make_experts(shape, execution=Execution(mode), act=name)(routed(9))
-
-    assert fused == [KERNELS[name]]
+def test_supported_activations_are_fused(name, shape):
+    assert is_fused(make_experts(shape, act=name))
 
 
-@every_mode
-def test_an_activation_that_kernels_lack_is_run_between_two_products(fused, mode):
-    make_experts(execution=Execution(mode), act="gelu")(routed(9))
-
-    assert fused == []
+def test_other_activations_are_not_fused():
+    assert not is_fused(make_experts(act="gelu"))
 
 
-@every_mode
+@shared_or_not
 @every_shape
-def test_row_biases_are_added_before_the_activation_which_no_kernel_does(fused, shape, mode):
-    experts = make_experts(replace(shape, row_bias=True), execution=Execution(mode))
-    tokens = routed(23)
+def test_row_biases_are_added_before_the_activation_and_not_fused(shape, share_center):
+    experts = make_experts(
+        replace(shape, row_bias=True), execution=Product(share_center=share_center)
+    )
+    routed = random_tokens(23)
 
-    found = experts(tokens)
+    found = experts(routed)
 
-    assert fused == []
-    assert relative_difference(found.double(), naive(experts, tokens)) <= TOLERANCE
-
-
-@every_mode
-def test_an_output_bias_is_added_to_what_a_kernel_gives(fused, mode):
-    experts = make_experts(replace(SHORT, output_bias=True), execution=Execution(mode))
-    tokens = routed(23)
-
-    found = experts(tokens)
-
-    assert fused == ["silu"]
-    assert relative_difference(found.double(), naive(experts, tokens)) <= TOLERANCE
+    assert not is_fused(experts)
+    assert relative_difference(found.double(), naive(experts, routed)) <= TOLERANCE
 
 
-@every_mode
-def test_half_precision_has_no_kernels_and_is_run_all_the_same(fused, mode):
-    experts = make_experts(execution=Execution(mode), dtype=torch.float16)
-    tokens = routed(23, torch.float16)
+@shared_or_not
+def test_an_output_bias_is_added_to_a_fused_result(share_center):
+    experts = make_experts(
+        replace(SHORT, output_bias=True), execution=Product(share_center=share_center)
+    )
+    routed = random_tokens(23)
 
-    found = experts(tokens)
+    found = experts(routed)
 
-    assert fused == []
-    assert relative_difference(found.double(), naive(experts, tokens)) <= 2**-9
+    assert is_fused(experts)
+    assert relative_difference(found.double(), naive(experts, routed)) <= TOLERANCE
+
+
+@shared_or_not
+def test_half_precision_runs_in_the_reference(share_center):
+    experts = make_experts(execution=Product(share_center=share_center), dtype=torch.float16)
+    routed = random_tokens(23, torch.float16)
+
+    found = experts(routed)
+
+    assert not is_fused(experts)
+    assert relative_difference(found.double(), naive(experts, routed)) <= 2**-9

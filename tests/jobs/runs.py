@@ -16,13 +16,14 @@ from typing import Any
 
 import pytest
 
-from resmoe_dist.checkpoints.compressed import CheckpointIndex, CompressionSettings
+from resmoe_dist.checkpoints.format import CheckpointIndex, CompressionSettings
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.jobs.claims import Claims
 from resmoe_dist.jobs.pipeline import Compression
 from resmoe_dist.jobs.scheduling import Schedule
 from resmoe_dist.jobs.staging import StagingFolder
 from resmoe_dist.jobs.workers import Workers
+from tests.compress_settings import compression_settings
 
 REPOSITORY = Path(__file__).parents[2]
 # launch/compress.py, with a pause before each task.
@@ -41,15 +42,7 @@ GROUP_FILES = [
 
 def settings(**changes: Any) -> CompressionSettings:
     """Settings with both layers, two groups and a quarter kept, overridden by `changes`."""
-    values = {
-        "groups": 2,
-        "keep": 0.25,
-        "codec": "pruned",
-        "align": "loo",
-        "center": "joint",
-        "layers": [0, 1],
-    }
-    return CompressionSettings(**(values | changes))
+    return compression_settings(**({"groups": 2, "layers": [0, 1]} | changes))
 
 
 def run(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from resmoe_dist.parallel.launcher import launched_rank
+from resmoe_dist.parallel.entry_point import launched_rank
 from tests.jobs.runs import before_each_task
 
 pause = int(os.environ["RESMOE_TEST_PAUSE"])

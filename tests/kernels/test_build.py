@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from resmoe_dist.kernels.dispatch import kernels_for
 
 from resmoe_dist.codecs import PrunedResidual
 from resmoe_dist.kernels.cpu import build
-from resmoe_dist.kernels.dispatch import kernels_for
 from tests.ranks import run_on_ranks
 
 # What the compiler makes of the kernels is tested elsewhere; this takes it less time.

@@ -20,11 +20,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from resmoe_dist.kernels.rows import CompressedRows
 from torch import Tensor
 
 from resmoe_dist.codecs.bitmap import pack_bitmap
 from resmoe_dist.kernels import reference
-from resmoe_dist.kernels.rows import CompressedRows
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from resmoe_dist.errors import UserError
-from resmoe_dist.parallel import launcher
+from resmoe_dist.parallel import entry_point, launcher
 from resmoe_dist.parallel.topology import SINGLE_PROCESS
 
 
@@ -39,20 +39,20 @@ def test_a_wrong_number_of_gpu_ranks_is_refused_with_the_right_command(machine):
     machine("cuda", 3)
 
     with pytest.raises(UserError, match=r"needs 8 ranks .* 3 were .* deepspeed --num_gpus 8"):
-        launcher.start_grid(4, 2, "launch/infer.py", [])
+        launcher.start_grid(4, 2, ["launch/infer.py"])
 
 
 def test_a_single_gpu_is_refused_a_larger_grid(machine):
     machine("cuda", 1)
 
     with pytest.raises(UserError, match="1 were started"):
-        launcher.start_grid(2, 1, "launch/infer.py", [])
+        launcher.start_grid(2, 1, ["launch/infer.py"])
 
 
 def test_one_process_alone_needs_no_process_group(machine):
     machine("cpu", 1)
 
-    assert launcher.start_grid(1, 1, "launch/infer.py", []) == SINGLE_PROCESS
+    assert launcher.start_grid(1, 1, ["launch/infer.py"]) == SINGLE_PROCESS
 
 
 def test_on_a_cpu_the_deepspeed_launcher_replaces_the_process(machine, monkeypatch):
@@ -61,7 +61,7 @@ def test_on_a_cpu_the_deepspeed_launcher_replaces_the_process(machine, monkeypat
     monkeypatch.setattr(launcher.os, "execve", lambda *call: replaced.append(call))
 
     with pytest.raises(UserError):  # execve does not return; here it did
-        launcher.start_grid(4, 2, "launch/infer.py", ["--ep", "4", "--tp", "2"])
+        launcher.start_grid(4, 2, ["launch/infer.py", "--ep", "4", "--tp", "2"])
 
     ((_, command, environment),) = replaced
     assert "deepspeed.launcher.launch" in command
@@ -71,10 +71,10 @@ def test_on_a_cpu_the_deepspeed_launcher_replaces_the_process(machine, monkeypat
 
 def test_ranks_that_were_started_for_another_grid_do_not_start_more(machine, monkeypatch):
     machine("cpu", 2)
-    monkeypatch.setenv(launcher._STARTED_BY_US, "4")
+    monkeypatch.setenv(launcher.STARTED_BY_US, "4")
 
     with pytest.raises(UserError, match="started 4 ranks, found 2"):
-        launcher.start_grid(4, 1, "launch/infer.py", [])
+        launcher.start_grid(4, 1, ["launch/infer.py"])
 
 
 @pytest.mark.parametrize(("ep", "tp"), [(0, 1), (1, 0), (-2, 1)])
@@ -82,7 +82,7 @@ def test_a_grid_has_at_least_one_rank_each_way(machine, ep, tp):
     machine("cpu", 1)
 
     with pytest.raises(UserError, match="must be 1 or more"):
-        launcher.start_grid(ep, tp, "launch/infer.py", [])
+        launcher.start_grid(ep, tp, ["launch/infer.py"])
 
 
 # What a process does until a signal comes: nothing, in Python and in code that no signal ends.
@@ -99,7 +99,7 @@ def _start(body, *, ignored=False):
     """A process that runs `body` as an entry point, and has begun it."""
     script = (
         "import ctypes, signal, time\n"
-        "from resmoe_dist.parallel.launcher import run_entry_point\n"
+        "from resmoe_dist.parallel.entry_point import run_entry_point\n"
         f"def main():\n    print('begun', flush=True)\n    {body}\n"
         "run_entry_point(main)\n"
     )
@@ -151,8 +151,8 @@ def test_signal_that_is_ignored_stays_ignored():
 
 
 def test_entry_point_leaves_signals_as_they_were():
-    before = [signal.getsignal(number) for number in launcher._INTERRUPTS]
+    before = [signal.getsignal(number) for number in entry_point.INTERRUPTS]
     with pytest.raises(SystemExit):
-        launcher.run_entry_point(lambda: 0)
-    assert [signal.getsignal(number) for number in launcher._INTERRUPTS] == before
+        entry_point.run_entry_point(lambda: 0)
+    assert [signal.getsignal(number) for number in entry_point.INTERRUPTS] == before
     assert signal.set_wakeup_fd(-1) == -1

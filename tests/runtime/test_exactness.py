@@ -59,7 +59,7 @@ def test_layers_left_out_are_served_dense(family_folder, tmp_path):
     index = compress(source, tmp_path / "c", groups=2, layers=[1])
     restore_checkpoint(tmp_path / "c", tmp_path / "d")
 
-    assert [layer.codec for layer in index.layers] == ["dense", "pruned"]
+    assert [layer.residual_codec for layer in index.layers] == ["dense", "pruned"]
     found = logits_of(load_model(tmp_path / "c"))
     assert relative_difference(found, logits_of(dense_model(tmp_path / "d"))) <= TOLERANCE
 
@@ -127,4 +127,4 @@ def test_a_model_loads_in_the_dtype_it_was_compressed_to(family_folder, tmp_path
     model = load_model(tmp_path / "c")
 
     wanted = torch.bfloat16 if dtype else torch.float32
-    assert model.dtype == model.model.layers[0].mlp.experts.experts.groups[0].center.dtype == wanted
+    assert model.dtype == model.model.layers[0].mlp.experts.experts.centers[0].dtype == wanted

@@ -22,7 +22,7 @@ def test_a_rank_opens_only_the_files_of_its_own_groups(family_folder, tmp_path):
 
     model = load_model(tmp_path / "c", topology=Topology(ep=2, ep_rank=1))
 
-    assert [len(m.mlp.experts.experts.groups) for m in model.model.layers] == [1, 1]
+    assert [m.mlp.experts.experts.num_groups for m in model.model.layers] == [1, 1]
     with mistake("group-000.safetensors: this file is missing"):
         load_model(tmp_path / "c", topology=Topology(ep=2, ep_rank=0))
 
@@ -45,10 +45,10 @@ def test_ep_at_run_time_may_differ_from_the_groups(family_folder, tmp_path, grou
 
     for rank in range(ep):
         model = load_model(tmp_path / "c", topology=Topology(ep=ep, ep_rank=rank))
-        held = model.model.layers[0].mlp.experts.experts.groups
+        held = model.model.layers[0].mlp.experts.experts
         # Fewer ranks than groups hold several; more ranks each hold the centre they share.
-        assert len(held) == max(1, groups // ep)
-        assert sum(len(group.residuals) for group in held) == 4 // ep
+        assert held.num_groups == max(1, groups // ep)
+        assert len(held.residuals) == 4 // ep
 
 
 def test_tensors_of_a_loaded_shard_are_no_larger_than_their_rows(family_folder, tmp_path):
@@ -57,9 +57,9 @@ def test_tensors_of_a_loaded_shard_are_no_larger_than_their_rows(family_folder, 
 
     model = load_model(tmp_path / "c", topology=Topology(tp=3, tp_rank=1))
 
-    for tensor in model.model.layers[0].mlp.experts.experts.groups.buffers():
+    for tensor in model.model.layers[0].mlp.experts.experts.buffers():
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
-    center = model.model.layers[0].mlp.experts.experts.groups[0].center
+    center = model.model.layers[0].mlp.experts.experts.centers[0].weight
     assert center.shape == (2 * layer.rows // 3 - layer.rows // 3, layer.shape.columns)
 
 

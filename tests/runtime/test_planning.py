@@ -1,31 +1,29 @@
-"""`auto`: what each mode costs is measured once and kept, and the cheapest is taken."""
+"""`auto`: the cheapest way is chosen from measured costs and sizes known on the host."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from resmoe_dist.codecs import DenseResidual, LowRankResidual, PrunedResidual
-from resmoe_dist.kernels.cpu.build import load_kernels
-from resmoe_dist.parallel.dispatcher import NO_EXPERT
-from resmoe_dist.runtime import planning
-from resmoe_dist.runtime.execution import Execution
-from resmoe_dist.runtime.experts import CompressedExperts
-from resmoe_dist.runtime.planning import TOKENS, ExpertCosts, MeasuredPlanner, execution_for
+from resmoe_dist.kernels import Backend, backend_for
+from resmoe_dist.routing import RoutedTokens
+from resmoe_dist.runtime.execution import Auto, Execution
+from resmoe_dist.runtime.expert_costs import TOKENS, ExpertCosts
+from resmoe_dist.runtime.planning import Load, MeasuredPlanner, fastest
 from tests.models import relative_difference
 from tests.runtime.random_layers import (
-    GROUPINGS,
+    EXPERTS,
     HIDDEN,
     LONG,
     MIXED,
-    SHORT,
+    NONE,
+    ONE,
     make_experts,
+    make_layer,
     naive,
-    routed,
     to_experts,
 )
 
@@ -44,277 +42,138 @@ COSTS = ExpertCosts(
 
 
 @pytest.mark.parametrize(
-    ("counts", "centers", "fastest"),
+    ("load", "expected"),
     [
         # shared 0.5 + 6, tiled 1, restore 10
-        ([1], [1], "tiled"),
+        (Load(1, 1, (1,)), "tiled"),
         # shared 8 + 6, tiled 16, restore 40
-        ([4, 4, 4, 4], [9], "shared"),
+        (Load(4, 4, (9,)), "shared"),
         # shared 8 + 12, tiled 16, restore 40
-        ([4, 4, 4, 4], [9, 5], "tiled"),
+        (Load(4, 4, (9, 5)), "tiled"),
         # shared 32 + 6, tiled 64, restore 20
-        ([60, 4], [60], "restore"),
-        # Between two that were measured: shared 1.5 + 1.5 + 6, tiled 6, restore 20
-        ([3, 3], [3], "tiled"),
+        (Load(2, 32, (60,)), "restore"),
+        # Between measured token counts: shared 3 + 6, tiled 6, restore 20
+        (Load(2, 3, (3,)), "tiled"),
         # shared 9 · 1.5 + 6, tiled 27, restore 90
-        ([3] * 9, [27], "shared"),
-        # Who gets no tokens costs nothing: as the first.
-        ([0, 1, 0, 0, 0], [1], "tiled"),
+        (Load(9, 3, (27,)), "shared"),
         # No centre: shared 10.5, tiled 21, restore 20
-        ([18, 3], [], "shared"),
+        (Load(2, 10.5, ()), "shared"),
+        # A centre that one in ten calls needs: shared 0.5 + 0.6 · 2, tiled 1
+        (Load(1, 1, (0.05, 0.05)), "tiled"),
+        (Load(4, 1, (0.1, 0.1)), "shared"),
     ],
 )
-def test_the_fastest_mode_is_that_of_the_least_sum(counts, centers, fastest):
-    assert COSTS.fastest(counts, centers) == fastest
+def test_the_cheapest_way_wins(load, expected):
+    assert fastest(COSTS, load) == expected
 
 
-# Of the cheapest other mode: 0.5 + center for one token, where tiled is 1.
-@pytest.mark.parametrize(("center", "fastest"), [(0.54, "shared"), (0.56, "tiled")])
-def test_shared_is_taken_where_it_costs_up_to_five_percent_more(center, fastest):
+# The cheapest other way is tiled at 1; shared costs 0.5 + center.
+@pytest.mark.parametrize(("center", "expected"), [(0.54, "shared"), (0.56, "tiled")])
+def test_shared_wins_up_to_five_percent(center, expected):
     costs = replace(COSTS, center=constant(center))
 
-    assert costs.fastest([1], [1]) == fastest
-    assert costs.fastest([1, 0, 1], [1, 1]) == fastest
+    assert fastest(costs, Load(1, 1, (1,))) == expected
+    assert fastest(costs, Load(2, 1, (1, 1))) == expected
 
 
-def test_costs_above_the_last_measured_ones_are_proportional():
+def test_costs_above_the_last_measured_are_proportional():
     last = TOKENS[-1]
-    restored = (*constant(3.0)[:-1], 10.0)
-    tiled = (*constant(0.01)[:-1], 12.0)
-    costs = ExpertCosts(restored, tiled, constant(99.0), constant(99.0))
 
-    # 10 + 3 against 12 + 0.01, and with twice the tokens 20 + 3 against 24 + 0.01.
-    assert costs.fastest([last, 1], []) == "tiled"
-    assert costs.fastest([2 * last, 1], []) == "restore"
+    assert COSTS.seconds("restored", last) == 10
+    assert COSTS.seconds("restored", 2 * last) == 20
+    assert COSTS.seconds("tiled", 3 * last) == pytest.approx(3 * last)
+
+
+def test_costs_below_one_token_are_the_chance_of_one():
+    assert COSTS.seconds("center", 0.25) == pytest.approx(1.5)
+    assert COSTS.seconds("center", 0) == 0
+
+
+@pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (1, 3), (4, 2), (50, 3), (400, 1)])
+def test_the_load_is_the_mean_over_random_routing(tokens, top_k):
+    layer = make_layer(grouping=MIXED)
+    active, centers = [], []
+    for _ in range(200):
+        index_TK = torch.rand(tokens, EXPERTS).topk(top_k).indices
+        routed = to_experts(index_TK, torch.zeros(tokens, HIDDEN))
+        active.append(int((routed.offsets_L.diff() > 0).sum()))
+        centers.append(int(routed.offsets_L.diff()[[0, 3]].sum()))
+
+    load = Load.of(layer, tokens, tokens * top_k)
+
+    assert load.active_experts == pytest.approx(sum(active) / 200, rel=0.1)
+    assert load.active_experts * load.copies == pytest.approx(tokens * top_k)
+    # Copies for the first centre's experts, each of a different token at most.
+    assert load.center_rows[0] == pytest.approx(min(tokens, sum(centers) / 200), rel=0.25)
+    assert len(load.center_rows) == 2
+
+
+def test_a_layer_without_centres_has_no_center_rows():
+    assert Load.of(make_layer(grouping=NONE), 5, 10).center_rows == ()
 
 
 class Planned(MeasuredPlanner):
-    """A planner that need not measure."""
+    """A planner with given costs."""
 
-    def costs(self, experts: CompressedExperts) -> ExpertCosts:
-        return COSTS
+    def __init__(self, *costs: tuple[Backend, ExpertCosts]) -> None:
+        super().__init__()
+        self.given = costs
 
-
-def test_the_planner_counts_copies_and_the_tokens_of_each_centre(monkeypatch):
-    asked = []
-
-    def fastest(self, counts_L: list[int], center_rows: list[int]) -> str:
-        asked.append((counts_L, center_rows))
-        return "tiled"
-
-    monkeypatch.setattr(ExpertCosts, "fastest", fastest)
-    tokens = to_experts(torch.tensor([[0, 3], [0, 3], [3, 4]]), torch.randn(3, HIDDEN))
-
-    assert Planned().choose(make_experts(grouping=MIXED), tokens) == "tiled"
-
-    # Five copies of three tokens in the first group; the second has no centre, the third no copy.
-    assert asked == [([2, 0, 0, 3, 1, 0], [3])]
+    def costs(self, backend: Backend) -> ExpertCosts:
+        return next((costs for known, costs in self.given if known is backend), COSTS)
 
 
-@pytest.mark.parametrize("grouping", GROUPINGS)
-def test_the_same_question_has_the_same_answer_in_whichever_order_it_is_asked(grouping):
-    planner, experts = Planned(), make_experts(grouping=GROUPINGS[grouping])
-    one = experts.groups[0].experts
-    for counts in ([1], [4] * len(one), [3, 1], [60, 1], [9] * len(one)):
-        counts = counts[: len(one)]
-        x_TH = torch.randn(max(counts), HIDDEN)
-        answers = []
-        for order in (counts, counts, counts[::-1]):
-            index_TK = torch.full((len(x_TH), len(order)), NO_EXPERT)
-            for k, (expert, count) in enumerate(zip(one, order, strict=False)):
-                index_TK[:count, k] = expert
-            answers.append(planner.choose(experts, to_experts(index_TK, x_TH)))
+def test_the_planner_answers_from_the_layers_load():
+    backend, planner = backend_for(make_layer(grouping=ONE)), Planned()
+    for tokens, copies in [(1, 1), (4, 16), (60, 60), (4, 16), (1, 1), (400, 1200)]:
+        expected = fastest(COSTS, Load.of(backend.layer, tokens, copies))
 
-        centers = [min(sum(counts), len(x_TH))] if experts.groups[0].center is not None else []
-        assert answers == [COSTS.fastest(counts, centers)] * 3
+        assert planner.choose(backend, tokens, copies) == expected
 
 
-def test_layers_of_other_costs_have_their_own_answers(monkeypatch):
-    small, large = make_experts(), make_experts(LONG)
-    dear = replace(COSTS, tiled=per_token(99.0))
-    planner = MeasuredPlanner()
-    monkeypatch.setattr(planner, "costs", lambda experts: COSTS if experts is small else dear)
-    tokens = to_experts(torch.tensor([[0]]), torch.randn(1, HIDDEN))
+def test_layers_with_other_costs_have_other_answers():
+    small, large = backend_for(make_layer()), backend_for(make_layer(LONG))
+    planner = Planned((large, replace(COSTS, tiled=per_token(99.0))))
 
     for _ in range(2):
-        assert planner.choose(small, tokens) == "tiled"
-        assert planner.choose(large, tokens) == "shared"
+        assert planner.choose(small, 1, 1) == "tiled"
+        assert planner.choose(large, 1, 1) == "shared"
 
 
-def test_no_more_answers_are_kept_than_there_is_room_for(monkeypatch):
-    monkeypatch.setattr(planning, "_MOST_ANSWERS", 3)
-    planner, experts = Planned(), make_experts()
-    for count in (*range(1, 9), *range(1, 9)):
-        tokens = to_experts(torch.tensor([[0]]).expand(count, 1), torch.randn(count, HIDDEN))
+def test_the_table_of_answers_is_bounded():
+    planner, backend = Planned(), backend_for(make_layer())
+    planner.max_answers = 3
+    for tokens in (*range(1, 9), *range(1, 9)):
+        expected = fastest(COSTS, Load.of(backend.layer, tokens, tokens))
 
-        assert planner.choose(experts, tokens) == COSTS.fastest([count], [count])
-        assert len(planner._answers) <= 3
+        assert planner.choose(backend, tokens, tokens) == expected
+        assert planner.num_answers <= 3
 
 
-def test_auto_runs_what_the_planner_chooses(monkeypatch):
-    ran = []
-    for name in ("run_restored", "run_shared", "run_tiled"):
-        original = getattr(CompressedExperts, name)
+class Recorded(Execution):
+    """Records that it ran."""
 
-        def run(self, tokens, name=name, original=original) -> torch.Tensor:
-            ran.append(name)
-            return original(self, tokens)
+    def __init__(self, name: str, way: Execution, ran: list[str]) -> None:
+        self.name, self.way, self.ran = name, way, ran
 
-        monkeypatch.setattr(CompressedExperts, name, run)
-    experts = make_experts(execution=Execution("auto", planner=Planned()))
+    def run(self, routed: RoutedTokens, backend: Backend) -> Tensor:
+        self.ran.append(self.name)
+        return self.way.run(routed, backend)
+
+
+def test_auto_runs_what_the_planner_chooses():
+    planner, ran = Planned(), []
+    auto = Auto(planner)
+    auto.ways = {name: Recorded(name, way, ran) for name, way in auto.ways.items()}
+    experts = make_experts(execution=auto)
+    expected = []
     for count, top_k in ((1, 1), (4, 4), (60, 1)):
         index_TK = torch.arange(top_k).expand(count, top_k)
-        tokens = to_experts(index_TK, torch.randn(count, HIDDEN))
-        found = experts(tokens)
-        assert relative_difference(found.double(), naive(experts, tokens)) <= 1e-5
+        routed = to_experts(index_TK, torch.randn(count, HIDDEN))
+        expected.append(planner.choose(experts.backend, count, count * top_k))
 
-    assert ran == ["run_tiled", "run_shared", "run_restored"]
+        found = experts(routed)
 
-
-@pytest.fixture
-def measured(monkeypatch, tmp_path) -> list[CompressedExperts]:
-    """Layers that were measured, each as COSTS; the cache is a folder of this test."""
-    load_kernels()  # from the cache that all tests have
-    layers = []
-
-    def measure(experts: CompressedExperts) -> ExpertCosts:
-        layers.append(experts)
-        return COSTS
-
-    monkeypatch.setattr(planning, "measure", measure)
-    monkeypatch.setenv("RESMOE_CACHE", str(tmp_path / "cache"))
-    return layers
-
-
-def costs_file(tmp_path: Path) -> Path:
-    """The one that was written."""
-    (path,) = (tmp_path / "cache" / "costs").iterdir()
-    return path
-
-
-def test_costs_are_measured_once_and_kept_for_other_processes(measured):
-    experts = make_experts()
-    planner = MeasuredPlanner()
-    for _ in range(2):
-        assert planner.costs(experts) == COSTS
-        assert planner.costs(make_experts()) == COSTS
-    assert len(measured) == 1
-
-    # Another one knows nothing but what is in the cache.
-    assert MeasuredPlanner().costs(experts) == COSTS
-    assert len(measured) == 1
-
-
-def test_costs_are_measured_when_a_layer_is_prepared(measured):
-    execution = execution_for()
-    experts = make_experts(execution=execution)
-
-    execution.prepare(experts)
-    assert len(measured) == 1
-
-    experts(routed(5))
-    assert len(measured) == 1
-
-
-def test_what_is_stored_whole_is_not_measured(measured):
-    execution = execution_for()
-    experts = make_experts(codec=DenseResidual, execution=execution)
-
-    execution.prepare(experts)
-    experts(routed(5))
-
-    assert measured == []
-
-
-OTHERS = {
-    "shape": lambda: make_experts(LONG),
-    "dtype": lambda: make_experts(dtype=torch.bfloat16),
-    "codec": lambda: make_experts(codec=LowRankResidual),
-}
-
-
-@pytest.mark.parametrize("other", OTHERS)
-def test_costs_of_another_layer_are_its_own(measured, other):
-    planner = MeasuredPlanner()
-    planner.costs(make_experts())
-
-    planner.costs(OTHERS[other]())
-
-    assert len(measured) == 2
-
-
-def test_costs_of_another_number_of_threads_are_their_own(measured):
-    before = torch.get_num_threads()
-    MeasuredPlanner().costs(make_experts())
-    try:
-        torch.set_num_threads(before + 1)
-        MeasuredPlanner().costs(make_experts())
-    finally:
-        torch.set_num_threads(before)
-
-    assert len(measured) == 2
-
-
-WHOLE = {name: list(constant(1.0)) for name in ("restored", "tiled", "residual", "center")}
-DAMAGED = {
-    "nothing": "",
-    "half": json.dumps(WHOLE)[:40],
-    "no text": b"\xff\xfe\x00",
-    "a list": "[1, 2]",
-    "a number": "7",
-    "no costs": "{}",
-    "a name less": json.dumps({k: v for k, v in WHOLE.items() if k != "center"}),
-    "a name more": json.dumps(WHOLE | {"other": WHOLE["center"]}),
-    "too few numbers": json.dumps(WHOLE | {"center": [1.0, 2.0]}),
-    "no numbers": json.dumps(WHOLE | {"center": ["a"] * len(TOKENS)}),
-    "not a number": json.dumps(WHOLE | {"center": [float("nan")] * len(TOKENS)}),
-    "no list": json.dumps(WHOLE | {"center": 3.0}),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGED)
-def test_a_damaged_file_of_costs_is_measured_anew_and_replaced(measured, tmp_path, damage):
-    experts = make_experts()
-    MeasuredPlanner().costs(experts)
-    whole = costs_file(tmp_path).read_text()
-    text = DAMAGED[damage]
-    costs_file(tmp_path).write_bytes(text if isinstance(text, bytes) else text.encode())
-
-    found = MeasuredPlanner().choose(experts, routed(5))
-
-    assert found in ("restore", "shared", "tiled")
-    assert len(measured) == 2
-    assert costs_file(tmp_path).read_text() == whole
-
-
-def test_a_cache_that_cannot_be_written_is_no_error(measured, monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    monkeypatch.setenv("RESMOE_CACHE", str(tmp_path / "file"))
-
-    assert MeasuredPlanner().costs(make_experts()) == COSTS
-    assert len(measured) == 1
-
-
-@pytest.mark.parametrize("codec", [PrunedResidual, LowRankResidual])
-@pytest.mark.parametrize("grouping", GROUPINGS)
-def test_measuring_gives_seconds_for_every_number_of_tokens(monkeypatch, grouping, codec):
-    monkeypatch.setattr(planning, "_EVICTING_BYTES", 1)
-    monkeypatch.setattr(planning, "_REPEATS", 1)
-    experts = make_experts(
-        replace(SHORT, row_bias=True, output_bias=True), GROUPINGS[grouping], codec
-    )
-    before = [tensor.clone() for tensor in experts.buffers()]
-
-    costs = planning.measure(experts)
-
-    for seconds in (costs.restored, costs.tiled):
-        assert len(seconds) == len(TOKENS)
-        assert all(0 < value < 60 for value in seconds)
-    # Differences, of which noise may leave nothing.
-    for seconds in zip(costs.residual, costs.center, strict=True):
-        assert min(seconds) >= 0
-        assert 0 < sum(seconds) < 60
-    if all(group.center is None for group in experts.groups):
-        assert costs.center == (0,) * len(TOKENS)
-    for tensor, old in zip(experts.buffers(), before, strict=True):
-        assert torch.equal(tensor, old)
+        assert relative_difference(found.double(), naive(experts, routed)) <= 1e-5
+    assert ran == expected
+    assert len(set(ran)) > 1

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from resmoe_dist.checkpoints.source import SourceCheckpoint
-from resmoe_dist.codecs import PrunedResidual
+from resmoe_dist.codecs import CodecSpec
 from resmoe_dist.compression.alignment import align
 from resmoe_dist.compression.blocks import AlignedExperts
-from resmoe_dist.compression.encoding import encode_group
+from resmoe_dist.compression.encoding import GroupCodecs, encode_group
 
 KEEP = 0.25
 
@@ -27,21 +27,19 @@ def groups(embedded_source) -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def aligned_groups(groups) -> list[AlignedExperts]:
-    return [AlignedExperts(group, align(group, "loo").permutations_NI) for group in groups]
+    return [AlignedExperts(group, align(group, "loo").permutations_EI) for group in groups]
 
 
 def _error(aligned: AlignedExperts, center: str, allocate: str) -> float:
     """What is lost of the aligned experts, measured on what is restored."""
     encoded = encode_group(
         aligned,
-        PrunedResidual,
+        GroupCodecs(CodecSpec(name="pruned", options={"keep": KEEP}), torch.float32),
         center=center,
-        keep=KEEP,
         allocate=allocate,
-        dtype=torch.float32,
     )
-    restored = torch.stack([encoded.center_ID + r.decode() for r in encoded.residuals])
-    exact = aligned.rows(slice(0, restored.shape[1]))
+    restored = torch.stack([encoded.center.decode() + r.decode() for r in encoded.residuals])
+    exact = aligned.block(slice(0, restored.shape[1]))
     return float((exact - restored).double().square().sum())
 
 
@@ -58,7 +56,7 @@ def _plain_pruning_error(experts_NID: Tensor) -> float:
 @pytest.mark.parametrize("allocate", ["expert", "group"])
 def test_pruning_around_a_barycentre_beats_plain_pruning(aligned_groups, allocate):
     for aligned in aligned_groups:
-        plain = _plain_pruning_error(aligned.experts_NID)
+        plain = _plain_pruning_error(aligned.experts_EID)
         assert _error(aligned, "barycenter", allocate) < plain
 
 

@@ -1,0 +1,56 @@
+"""Generate text with a compressed model on a grid of expert- and tensor-parallel ranks.
+
+    deepspeed --num_gpus 4 examples/serve_on_a_grid.py COMPRESSED --ep 2 --tp 2
+
+Each lane continues one of the prompts. The tensor-parallel ranks of a lane work on the same prompt.
+`launch/infer.py` is the complete version of this script.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from resmoe_dist import load_model
+from resmoe_dist.parallel.entry_point import quiet_libraries, run_entry_point
+from resmoe_dist.parallel.launcher import start_grid
+
+PROMPTS = ["def __init__(self, ", "import os\n", "class Error(", "    return self."]
+
+
+def main() -> None:
+    """One rank."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="compressed checkpoint with a tokenizer")
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
+    # The `deepspeed` launcher adds it to every command line.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    quiet_libraries()
+
+    # On a machine without accelerators this starts ep * tp ranks on the CPU.
+    topology = start_grid(args.ep, args.tp)
+    model = load_model(args.folder, ep=args.ep, tp=args.tp)
+    tokenizer = AutoTokenizer.from_pretrained(args.folder)
+    prompt = PROMPTS[topology.lane % len(PROMPTS)]
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    with torch.no_grad():
+        output_BS = model.generate(
+            **inputs,
+            max_new_tokens=args.max_new_tokens,
+            # Lanes exchange tokens in every layer, so a lane that is done keeps taking part.
+            synced_gpus=topology.lanes > 1,
+        )
+    if topology.tp_rank == 0:
+        text = tokenizer.decode(output_BS[0], skip_special_tokens=True)
+        # One write per lane: the ranks share this terminal.
+        print(f"--- lane {topology.lane}\n{text}\n", end="", flush=True)
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

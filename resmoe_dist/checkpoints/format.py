@@ -1,0 +1,254 @@
+"""The index of a compressed checkpoint, resmoe.json: its entries, and reading it.
+
+Version 3 stores centres by a codec, counts bytes by kind, and may store fewer experts than the
+model has. Versions 1 and 2 are upgraded when they are read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from resmoe_dist.checkpoints.upgrade import FORMAT_VERSION, upgrade
+from resmoe_dist.codecs import DENSE, ByteKind, CodecSpec, codec_named
+from resmoe_dist.design_matrix import ExpertShape
+from resmoe_dist.errors import UserError
+from resmoe_dist.families.storage import ExpertStorage
+
+INDEX_FILE = "resmoe.json"
+QUANT_METHOD = "resmoe"
+
+DtypeName = Literal["float32", "float16", "bfloat16"]
+STORED_DTYPES: dict[DtypeName, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+# In an expert map: this expert of the model is not stored.
+DROPPED = -1
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\Z")
+
+
+def _plain_file_name(name: str) -> str:
+    if not _PLAIN_NAME.match(name):
+        raise ValueError(f"{name!r} is not a plain file name")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_plain_file_name)]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Entry):
+    """One file of the checkpoint: name, size in bytes and digest."""
+
+    file: FileName
+    bytes: int
+    sha256: str
+
+
+class GroupEntry(_Entry):
+    """One group of experts of one layer, and what storing it cost.
+
+    experts: numbers of the stored experts, ascending. squared_errors: ‖T_k W_k − restored_k‖² per
+    stored expert (paper 001, appendix A.6, before its mean). squared_norms: ‖W_k‖² per stored
+    expert. weighted_*: the same two in the activation-weighted norm, None without calibration. If
+    several of the model's experts share a stored one, these are sums over them. source_bytes: of
+    the experts in the source. center_bytes, residual_bytes: of the stored tensors, the residuals'
+    by kind; output biases count as values. objective: of the alignment (paper 001, equation 4).
+    keep: share of residual entries kept; None if the codec does not select entries, or the writer
+    did not record it.
+    """
+
+    file: FileEntry
+    experts: list[int]
+    squared_errors: list[float]
+    squared_norms: list[float]
+    source_bytes: int
+    center_bytes: int
+    residual_bytes: dict[ByteKind, int]
+    objective: float
+    keep: float | None = None
+    weighted_squared_errors: list[float] | None = None
+    weighted_squared_norms: list[float] | None = None
+
+    @property
+    def has_center(self) -> bool:
+        """Whether a centre is stored. A group without one has a centre of zero."""
+        return self.center_bytes > 0
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all of the group's tensors."""
+        return self.center_bytes + sum(self.residual_bytes.values())
+
+
+class LayerEntry(_Entry):
+    """One experts module: its name in the model, its shape, how it is stored, and its groups.
+
+    num_experts: of the model. method: which made it. center_codec: how centres are stored, None if
+    the layer has none. residual_codec: how residuals are stored. dtype: of stored values. storage:
+    the source's tensor names, which `restore` writes back. expert_map: the stored expert of each of
+    the model's experts, or DROPPED; None if every expert is stored under its own number. groups: a
+    partition of the stored experts, in any order.
+    """
+
+    module: str
+    num_experts: int
+    rows: int
+    hidden: int
+    gated: bool
+    row_bias: bool
+    output_bias: bool
+    method: str
+    center_codec: str | None
+    residual_codec: str
+    dtype: DtypeName
+    storage: ExpertStorage
+    expert_map: list[Annotated[int, Field(ge=DROPPED)]] | None = None
+    groups: list[GroupEntry]
+
+    @property
+    def shape(self) -> ExpertShape:
+        """Shape of each expert."""
+        return ExpertShape(self.rows, self.hidden, self.gated, self.row_bias, self.output_bias)
+
+    @property
+    def stored_experts(self) -> int:
+        """Number of stored experts."""
+        if self.expert_map is None:
+            return self.num_experts
+        return len(set(self.expert_map) - {DROPPED})
+
+    def stored_expert(self, expert: int) -> int:
+        """The stored expert that the model's expert number `expert` is, or DROPPED."""
+        return expert if self.expert_map is None else self.expert_map[expert]
+
+    def check(self) -> None:
+        """Raise ValueError for an unknown codec, or groups or a map that contradict each other."""
+        codec_named(self.residual_codec)
+        if self.center_codec is not None:
+            codec_named(self.center_codec)
+        elif any(group.has_center for group in self.groups):
+            raise ValueError(f"{self.module}: a group has a centre, and the layer no codec for it")
+        if self.expert_map is not None:
+            if len(self.expert_map) != self.num_experts:
+                raise ValueError(
+                    f"{self.module}: the expert map has {len(self.expert_map)} entries for "
+                    f"{self.num_experts} experts"
+                )
+            if set(self.expert_map) - {DROPPED} != set(range(self.stored_experts)):
+                raise ValueError(f"{self.module}: the expert map skips a stored expert")
+        for group in self.groups:
+            if not group.experts or group.experts != sorted(group.experts):
+                raise ValueError(f"{self.module}: a group's experts {group.experts} do not ascend")
+        experts = sorted(k for group in self.groups for k in group.experts)
+        if experts != list(range(self.stored_experts)):
+            raise ValueError(f"{self.module}: the groups do not hold each expert once")
+
+
+class MethodSpec(_Entry):
+    """A compression method and its options: `{"name": "resmoe", "options": {"align": "loo"}}`.
+
+    Options are checked when a method runs (`resmoe_dist.methods`). Reading a checkpoint does not
+    need its method.
+    """
+
+    name: str
+    options: dict[str, Any] = {}
+
+
+class CompressionSettings(_Entry):
+    """How the checkpoint was made: the options of `resmoe-dist compress`.
+
+    groups: G, the EP size it was compressed for. groups_per_rank: groups of each of the G ranks.
+    method: of the layers listed in `layers`, positions among the model's MoE layers; the others are
+    stored dense. center_codec, residual_codec: of these layers. target_bytes: share of the dense
+    expert bytes that everything stored was to take; the residual codec's `keep` is then the share
+    that fits. calibration: SHA-256 of the calibration token ids. dtype: of stored values; None
+    keeps the source's.
+    """
+
+    groups: int
+    groups_per_rank: int = 1
+    method: MethodSpec
+    center_codec: CodecSpec = DENSE
+    residual_codec: CodecSpec
+    target_bytes: float | None = None
+    calibration: str | None = None
+    layers: list[int]
+    dtype: DtypeName | None = None
+
+
+class CheckpointIndex(_Entry):
+    """The content of resmoe.json. format_version: of the folder, also if older than this program's.
+
+    The entries are in the current version's form, whichever version was read.
+    """
+
+    format_version: int
+    producer: str
+    settings: CompressionSettings
+    layers: list[LayerEntry]
+    other_files: list[FileEntry]
+
+
+def dtype_name(dtype: torch.dtype) -> DtypeName:
+    """The name of a stored dtype."""
+    return next(name for name, stored in STORED_DTYPES.items() if stored == dtype)
+
+
+def group_file_name(layer: int, num_layers: int, group: int) -> str:
+    """File name of a group. Layers are counted from 1 as model shards are, groups from 0."""
+    return f"resmoe-{layer + 1:05d}-of-{num_layers:05d}-group-{group:03d}.safetensors"
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether a folder holds a compressed checkpoint."""
+    return (folder / INDEX_FILE).is_file()
+
+
+def read_index(folder: Path) -> CheckpointIndex:
+    """Read the index of a compressed checkpoint, of this or an older format version.
+
+    Raises UserError if the folder has no index, or the index is damaged or of a newer version.
+    """
+    path = folder / INDEX_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: no {INDEX_FILE} here; give a folder made by resmoe-dist compress"
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        version = raw["format_version"]
+        if not isinstance(version, int):
+            raise ValueError(f"format_version is {version!r}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {version} is newer than this program reads "
+            f"({FORMAT_VERSION}); upgrade resmoe-dist"
+        )
+    try:
+        index = CheckpointIndex.model_validate(upgrade(raw))
+        for layer in index.layers:
+            layer.check()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from error
+    return index
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).splitlines()[:3])
+    return UserError(f"{path}: damaged ({reason}); compress again or copy it anew")

@@ -1,0 +1,5 @@
+"""The `resmoe-dist` command."""
+
+from resmoe_dist.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,85 @@
+"""Codecs by name, and a codec with its options as users write them and settings store them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from typing_extensions import Self
+
+from resmoe_dist.codecs.base import BudgetConfig, CodecConfig, EncodedMatrix
+
+CODECS: dict[str, type[EncodedMatrix]] = {}
+
+Codec = TypeVar("Codec", bound=type[EncodedMatrix])
+
+
+def register_codec(codec: Codec) -> Codec:
+    """Class decorator: make a codec available under its name, everywhere."""
+    CODECS[codec.name] = codec
+    return codec
+
+
+def codec_named(name: str) -> type[EncodedMatrix]:
+    """The codec called `name`. Raises ValueError for an unknown name."""
+    if name not in CODECS:
+        raise ValueError(f"unknown codec {name!r}; choose one of {', '.join(CODECS)}")
+    return CODECS[name]
+
+
+class CodecSpec(BaseModel):
+    """A codec and its options: `{"name": "pruned", "options": {"keep": 0.25}}`.
+
+    Raises ValueError (pydantic's ValidationError) for an unknown codec, option or value.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    options: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        try:
+            config = codec_named(self.name).config.model_validate(self.options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            option = ".".join(map(str, first["loc"])) or "options"
+            raise ValueError(f"codec {self.name}: {option}: {first['msg'].lower()}") from error
+        # Defaults are written out, so that a checkpoint says all of what made it.
+        self.options.update(config.model_dump(exclude_none=True))
+        return self
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From `NAME` or `NAME:option=value,option=value`. Raises ValueError if malformed."""
+        name, _, rest = text.partition(":")
+        options = {}
+        for part in filter(None, rest.split(",")):
+            option, equals, value = part.partition("=")
+            if not equals:
+                raise ValueError(f"{text!r}: write NAME:option=value,option=value")
+            options[option.strip()] = value.strip()
+        return cls(name=name.strip(), options=options)
+
+    @cached_property
+    def codec(self) -> type[EncodedMatrix]:
+        """The class."""
+        return codec_named(self.name)
+
+    @cached_property
+    def config(self) -> CodecConfig:
+        """Its typed options."""
+        return self.codec.config.model_validate(self.options)
+
+    @property
+    def keep(self) -> float | None:
+        """Share of the entries kept; None for codecs without such a budget."""
+        return self.config.keep if isinstance(self.config, BudgetConfig) else None
+
+    def with_keep(self, keep: float) -> Self:
+        """The same codec with another budget. Raises ValueError for codecs without a budget."""
+        if not isinstance(self.config, BudgetConfig):
+            raise ValueError(f"codec {self.name} has no option keep")
+        return type(self)(name=self.name, options={**self.options, "keep": keep})

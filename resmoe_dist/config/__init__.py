@@ -1,0 +1,1 @@
+"""The typed configuration of every command: choices, defaults, help, files and command line."""

@@ -1,0 +1,214 @@
+"""The configuration of every command.
+
+Names of codecs, methods and execution modes are checked when a command runs: their registries
+import torch, which `--help` must not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ValidationInfo, model_validator
+from typing_extensions import Self
+
+from resmoe_dist.config.options import CommandConfig, option
+from resmoe_dist.sizes import parse_share, parse_size
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+# 0.35 or 35%.
+Share = Annotated[float, BeforeValidator(parse_share)]
+# Bytes, written 8GB or 7500MiB.
+Size = Annotated[int, BeforeValidator(parse_size)]
+
+
+def _not_empty(prompts: list[str]) -> list[str]:
+    if not prompts or not all(prompts):
+        raise ValueError("a prompt is empty; give text to continue")
+    return prompts
+
+
+class CompressConfig(CommandConfig):
+    """compress a model's experts into centres and residuals"""
+
+    has_presets: ClassVar[bool] = True
+
+    source: Path = option(help="Hugging Face model folder (safetensors)", positional=True)
+    output: Path = option(help="folder to write; must not exist", positional=True)
+    ep: int = option(
+        help="groups per layer, each with its own centre: the EP size to serve at", metavar="G"
+    )
+    groups_per_rank: int = option(
+        1, "centres per EP rank; its experts are clustered by similarity", metavar="M"
+    )
+    method: str = option("resmoe", "way to compress a layer, by name")
+    codec: str = option(
+        "pruned",
+        "how residuals are stored: pruned, low_rank, or NAME:option=value,…",
+    )
+    center_codec: str = option("dense", "how centres are stored, written like --codec")
+    keep: float | None = option(
+        None, "share of residual entries kept (default: 0.25)", exclusive="budget"
+    )
+    target_bytes: Share | None = option(
+        None,
+        "keep as much as fits this share of the dense expert bytes, everything counted",
+        metavar="SHARE",
+        exclusive="budget",
+    )
+    align: Literal["loo", "pot", "none"] = option(
+        "loo", "row alignment: leave-one-out descent, POT's barycentre, or none"
+    )
+    solver: Literal["scipy", "lapx"] = option("scipy", "assignment solver for --align loo")
+    center: Literal["auto", "joint", "barycenter", "mean", "none"] = option(
+        "auto",
+        "auto: chosen together with the residuals, left out where it does not pay for its bytes; "
+        "joint: always; barycenter: mean of the aligned experts; mean: of the experts as stored",
+    )
+    allocate: Literal["block", "expert", "group", "model"] = option(
+        "group",
+        "what shares one budget of kept entries: 64 entries of a row, an expert, a group, or the "
+        "whole model",
+    )
+    calibration: Path | None = option(
+        None,
+        "weight errors by the activations that this UTF-8 text causes",
+        metavar="TEXT",
+    )
+    layers: str = option("all", "MoE layers to compress: all, last:24, 8-31 or 0,2")
+    dtype: Dtype | None = option(None, "of stored values (default: the source's)")
+    max_memory: Size | None = option(
+        None,
+        "bound on each process's memory, page cache aside: 8GB, 7500MiB (default: none)",
+        metavar="SIZE",
+    )
+    device: Literal["cpu", "cuda"] = option(
+        "cpu", "where to compute; the ranks on a host take its GPUs in turn"
+    )
+    resume: bool = option(False, "continue an interrupted run; finished files are kept")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mean_needs_no_alignment(cls, values: dict[str, Any], info: ValidationInfo) -> Any:
+        chosen = set(values) - (info.context or {}).get("preset", set())
+        if values.get("center") == "mean" and "align" not in chosen:
+            return values | {"align": "none"}
+        return values
+
+    @model_validator(mode="after")
+    def _check_mean(self) -> Self:
+        if self.center == "mean" and self.align != "none":
+            raise ValueError(f"--center mean averages experts as stored; drop --align {self.align}")
+        return self
+
+
+class InspectConfig(CommandConfig):
+    """show errors and bytes of a compressed checkpoint"""
+
+    folder: Path = option(help="compressed folder", positional=True)
+    json_file: Path | None = option(None, "write everything here too", name="json", metavar="F")
+
+
+class VerifyConfig(CommandConfig):
+    """check digests and shapes; exit code 1 if a file is bad"""
+
+    folder: Path = option(help="compressed folder", positional=True)
+
+
+class RestoreConfig(CommandConfig):
+    """write a dense model that plain transformers loads"""
+
+    folder: Path = option(help="compressed folder", positional=True)
+    output: Path = option(help="folder to write; must not exist", positional=True)
+    dtype: Dtype | None = option(None, "of the experts (default: as stored)")
+
+
+class ExecutionConfig(CommandConfig):
+    """How compressed experts are run."""
+
+    execution: str = option(
+        "auto",
+        "how compressed experts are run: auto (measured), restore, shared, tiled or cached",
+        metavar="MODE",
+    )
+    cache_size: Size | None = option(
+        None,
+        "restored experts that --execution cached keeps on each rank: 2GB",
+        metavar="SIZE",
+    )
+    dtype: Dtype | None = option(None, "to compute in (default: the checkpoint's)")
+
+    @model_validator(mode="after")
+    def _check_cache(self) -> Self:
+        if (self.execution == "cached") != (self.cache_size is not None):
+            raise ValueError("--execution cached and --cache-size SIZE need each other; give both")
+        return self
+
+
+class GridConfig(CommandConfig):
+    """The grid of ranks."""
+
+    ep: int = option(1, "expert-parallel ranks")
+    tp: int = option(1, "tensor-parallel ranks")
+
+    @model_validator(mode="after")
+    def _check_grid(self) -> Self:
+        if self.ep < 1 or self.tp < 1:
+            raise ValueError(f"--ep {self.ep} --tp {self.tp}: both must be 1 or more")
+        return self
+
+
+class EvaluateConfig(ExecutionConfig):
+    """perplexity of a source, dense or compressed model"""
+
+    model: Path = option(help="model folder", positional=True)
+    text: Path | None = option(
+        None, "UTF-8 text file", metavar="F", exclusive="data", required_set=True
+    )
+    token_ids: Path | None = option(
+        None,
+        "JSON list of sequences of token ids",
+        metavar="F.json",
+        exclusive="data",
+        required_set=True,
+    )
+    context: int = option(512, "tokens per window of --text", ge=2)
+    json_file: Path | None = option(None, "write the result here too", name="json", metavar="F")
+
+
+class GridEvaluateConfig(EvaluateConfig, GridConfig):
+    """perplexity of a model on an expert x tensor parallel grid"""
+
+
+class InferConfig(ExecutionConfig, GridConfig):
+    """generate text on an expert x tensor parallel grid"""
+
+    model: Path | None = option(None, "compressed folder (default: the embedded model)")
+    prompt: Annotated[list[str], AfterValidator(_not_empty)] | None = option(
+        None, "text to continue; may be repeated", metavar="TEXT", exclusive="data", repeatable=True
+    )
+    prompts: Path | None = option(None, "one prompt per line", metavar="FILE", exclusive="data")
+    max_new_tokens: int = option(64, "per prompt", ge=1)
+    temperature: float | None = option(None, "sample; greedy without it", gt=0)
+    top_p: float | None = option(None, "nucleus sampling, with --temperature", gt=0, le=1)
+    seed: int = option(0, "of the sampling")
+
+    json_file: Path | None = option(
+        None, "write completions and figures here", name="json", metavar="F"
+    )
+
+    @model_validator(mode="after")
+    def _check_sampling(self) -> Self:
+        if self.top_p is not None and self.temperature is None:
+            raise ValueError(f"--top-p {self.top_p}: needs --temperature")
+        return self
+
+
+class TinyModelConfig(CommandConfig):
+    """train a tiny MoE model on Python's own sources"""
+
+    directory: Path = option(help="folder to write", positional=True)
+    family: Literal["mixtral", "deepseek_v3", "qwen3_moe", "switch"] = option(
+        "mixtral", "architecture"
+    )
+    seed: int = option(0, "of weights and training")

@@ -1,0 +1,138 @@
+"""A configuration from its sources: command line over `--config` file over preset over defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from resmoe_dist.config.options import CommandConfig, option_of
+from resmoe_dist.errors import UserError
+
+Config = TypeVar("Config", bound=CommandConfig)
+
+_PRESETS = resources.files("resmoe_dist.config") / "presets"
+
+
+def build_config(
+    kind: type[Config],
+    command_line: Mapping[str, Any],
+    file: Path | None = None,
+    preset: str | None = None,
+) -> Config:
+    """The configuration of a command.
+
+    command_line: the fields that were given there, values as text. file, preset: of `--config` and
+    `--preset`. Raises UserError for unknown keys, wrong values, or missing fields.
+    """
+    layers: list[tuple[str | None, dict[str, Any]]] = []
+    if preset is not None:
+        layers.append((f"preset {preset}", _fields(kind, f"preset {preset}", _preset(preset))))
+    if file is not None:
+        layers.append((str(file), _fields(kind, str(file), _read(file))))
+    layers.append((None, dict(command_line)))
+    values: dict[str, Any] = {}
+    origin: dict[str, str | None] = {}
+    for source, given in layers:
+        for members in kind.exclusive_sets().values():
+            both = [name for name in members if given.get(name) is not None]
+            if len(both) > 1:
+                names = " and ".join(kind.shown_name(name) for name in both)
+                where = f"{source}: " if source else ""
+                raise UserError(f"{where}{names} exclude each other; give one of them")
+            if both:
+                # What a higher layer gives replaces the whole set.
+                values = {k: v for k, v in values.items() if k not in members}
+        values |= given
+        origin |= dict.fromkeys(given, source)
+    _check_required_sets(kind, values)
+    try:
+        return kind.model_validate(values, context={"preset": _from_preset(origin, preset)})
+    except ValidationError as error:
+        raise UserError(_message(kind, error.errors()[0], origin)) from None
+
+
+def presets() -> list[str]:
+    """Names of the presets that the package brings along."""
+    names = (Path(entry.name) for entry in _PRESETS.iterdir())
+    return sorted(name.stem for name in names if name.suffix == ".yaml")
+
+
+def _preset(name: str) -> dict[str, Any]:
+    if name not in presets():
+        raise UserError(f"--preset {name}: choose one of {', '.join(presets())}")
+    return yaml.safe_load((_PRESETS / f"{name}.yaml").read_text(encoding="utf-8")) or {}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {file}: cannot be read ({error.strerror})") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file}: not a readable YAML file ({reason})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: expected `option: value` lines")
+    return found
+
+
+def _fields(kind: type[CommandConfig], source: str, given: Mapping[Any, Any]) -> dict[str, Any]:
+    """Values by field, from keys as users write them (dashes or underscores)."""
+    names = {kind.shown_name(name).lstrip("-"): name for name in kind.model_fields}
+    fields = {}
+    for key, value in given.items():
+        written = str(key).replace("_", "-")
+        if written not in names:
+            raise UserError(f"{source}: unknown key {key!r}; choose from {', '.join(names)}")
+        fields[names[written]] = value
+    return fields
+
+
+def _check_required_sets(kind: type[CommandConfig], values: Mapping[str, Any]) -> None:
+    for members in kind.exclusive_sets().values():
+        required = any(option_of(kind.model_fields[name]).required_set for name in members)
+        if required and not any(values.get(name) is not None for name in members):
+            names = " or ".join(kind.shown_name(name) for name in members)
+            raise UserError(f"give {names}")
+
+
+def _from_preset(origin: Mapping[str, str | None], preset: str | None) -> set[str]:
+    """Fields whose value is the preset's."""
+    return {name for name, source in origin.items() if preset and source == f"preset {preset}"}
+
+
+def _message(
+    kind: type[CommandConfig], error: ErrorDetails, origin: Mapping[str, str | None]
+) -> str:
+    """One line of pydantic's first error: what, where, what to do."""
+    if not error["loc"]:
+        return str(error["msg"]).removeprefix("Value error, ")
+    name = str(error["loc"][0])
+    shown = kind.shown_name(name)
+    if error["type"] == "missing":
+        return f"{shown.upper() if not shown.startswith('-') else shown} is missing; see --help"
+    source = origin.get(name)
+    where = f"{source}: {shown.lstrip('-')}" if source else shown
+    context = error.get("ctx", {})
+    reasons = {
+        "literal_error": f"choose one of {str(context.get('expected', '')).replace(chr(39), '')}",
+        "float_parsing": "not a number",
+        "float_type": "not a number",
+        "int_parsing": "not a whole number",
+        "int_type": "not a whole number",
+        "int_from_float": "not a whole number",
+        "bool_parsing": "write true or false",
+        "greater_than": f"must be above {context.get('gt')}",
+        "greater_than_equal": f"must be {context.get('ge')} or more",
+        "less_than_equal": f"must be {context.get('le')} or less",
+        "value_error": str(context.get("error", "")),
+    }
+    reason = reasons.get(error["type"]) or str(error["msg"]).lower()
+    value = "" if isinstance(error["input"], list | dict) else f" {error['input']}"
+    return f"{where}{value}: {reason}"

@@ -1,0 +1,119 @@
+"""Settings of a compress run: what users write, and whether it fits the model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from resmoe_dist.checkpoints.format import CompressionSettings
+from resmoe_dist.checkpoints.source import SourceCheckpoint
+from resmoe_dist.codecs import CodecSpec
+from resmoe_dist.compression.stored_size import StoredSize, keep_for
+from resmoe_dist.errors import UserError
+from resmoe_dist.jobs.group import GroupCompressor
+
+
+def parse_layers(text: str, count: int) -> list[int]:
+    """Positions among `count` MoE layers named by `all`, `last:N`, `A-B` (inclusive) or `A,B,…`.
+
+    Raises UserError for anything else, or a position that does not exist.
+    """
+    if text == "all":
+        return list(range(count))
+    chosen: Sequence[int]
+    if match := re.fullmatch(r"last:(\d+)", text):
+        chosen = range(count - int(match[1]), count)
+    elif match := re.fullmatch(r"(\d+)-(\d+)", text):
+        chosen = range(int(match[1]), int(match[2]) + 1)
+    elif re.fullmatch(r"\d+(,\d+)*", text):
+        chosen = sorted({int(part) for part in text.split(",")})
+    else:
+        raise UserError(f"--layers {text}: not understood; write all, last:24, 8-31 or 0,2")
+    if not chosen or chosen[0] < 0 or chosen[-1] >= count:
+        raise UserError(f"--layers {text}: this model has {count} MoE layers, 0 to {count - 1}")
+    return list(chosen)
+
+
+def with_budget(codec: CodecSpec, keep: float) -> CodecSpec:
+    """`codec` with the budget that `--keep` asks for.
+
+    Raises UserError for a share outside (0, 1], or a codec without a budget.
+    """
+    _check_has_budget(codec, f"--keep {keep}")
+    if not 0 < keep <= 1:
+        raise UserError(f"--keep {keep}: must lie in (0, 1]")
+    return codec.with_keep(keep)
+
+
+def check_settings(
+    source: SourceCheckpoint, settings: CompressionSettings, compressor: GroupCompressor
+) -> None:
+    """Raise UserError for settings that do not fit the model or each other."""
+    if settings.groups < 1:
+        raise UserError(f"--ep {settings.groups}: must be 1 or more")
+    if settings.target_bytes is not None:
+        _check_has_budget(settings.residual_codec, "--target-bytes")
+    elif settings.residual_codec.keep is not None:
+        with_budget(settings.residual_codec, settings.residual_codec.keep)
+    for layer in settings.layers:
+        compressor.codecs(layer)
+    for site in source.sites:
+        if site.num_experts % settings.groups:
+            raise UserError(
+                f"--ep {settings.groups}: {site.module} has {site.num_experts} experts, which "
+                f"do not divide into {settings.groups} groups; choose a divisor"
+            )
+        owned = site.num_experts // settings.groups
+        if not 1 <= settings.groups_per_rank <= owned:
+            raise UserError(
+                f"--groups-per-rank {settings.groups_per_rank}: a rank has {owned} experts of "
+                f"{site.module}; choose 1 to {owned}"
+            )
+
+
+def keep_for_target(
+    source: SourceCheckpoint, settings: CompressionSettings, compressor: GroupCompressor
+) -> float:
+    """The keep at which all expert tensors take the share `target_bytes` of the dense experts.
+
+    Raises UserError if centres, indices and dense layers alone exceed the target, or the size does
+    not depend on the budget.
+    """
+    assert settings.target_bytes is not None
+    groups = settings.groups * settings.groups_per_rank
+    dense = fixed = 0
+    residuals: list[StoredSize] = []
+    for layer, site in enumerate(source.sites):
+        size = compressor.size(layer, site.num_experts)
+        dense += size.dense_bytes
+        if layer in settings.layers:
+            fixed += groups * size.center_bytes
+            # Residuals take the same bytes in groups of any size.
+            residuals.append(replace(size, center_codec=None))
+        else:
+            fixed += size.dense_bytes
+
+    def total(keep: float) -> int:
+        return fixed + sum(size.bytes_at(keep) for size in residuals)
+
+    if total(0.0) == total(1.0):
+        raise UserError(
+            f"--target-bytes: the size of codec {settings.residual_codec.name} with these options "
+            "does not depend on its budget; leave --target-bytes out"
+        )
+    keep = keep_for(settings.target_bytes * dense, total)
+    if not keep:
+        raise UserError(
+            f"--target-bytes {settings.target_bytes}: centres, indices and layers left dense alone "
+            f"take {total(0.0) / dense:.3f} of the dense experts; allow more, or use a smaller --ep"
+        )
+    return keep
+
+
+def _check_has_budget(codec: CodecSpec, option: str) -> None:
+    if codec.keep is None:
+        raise UserError(
+            f"{option}: codec {codec.name} has no budget of kept entries; leave it out or choose "
+            "another codec"
+        )

@@ -1,0 +1,77 @@
+"""The tasks of a compress run, and the files that record which of them are finished."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resmoe_dist.checkpoints.format import group_file_name
+from resmoe_dist.checkpoints.tensor_files import TensorFile, write_tensors
+from resmoe_dist.errors import UserError
+from resmoe_dist.jobs.group import CompressedGroup
+from resmoe_dist.jobs.model_files import Shard
+from resmoe_dist.jobs.staging import StagingFolder
+from resmoe_dist.methods import GroupPlan
+
+_RECORD = "resmoe_record"
+
+
+@dataclass(frozen=True)
+class GroupTask:
+    """One group of one layer, counted from 0, and its experts' numbers in the layer."""
+
+    layer: int
+    group: int
+    experts: tuple[int, ...]
+
+
+class TaskFiles:
+    """Where tasks put their results in the staging folder. num_layers: MoE layers of the model."""
+
+    def __init__(self, staging: StagingFolder, num_layers: int) -> None:
+        self._staging, self._num_layers = staging, num_layers
+
+    def path(self, task: GroupTask | Shard) -> Path:
+        """The file that a task makes."""
+        if isinstance(task, Shard):
+            return self._staging.model / task.file
+        return self._staging.model / group_file_name(task.layer, self._num_layers, task.group)
+
+    def is_finished(self, task: GroupTask | Shard) -> bool:
+        """Whether an earlier run made the task's file, and it is whole."""
+        if isinstance(task, Shard):
+            return is_whole(self.path(task))
+        return self.record(task) is not None
+
+    def record(self, task: GroupTask) -> dict[str, Any] | None:
+        """The record in the header of a finished group file; None if it is not finished."""
+        try:
+            return json.loads(TensorFile(self.path(task)).metadata[_RECORD])
+        except (UserError, KeyError, ValueError):
+            return None
+
+    def write_group(self, task: GroupTask, made: CompressedGroup) -> None:
+        """Write a group file with its record in the header, atomically."""
+        write_tensors(self.path(task), made.tensors, {_RECORD: json.dumps(made.record)})
+
+    def plan(self, task: GroupTask) -> GroupPlan | None:
+        """The plan of a group; None if it has not been made."""
+        return GroupPlan.load(self._plan_path(task))
+
+    def write_plan(self, task: GroupTask, plan: GroupPlan) -> None:
+        """Keep the plan of a group for the other ranks and a resumed run."""
+        plan.save(self._plan_path(task))
+
+    def _plan_path(self, task: GroupTask) -> Path:
+        return self._staging.scratch / f"plan-{task.layer:05d}-{task.group:05d}.safetensors"
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a safetensors file was finished by an earlier run."""
+    try:
+        TensorFile(path)
+    except UserError:
+        return False
+    return True

@@ -1,0 +1,115 @@
+"""A layer's MLP as two products with PyTorch in between: any activation, with row biases.
+
+The reference and the GPU backend always work this way. The CPU backend does where its fused kernel
+does not support the layer.
+
+Legend: N routed copies, J jobs (experts or centres), S rows of a block, T tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from resmoe_dist.kernels.interface import Backend
+from resmoe_dist.kernels.layer import LayerWeights
+from resmoe_dist.kernels.sharing import CenterCopies
+from resmoe_dist.routing import RoutedTokens
+
+# Which weights a product uses, hence what its jobs are: experts' residuals, experts' centre plus
+# residual, or the shared centres.
+Part = Literal["residual", "whole", "center"]
+
+# Input products of all copies with one block of rows take at most about this much.
+PRODUCT_BYTES = 16 << 20
+_LEAST_BLOCK_ROWS = 64
+
+
+class HalfProductBackend(Backend):
+    """A backend that computes `mlp` from an input product and an output product.
+
+    The two products are the backend's own business: callers use `mlp` and `restore`.
+
+    product_bytes: bound on the input products that are held at a time; rows are processed in blocks
+    accordingly.
+    """
+
+    def __init__(self, layer: LayerWeights, product_bytes: int = PRODUCT_BYTES) -> None:
+        super().__init__(layer)
+        self._product_bytes = product_bytes
+
+    @abstractmethod
+    def project_in(
+        self, part: Part, x_TH: Tensor, token_N: Tensor, offsets_J: Tensor, rows: slice
+    ) -> Tensor:
+        """Products of copies with the input columns of some rows of their job.
+
+        Copies [offsets[j], offsets[j + 1]) belong to job j. Returns [N, inputs·S] in float32; zeros
+        for copies after the last offset.
+        """
+
+    @abstractmethod
+    def project_out(
+        self,
+        part: Part,
+        h_NS: Tensor,
+        token_N: Tensor,
+        offsets_J: Tensor,
+        rows: slice,
+        num_tokens: int,
+    ) -> Tensor:
+        """Products of activations with the output columns, summed per token: [T, H] in float32."""
+
+    @torch.no_grad()
+    def mlp(self, routed: RoutedTokens, *, share_center: bool) -> Tensor:
+        layer, x_RH = self.layer, routed.x_RH
+        shared = CenterCopies.of(routed, layer) if share_center else None
+        part: Part = "whole" if shared is None else "residual"
+        copies = (routed.token_N, routed.offsets_L)
+        y_RH = torch.zeros(x_RH.shape, dtype=torch.float32, device=x_RH.device)
+        for rows in self._row_blocks(len(routed.token_N)):
+            # 1. Products with the hidden state: per copy, and once per token for shared centres.
+            in_NC = self.project_in(part, x_RH, *copies, rows)
+            if shared is not None:
+                center_copies = (shared.token_C, shared.offsets_G)
+                shared.add_to(in_NC, self.project_in("center", x_RH, *center_copies, rows))
+            if layer.shape.row_bias:
+                bias_LC = self.row_bias[:, :, rows].flatten(1)
+                in_NC += bias_LC[routed.expert_N.clamp(max=layer.num_experts - 1)]
+            # 2. The activation, weighted.
+            h_NS = layer.activation(*in_NC.chunk(layer.inputs, 1)) * routed.weight_N.unsqueeze(1)
+            # 3. Products back: per copy, and for shared centres once per token with the sum.
+            y_RH += self.project_out(part, h_NS.to(x_RH.dtype), *copies, rows, len(x_RH))
+            if shared is not None:
+                h_CS = shared.sum_of(h_NS).to(x_RH.dtype)
+                y_RH += self.project_out("center", h_CS, *center_copies, rows, len(x_RH))
+        return y_RH
+
+    def _row_blocks(self, copies: int) -> Iterator[slice]:
+        """All rows; in several blocks if the input products would take much memory."""
+        bytes_per_row = max(copies, 1) * self.layer.inputs * 4
+        size = max(_LEAST_BLOCK_ROWS, self._product_bytes // bytes_per_row)
+        for first in range(0, self.layer.rows, size):
+            yield slice(first, min(first + size, self.layer.rows))
+
+    @property
+    def prepared_bytes(self) -> int:
+        return self.row_bias.nbytes if "row_bias" in vars(self) else 0
+
+    @cached_property
+    def row_bias(self) -> Tensor:
+        """Biases of the input projections, decoded: [L, inputs, S] in float32.
+
+        Row biases are the last columns of a design matrix.
+        """
+        layer, inputs = self.layer, self.layer.inputs
+        shape = (layer.num_experts, layer.rows, inputs)
+        bias_LSi = torch.empty(shape, dtype=layer.dtype, device=layer.device)
+        for expert, bias_Si in enumerate(bias_LSi):
+            self.restore(expert, bias_Si, first_column=layer.shape.columns - inputs)
+        return bias_LSi.transpose(1, 2).float().contiguous()

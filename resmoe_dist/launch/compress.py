@@ -1,0 +1,146 @@
+"""`resmoe-dist compress`, alone or spread over ranks.
+
+mpirun -n 4 python launch/compress.py SOURCE OUTPUT --ep 4
+deepspeed --num_gpus 4 launch/compress.py SOURCE OUTPUT --ep 4
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
+from resmoe_dist.checkpoints.format import CheckpointIndex, CompressionSettings, MethodSpec
+from resmoe_dist.checkpoints.source import SourceCheckpoint
+from resmoe_dist.codecs import CodecSpec
+from resmoe_dist.compression.activations import LayerActivations
+from resmoe_dist.compression.assignment import check_solver
+from resmoe_dist.config.arguments import parse
+from resmoe_dist.config.commands import CompressConfig
+from resmoe_dist.errors import UserError
+from resmoe_dist.evaluation.perplexity import check_vocabulary, load_tokenizer
+from resmoe_dist.evaluation.report import describe, layer_table
+from resmoe_dist.jobs.calibration import calibration_sequences, measure_activations
+from resmoe_dist.jobs.pipeline import Compression
+from resmoe_dist.jobs.settings import parse_layers, with_budget
+from resmoe_dist.jobs.workers import SingleWorker, Workers, find_workers
+from resmoe_dist.methods import method_named
+from resmoe_dist.parallel.entry_point import quiet_libraries, run_entry_point
+
+
+def main() -> None:
+    """One rank, from the command line."""
+    run_entry_point(_main)
+
+
+def _main() -> int:
+    config = parse(CompressConfig, CompressConfig.__doc__ or "")
+    quiet_libraries()
+    return run_compress(config)
+
+
+def run_compress(config: CompressConfig) -> int:
+    """Compress on every rank that was started; rank 0 prints the table. Exit code 0."""
+    workers = find_workers()
+    compress(config, workers)
+    if workers.rank == 0:
+        print(layer_table(describe(CompressedCheckpoint(config.output))))
+    return 0
+
+
+def compress(config: CompressConfig, workers: Workers | None = None) -> CheckpointIndex:
+    """Compress a model and return the index of the result.
+
+    workers: the ranks that share the work, this process alone by default. Raises UserError for
+    whatever the user can correct.
+    """
+    workers = workers or SingleWorker()
+    check_solver(config.solver)
+    device = _device(config.device, workers)
+    source = SourceCheckpoint(config.source)
+    digest, measure = None, None
+    if config.calibration is not None:
+        digest, measure = _calibration(source, config.calibration)
+    run = Compression(
+        source,
+        config.output,
+        settings_of(config, parse_layers(config.layers, len(source.sites)), digest),
+        workers,
+        device=device,
+        max_memory=config.max_memory,
+        measure=measure,
+    )
+    return run.run(resume=config.resume)
+
+
+def settings_of(
+    config: CompressConfig, layers: list[int], calibration: str | None = None
+) -> CompressionSettings:
+    """The checkpoint's settings from a command's configuration.
+
+    layers: positions of the compressed layers. calibration: digest of the calibration tokens.
+    Raises UserError for an unknown codec or method, or an option that one of them does not have.
+    """
+    residual = _codec("--codec", config.codec)
+    if config.keep is not None:
+        residual = with_budget(residual, config.keep)
+    try:
+        known = method_named(config.method).config.model_fields
+    except ValueError as error:
+        raise UserError(f"--method {config.method}: {error}") from error
+    options = {name: getattr(config, name) for name in known if name in CompressConfig.model_fields}
+    return CompressionSettings(
+        groups=config.ep,
+        groups_per_rank=config.groups_per_rank,
+        method=MethodSpec(name=config.method, options=options),
+        center_codec=_codec("--center-codec", config.center_codec),
+        residual_codec=residual,
+        target_bytes=config.target_bytes,
+        calibration=calibration,
+        layers=layers,
+        dtype=config.dtype,
+    )
+
+
+def _codec(option: str, text: str) -> CodecSpec:
+    try:
+        return CodecSpec.parse(text)
+    except ValueError as error:
+        raise UserError(f"{option} {text}: {_reason(error)}") from error
+
+
+def _reason(error: ValueError) -> str:
+    """The message of a validation error, without pydantic's frame."""
+    lines = str(error).splitlines()
+    message = lines[1] if len(lines) > 1 else lines[0]
+    return message.strip().removeprefix("Value error, ").partition(" [type=")[0]
+
+
+def _device(name: str, workers: Workers) -> torch.device:
+    """Where to compute: the ranks on one host take its GPUs in turn."""
+    if name == "cpu":
+        return torch.device(name)
+    hosts = workers.gather(socket.gethostname())
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device here; leave --device out")
+    number = hosts[: workers.rank].count(hosts[workers.rank])
+    return torch.device(name, number % torch.cuda.device_count())
+
+
+def _calibration(
+    source: SourceCheckpoint, text: Path
+) -> tuple[str, Callable[[], Sequence[LayerActivations]]]:
+    """SHA-256 of a text's token ids, and a function that measures the activations they cause."""
+    sequences = calibration_sequences(text, load_tokenizer(source.folder))
+    check_vocabulary(text, sequences, source.config.get_text_config().vocab_size)
+    digest = hashlib.sha256(json.dumps(sequences).encode()).hexdigest()
+    return digest, lambda: measure_activations(source, sequences)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Perplexity of a model, in one process or on an expert x tensor parallel grid.
+
+deepspeed launch/evaluate.py MODEL --ep 4 --tp 2 (--text F | --token-ids F.json) [--json F]
+"""
+
+from __future__ import annotations
+
+from resmoe_dist.checkpoints.format import STORED_DTYPES
+from resmoe_dist.checkpoints.tensor_files import write_json
+from resmoe_dist.config.arguments import parse
+from resmoe_dist.config.commands import EvaluateConfig, GridEvaluateConfig
+from resmoe_dist.evaluation.perplexity import (
+    Evaluation,
+    check_vocabulary,
+    evaluate,
+    load_tokenizer,
+    sequences_from_json,
+    sequences_from_text,
+)
+from resmoe_dist.launch.execution import execution_of
+from resmoe_dist.parallel.entry_point import quiet_libraries, run_entry_point
+from resmoe_dist.parallel.launcher import start_grid
+from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
+from resmoe_dist.runtime.loading import check_grid, load_model
+
+
+def main() -> None:
+    """One rank, from the command line."""
+    run_entry_point(_main)
+
+
+def _main() -> None:
+    config = parse(GridEvaluateConfig, GridEvaluateConfig.__doc__ or "")
+    quiet_libraries()
+    # Before ranks are started.
+    execution_of(config)
+    check_grid(config.model, config.ep, config.tp)
+    topology = start_grid(config.ep, config.tp)
+    result = run_evaluate(config, topology)
+    if topology.lane == topology.tp_rank == 0:
+        report(result, config)
+
+
+def run_alone(config: EvaluateConfig) -> int:
+    """`resmoe-dist evaluate`, in one process; exit code 0."""
+    report(run_evaluate(config), config)
+    return 0
+
+
+def run_evaluate(config: EvaluateConfig, topology: Topology = SINGLE_PROCESS) -> Evaluation:
+    """Evaluate on a grid; the result is the same on every rank."""
+    execution = execution_of(config)
+    # Before the model is loaded, which may take minutes.
+    if config.text:
+        data = config.text
+        sequences = sequences_from_text(data, load_tokenizer(config.model), config.context)
+    else:
+        assert config.token_ids is not None
+        data = config.token_ids
+        sequences = sequences_from_json(data)
+    dtype = STORED_DTYPES[config.dtype] if config.dtype else None
+    model = load_model(config.model, dtype=dtype, topology=topology, execution=execution)
+    check_vocabulary(data, sequences, model.get_input_embeddings().weight.shape[0])
+    return evaluate(model, sequences, topology)
+
+
+def report(result: Evaluation, config: EvaluateConfig) -> None:
+    """Print an evaluation, and write it as JSON if asked to."""
+    print(f"perplexity {result.perplexity:.6g}  nll {result.nll:.6g}  tokens {result.tokens}")
+    if config.json_file:
+        write_json(config.json_file, result.as_dict())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Generate text with a compressed model on an expert x tensor parallel grid.
+
+    deepspeed launch/infer.py --ep 4 --tp 2 [--model DIR] [--prompt TEXT …]
+
+Without --model the embedded tiny model is used: trained and compressed on first use, then cached.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from resmoe_dist.checkpoints.format import STORED_DTYPES
+from resmoe_dist.checkpoints.tensor_files import write_json
+from resmoe_dist.config.arguments import parse
+from resmoe_dist.config.commands import InferConfig
+from resmoe_dist.errors import UserError
+from resmoe_dist.evaluation.perplexity import load_tokenizer
+from resmoe_dist.launch.execution import execution_of
+from resmoe_dist.launch.rank_report import as_json, gather_reports, rank_table
+from resmoe_dist.parallel.entry_point import launched_rank, quiet_libraries, run_entry_point
+from resmoe_dist.parallel.launcher import start_grid
+from resmoe_dist.runtime.generation import GenerationOptions, generate_on_lane
+from resmoe_dist.runtime.loading import check_grid, load_model
+from resmoe_dist.runtime.rank_memory import rank_memory
+from resmoe_dist.testing.embedded import DEMO_PROMPTS, embedded_checkpoint
+
+
+def main() -> None:
+    """One rank, from the command line."""
+    run_entry_point(_main)
+
+
+def _main() -> None:
+    """Join the grid, load this rank's shard, generate this lane's share, report."""
+    # 1. What is asked for, checked before ranks are started.
+    config = parse(InferConfig, InferConfig.__doc__ or "")
+    quiet_libraries()
+    prompts = read_prompts(config)
+    options = GenerationOptions(
+        config.max_new_tokens, config.temperature, config.top_p, config.seed
+    )
+    execution = execution_of(config)
+    if config.model:
+        check_grid(config.model, config.ep, config.tp)
+    elif launched_rank() == 0:
+        # Made by one process, which has all cores; the ranks find it in the cache.
+        check_grid(embedded_checkpoint(config.ep), config.ep, config.tp)
+    # 2. The grid.
+    topology = start_grid(config.ep, config.tp)
+    # 3. This rank's shard of the model.
+    folder = config.model or embedded_checkpoint(config.ep)
+    tokenizer = load_tokenizer(folder)
+    dtype = STORED_DTYPES[config.dtype] if config.dtype else None
+    model = load_model(folder, dtype=dtype, topology=topology, execution=execution)
+    # 4. This lane's prompts.
+    output = generate_on_lane(model, tokenizer, prompts, topology, options)
+    # 5. Rank 0 reports for all.
+    reports = gather_reports(topology, output, rank_memory(model))
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
+    completions = {i: text for each in reports for i, text in each.output.completions.items()}
+    for i, prompt in enumerate(prompts):
+        print(f"--- {i + 1}: {prompt!r}\n{prompt}{completions[i]}")
+    print(rank_table(reports))
+    if config.json_file:
+        write_json(config.json_file, as_json(prompts, completions, reports))
+
+
+def read_prompts(config: InferConfig) -> list[str]:
+    """The prompts of the command line, of a file, or the demo's.
+
+    Raises UserError for a file that cannot be read or has no prompts.
+    """
+    if config.prompts is None:
+        return config.prompt or DEMO_PROMPTS
+    try:
+        lines = config.prompts.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{config.prompts}: not a readable UTF-8 file ({error})") from error
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{config.prompts}: has no prompts; write one per line")
+    return prompts
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""`resmoe`: align the experts of a group, store their shared centre and a residual each.
+
+Paper 001 (ResMoE), section 4; one centre per group is paper 000, appendix B.1. By default centre
+and kept entries are chosen together, and a group gets no centre if that loses less for the same
+bytes. The papers' recipe is
+
+    align: pot, center: barycenter, allocate: expert, with residuals `pruned` or `low_rank`
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from pydantic import Field
+
+from resmoe_dist.compression.alignment import Alignment, align
+from resmoe_dist.compression.blocks import AlignedExperts
+from resmoe_dist.compression.budget import PriceCurve, center_pays, centerless_keep
+from resmoe_dist.compression.encoding import GroupCodecs, encode_group
+from resmoe_dist.compression.masks import BALANCED_RUN
+from resmoe_dist.compression.permutations import identity_permutations
+from resmoe_dist.errors import UserError
+from resmoe_dist.methods.base import (
+    EncodedGroup,
+    Method,
+    MethodConfig,
+    SourceGroup,
+    register_method,
+)
+from resmoe_dist.methods.plan import GroupPlan
+
+
+class ResMoEConfig(MethodConfig):
+    """The options of `--method resmoe`."""
+
+    align: Literal["loo", "pot", "none"] = Field(
+        default="loo", description="row alignment: leave-one-out descent, POT's barycentre, or none"
+    )
+    solver: Literal["scipy", "lapx"] = Field(
+        default="scipy", description="solver of the assignments in leave-one-out descent"
+    )
+    center: Literal["auto", "joint", "barycenter", "mean", "none"] = Field(
+        default="auto",
+        description="chosen together with the residuals, and none where it does not pay for its "
+        "bytes; the same without that exception; mean of the aligned experts; mean of the experts "
+        "as stored; or none",
+    )
+    allocate: Literal["block", "expert", "group", "model"] = Field(
+        default="group",
+        description="what shares one budget of kept entries: 64 entries of a row, an expert, a "
+        "group, or all layers",
+    )
+
+
+@register_method
+class ResMoE(Method):
+    """Centre and residuals. See the module's docstring."""
+
+    name = "resmoe"
+    config = ResMoEConfig
+
+    options: ResMoEConfig
+
+    def codecs(self, wanted: GroupCodecs) -> GroupCodecs:
+        spec, allocate = wanted.residual, self.options.allocate
+        if allocate in ("block", "model") and not spec.codec.selects_entries:
+            raise UserError(
+                f"--allocate {allocate}: needs a codec that selects entries, such as pruned, not "
+                f"{spec.name}"
+            )
+        if allocate == "block" and int((spec.keep or 0) * BALANCED_RUN) < 1:
+            raise UserError(
+                f"--allocate block: --keep {spec.keep} keeps none of {BALANCED_RUN} entries; "
+                f"give {1 / BALANCED_RUN} or more"
+            )
+        return replace(wanted, center=None) if self.options.center == "none" else wanted
+
+    @property
+    def aligns_rows(self) -> bool:
+        return self.options.center != "none" and self.options.align != "none"
+
+    @property
+    def shares_budget(self) -> bool:
+        return self.options.allocate == "model"
+
+    def plan(self, group: SourceGroup, codecs: GroupCodecs) -> GroupPlan:
+        return self._plan(group, codecs)[0]
+
+    def encode(
+        self, group: SourceGroup, codecs: GroupCodecs, plan: GroupPlan | None = None
+    ) -> EncodedGroup:
+        if plan is None:
+            plan, aligned = self._plan(group, codecs)
+        else:
+            aligned = group.aligned(plan.permutations_EI)
+        if plan.keep is not None:
+            codecs = replace(codecs, residual=codecs.residual.with_keep(plan.keep))
+        found = encode_group(aligned, codecs, center=plan.center, allocate=self.options.allocate)
+        return EncodedGroup(found.center, found.residuals, found.losses, plan.objective)
+
+    def _plan(self, group: SourceGroup, codecs: GroupCodecs) -> tuple[GroupPlan, AlignedExperts]:
+        """A plan, and the aligned experts with the samples that it was made from."""
+        options = self.options
+        alignment = Alignment(identity_permutations(group.experts_EID), 0.0)
+        if options.center != "none":
+            alignment = align(
+                group.experts_EID, options.align, solver=options.solver, device=group.device
+            )
+        aligned = group.aligned(alignment.permutations_EI)
+        center, keep = self._choose_center(group, aligned, codecs)
+        curve = PriceCurve.of(aligned, center) if self.shares_budget else None
+        plan = GroupPlan(alignment.permutations_EI, alignment.objective, center, keep, curve)
+        return plan, aligned
+
+    def _choose_center(
+        self, group: SourceGroup, aligned: AlignedExperts, codecs: GroupCodecs
+    ) -> tuple[str, float | None]:
+        """The kind of centre, and the budget: larger if the group does without a centre."""
+        spec, keep = codecs.residual, codecs.residual.keep
+        if self.options.center != "auto":
+            return self.options.center, keep
+        if codecs.center is None or keep is None or not spec.codec.selects_entries:
+            return "joint", keep
+        shape, center = group.shape, codecs.center
+        itemsize = codecs.dtype.itemsize
+        center_bytes = center.codec.stored_bytes(shape.rows, shape.columns, center.config, itemsize)
+        center_share = center_bytes / (shape.entries * itemsize)
+        if center_pays(aligned, spec, center_share):
+            return "joint", keep
+        return "none", centerless_keep(keep, aligned.count, center_share)

@@ -1,0 +1,69 @@
+"""Routed copies: the one form in which tokens travel from the dispatcher to the kernels.
+
+Legend: T tokens, K experts per token, R received rows (tokens), N routed copies, L local experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+# A router gives this expert number to a copy that it drops.
+NO_EXPERT = -1
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedTokens:
+    """The tokens of one rank and their routed copies, sorted by local expert.
+
+    x_RH: the tokens. token_N (int64): the row of x_RH that each copy is of, ascending within an
+    expert. weight_N (float32): factor of each copy's output. offsets_L (int64, [L + 1]): copies
+    [offsets[l], offsets[l + 1]) go to local expert l. Dropped copies come after the last offset,
+    with weight 0; no expert runs them.
+
+    Everything is on one device, and nothing here needs its values on the host: sizes follow from
+    shapes.
+    """
+
+    x_RH: Tensor
+    token_N: Tensor
+    weight_N: Tensor
+    offsets_L: Tensor
+
+    @classmethod
+    def from_routing(
+        cls, x_TH: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor, num_experts: int
+    ) -> RoutedTokens:
+        """The copies that a router asks for, when every expert is local.
+
+        top_k_index_TK: expert numbers, NO_EXPERT for a dropped copy.
+        """
+        top_k = top_k_index_TK.shape[1]
+        index_S, weight_S = top_k_index_TK.flatten(), top_k_weights_TK.flatten().float()
+        dropped_S = index_S == NO_EXPERT
+        # Dropped copies sort behind every expert.
+        expert_N, slot_N = index_S.masked_fill(dropped_S, num_experts).sort(stable=True)
+        return cls(
+            x_TH,
+            slot_N // top_k,
+            weight_S.masked_fill(dropped_S, 0.0)[slot_N],
+            expert_offsets(expert_N, num_experts),
+        )
+
+    @cached_property
+    def expert_N(self) -> Tensor:
+        """Local expert of each copy; L for dropped copies."""
+        copies = torch.arange(len(self.token_N), device=self.token_N.device)
+        return torch.searchsorted(self.offsets_L[1:], copies, right=True)
+
+    def host_offsets(self) -> list[int]:
+        """`offsets_L` on the host. On a GPU this waits for the device."""
+        return self.offsets_L.tolist()
+
+
+def expert_offsets(expert_N: Tensor, num_experts: int) -> Tensor:
+    """[L + 1]: where each expert's copies begin in ascending expert numbers, and the last end."""
+    return torch.searchsorted(expert_N, torch.arange(num_experts + 1, device=expert_N.device))

@@ -1,0 +1,72 @@
+"""`inspect`, `verify` and `restore`: what they print, their exit codes, and mistakes."""
+
+from __future__ import annotations
+
+import json
+
+from tests.checkpoints.damage import (
+    bytes_by_tensor,
+    copy_of,
+    edit_text,
+    flip_byte_of,
+    names_in,
+)
+from tests.cli.commands import GROUP, assert_mistake
+
+
+def test_inspect_writes_json_that_adds_up(run, compressed, tmp_path):
+    assert run("inspect", compressed, "--json", tmp_path / "i.json")[0] == 0
+
+    found = json.loads((tmp_path / "i.json").read_text())
+    files = {p.name: sum(bytes_by_tensor(p).values()) for p in compressed.glob("*.safetensors")}
+    experts = sum(size for name, size in files.items() if name.startswith("resmoe-"))
+    total = found["experts"]
+    assert sum(layer["stored_bytes"] for layer in found["layers"]) == experts
+    assert total["center_bytes"] + sum(total["residual_bytes"].values()) == experts
+    assert found["other_bytes"] + experts == found["total_bytes"] == sum(files.values())
+
+
+def test_inspect_of_what_is_not_compressed(run, family_folder):
+    assert_mistake(run("inspect", family_folder("mixtral")), "no resmoe.json here")
+
+
+def test_inspect_of_a_damaged_folder(run, compressed, tmp_path):
+    folder = copy_of(compressed, tmp_path / "c")
+    (folder / GROUP).unlink()
+    assert_mistake(run("inspect", folder), f"{folder / GROUP}: this file is missing")
+
+
+def test_inspect_json_where_nothing_can_be_written(run, compressed, tmp_path):
+    code, _, err = run("inspect", compressed, "--json", tmp_path / "none" / "i.json")
+    assert code == 2
+    assert err == f"error: {tmp_path}/none/i.json: cannot be written (No such file or directory)\n"
+
+
+def test_verify_names_every_bad_file_and_exits_1(run, compressed, tmp_path):
+    folder = copy_of(compressed, tmp_path / "c")
+    second = GROUP.replace("group-000", "group-001")
+    flip_byte_of(folder / GROUP, "experts.0.values", 3)
+    flip_byte_of(folder / second, "experts.2.bitmap", 3)
+
+    code, out, err = run("verify", folder)
+
+    assert (code, err) == (1, "")
+    assert [line.split(":")[0] for line in out.splitlines()] == [GROUP, second]
+
+
+def test_verify_of_a_newer_format(run, compressed, tmp_path):
+    folder = copy_of(compressed, tmp_path / "c")
+    edit_text(folder / "resmoe.json", '{"format_version": 99}')
+    assert_mistake(run("verify", folder), "upgrade resmoe-dist")
+
+
+def test_restore_to_a_folder_that_exists(run, compressed, tmp_path):
+    assert_mistake(run("restore", compressed, tmp_path), f"{tmp_path}: exists already")
+    assert names_in(tmp_path) == set()
+
+
+def test_restore_of_a_damaged_folder_leaves_nothing(run, compressed, tmp_path):
+    folder = copy_of(compressed, tmp_path / "c")
+    flip_byte_of(folder / GROUP, "experts.1.bitmap", 3)
+    assert_mistake(run("restore", folder, tmp_path / "d"), f"{folder / GROUP}: damaged")
+    assert names_in(tmp_path) == {"c"}

@@ -1,0 +1,159 @@
+"""`resmoe-dist compress`: its options, its report, and mistakes in a single line."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from tests.checkpoints.damage import copy_of, edit_tensors, names_in
+from tests.cli.commands import assert_mistake, start
+
+EXPERT = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
+
+
+@pytest.mark.slow
+def test_compress_verify_and_restore_as_a_user_starts_them(family_folder, tmp_path):
+    source = family_folder("mixtral")
+
+    code, out, err = start("compress", source, tmp_path / "c", "--ep", 2)
+    assert (code, err) == (0, "")
+    assert "model.layers.1.mlp.experts" in out
+    assert start("verify", tmp_path / "c") == (0, f"{tmp_path}/c: all 7 files are whole\n", "")
+    code, out, err = start("restore", tmp_path / "c", tmp_path / "d")
+    assert (code, out, err) == (0, f"{tmp_path}/d: dense model written\n", "")
+    assert names_in(tmp_path) == {"c", "d"}
+
+
+@pytest.mark.slow
+def test_mistake_as_a_user_meets_it(family_folder, tmp_path):
+    source = copy_of(family_folder("mixtral"), tmp_path / "source")
+    edit_tensors(source / "model.safetensors", lambda t: t[EXPERT][0, 0].fill_(math.nan))
+
+    outcome = start("compress", source, tmp_path / "c", "--ep", 2)
+
+    assert_mistake(outcome, f"{source}/model.safetensors: tensor '{EXPERT}' holds NaN")
+    assert names_in(tmp_path) == {"source"}
+
+
+def test_compress_reports_what_inspect_reports(family_folder, run, tmp_path):
+    code, out, err = run("compress", family_folder("mixtral"), tmp_path / "c", "--ep", 2)
+    assert (code, err) == (0, "")
+    assert run("inspect", tmp_path / "c")[1].endswith(out)
+
+
+PRUNED = {"name": "pruned", "options": {"keep": 0.25}}
+OPTIONS = [
+    ((), {"groups": 1, "residual_codec": PRUNED, "align": "loo", "center": "auto"}),
+    ((), {"allocate": "group", "groups_per_rank": 1, "target_bytes": None, "solver": "scipy"}),
+    ((), {"center_codec": {"name": "dense", "options": {}}}),
+    (("--preset", "paper"), {"align": "pot", "center": "barycenter", "allocate": "expert"}),
+    (("--preset", "paper", "--align", "loo"), {"align": "loo", "center": "barycenter"}),
+    (("--allocate", "model", "--groups-per-rank", 2), {"allocate": "model"}),
+    (("--groups-per-rank", 2), {"groups_per_rank": 2}),
+    (("--target-bytes", "60%"), {"target_bytes": 0.6}),
+    (("--max-memory", "30GB"), {"residual_codec": PRUNED}),
+    (
+        ("--keep", "0.5", "--codec", "low_rank"),
+        {"residual_codec": {"name": "low_rank", "options": {"keep": 0.5}}},
+    ),
+    (
+        ("--codec", "low_rank:rank=3", "--center-codec", "low_rank:keep=1"),
+        {
+            "residual_codec": {"name": "low_rank", "options": {"keep": 0.25, "rank": 3}},
+            "center_codec": {"name": "low_rank", "options": {"keep": 1.0}},
+        },
+    ),
+    (("--center", "mean"), {"center": "mean", "align": "none"}),
+    (("--center", "barycenter", "--align", "pot"), {"center": "barycenter", "align": "pot"}),
+    (("--layers", "last:1", "--dtype", "bfloat16"), {"layers": [1], "dtype": "bfloat16"}),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), OPTIONS)
+def test_options_become_settings(family_folder, run, tmp_path, arguments, expected):
+    source = family_folder("mixtral")
+    assert run("compress", source, tmp_path / "c", "--ep", 1, *arguments)[0] == 0
+
+    settings = json.loads((tmp_path / "c" / "resmoe.json").read_text())["settings"]
+    settings |= settings["method"]["options"]
+    assert settings | expected == settings
+
+
+@pytest.mark.slow
+def test_compress_weighs_errors_by_what_a_text_activates(embedded_source, run, tmp_path):
+    text = tmp_path / "text.py"
+    text.write_text("def compress(source, output):\n    return source.read()\n" * 20)
+
+    code, out, err = run(
+        "compress", embedded_source, tmp_path / "c", "--ep", 4, "--calibration", text
+    )
+
+    assert (code, err) == (0, "")
+    assert "weighted" in out
+    index = json.loads((tmp_path / "c" / "resmoe.json").read_text())
+    assert len(index["settings"]["calibration"]) == 64
+    for layer in index["layers"]:
+        for group in layer["groups"]:
+            errors, norms = group["weighted_squared_errors"], group["weighted_squared_norms"]
+            assert all(0 < e < 0.1 * n for e, n in zip(errors, norms, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--ep", 0), "--ep 0: must be 1 or more"),
+        (("--ep", 3), "--ep 3: model.layers.0.mlp.experts has 4 experts"),
+        (("--ep", 2, "--keep", 0), "--keep 0.0: must lie in (0, 1]"),
+        (("--ep", 2, "--groups-per-rank", 3), "--groups-per-rank 3: a rank has 2 experts"),
+        (("--ep", 2, "--target-bytes", "0.3"), "--target-bytes 0.3: centres, indices"),
+        (("--ep", 2, "--max-memory", "much"), "--max-memory much: not a size"),
+        (("--ep", 2, "--max-memory", "1MB"), "--max-memory: a group of 2 experts takes"),
+        (("--ep", 2, "--codec", "low_rank", "--allocate", "model"), "--allocate model: needs"),
+        (("--ep", 2, "--codec", "low_rank", "--allocate", "block"), "--allocate block: needs"),
+        (("--ep", 2, "--keep", 0.01, "--allocate", "block"), "--allocate block: --keep 0.01"),
+        (("--ep", 2, "--calibration", "nowhere"), "no tokenizer could be loaded"),
+        (("--ep", 2, "--keep", "nan"), "--keep nan: must lie in (0, 1]"),
+        (("--ep", 2, "--layers", "many"), "--layers many: not understood"),
+        (("--ep", 2, "--layers", "2"), "--layers 2: this model has 2 MoE layers, 0 to 1"),
+        (("--ep", 2, "--center", "mean", "--align", "loo"), "drop --align loo"),
+    ],
+)
+def test_compress_options_that_cannot_be(family_folder, run, tmp_path, arguments, text):
+    outcome = run("compress", family_folder("mixtral"), tmp_path / "c", *arguments)
+    assert_mistake(outcome, text)
+    assert names_in(tmp_path) == set()
+
+
+def test_compress_from_nowhere(run, tmp_path):
+    outcome = run("compress", tmp_path / "none", tmp_path / "c", "--ep", 2)
+    assert_mistake(outcome, f"{tmp_path}/none: no such folder")
+    assert names_in(tmp_path) == set()
+
+
+def test_compress_to_a_folder_that_exists(family_folder, run, compressed):
+    outcome = run("compress", family_folder("mixtral"), compressed, "--ep", 2)
+    assert_mistake(outcome, f"{compressed}: exists already")
+
+
+def test_compress_what_is_compressed(run, compressed, tmp_path):
+    outcome = run("compress", compressed, tmp_path / "c", "--ep", 2)
+    assert_mistake(outcome, f"{compressed}: compressed already")
+
+
+def test_compress_resume(family_folder, run, tmp_path):
+    source = family_folder("mixtral")
+    (tmp_path / "c.partial").mkdir()
+    assert_mistake(
+        run("compress", source, tmp_path / "c", "--ep", 2), "continue it with --resume or remove it"
+    )
+    (tmp_path / "c.partial").rmdir()
+    # On a finished folder --resume only reports; with other options it refuses.
+    first = run("compress", source, tmp_path / "c", "--ep", 2, "--resume")
+    assert first[0] == 0
+    assert run("compress", source, tmp_path / "c", "--ep", 2, "--resume") == first
+    assert_mistake(
+        run("compress", source, tmp_path / "c", "--ep", 2, "--keep", 0.5, "--resume"),
+        "was made with other options",
+    )
