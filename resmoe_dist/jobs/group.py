@@ -149,15 +149,15 @@ class GroupCompressor:
         keep: the budget that it will be encoded with, for which there must be memory too.
         """
         shape, dtype = self.source.sites[layer].shape, self.source.dtype(layer)
-        need = GroupMemory.of(
+        need = GroupMemory.estimate(
             len(experts),
             shape.rows,
             shape.columns,
             dtype.itemsize,
-            stored=self.size(layer, len(experts)).bytes_at(keep),
-            solves=self.method(layer).aligns_rows and len(experts) > 1,
+            stored_bytes=self.size(layer, len(experts)).bytes_at(keep),
+            aligns=self.method(layer).aligns_rows and len(experts) > 1,
         )
-        experts_EID = self.store.room(need, (len(experts), shape.rows, shape.columns), dtype)
+        experts_EID = self.store.allocate(need, (len(experts), shape.rows, shape.columns), dtype)
         biases = {}
         for k, matrix_ID in zip(experts, experts_EID, strict=True):
             bias_H = self.source.read_expert_into(layer, k, matrix_ID)
