@@ -32,10 +32,13 @@ def build_config(
     missing fields.
     """
     in_file = {} if file is None else _read(file)
-    if kind.has_presets and (named := in_file.pop("preset", None)) is not None:
-        preset = preset or str(named)
+    shown_preset = f"--preset {preset}"
+    if kind.has_presets and (named := in_file.pop("preset", None)) is not None and preset is None:
+        preset, shown_preset = str(named), f"{file}: preset {named}"
     layers: list[tuple[str | None, dict[str, Any]]] = []
     if preset is not None:
+        if preset not in presets():
+            raise UserError(f"{shown_preset}: choose one of {', '.join(presets())}")
         layers.append((f"preset {preset}", _fields(kind, f"preset {preset}", _preset(preset))))
     if file is not None:
         layers.append((str(file), _fields(kind, str(file), in_file)))
@@ -68,8 +71,6 @@ def presets() -> list[str]:
 
 
 def _preset(name: str) -> dict[str, Any]:
-    if name not in presets():
-        raise UserError(f"--preset {name}: choose one of {', '.join(presets())}")
     return yaml.safe_load((_PRESETS / f"{name}.yaml").read_text(encoding="utf-8")) or {}
 
 
