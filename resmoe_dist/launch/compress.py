@@ -39,13 +39,13 @@ def main() -> None:
 
 
 def _main() -> int:
-    config = parse(CompressConfig, CompressConfig.__doc__ or "")
-    quiet_libraries()
-    return run_compress(config)
+    """Check the options and compress."""
+    return run_compress(parse(CompressConfig, CompressConfig.__doc__ or ""))
 
 
 def run_compress(config: CompressConfig) -> int:
     """Compress on every rank that was started; rank 0 prints the table. Exit code 0."""
+    quiet_libraries()
     workers = find_workers()
     compress(config, workers)
     if workers.rank == 0:
