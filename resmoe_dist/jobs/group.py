@@ -22,6 +22,7 @@ from resmoe_dist.compression.clustering import cluster_experts
 from resmoe_dist.compression.encoding import GroupCodecs
 from resmoe_dist.compression.heap import return_freed_memory
 from resmoe_dist.compression.losses import Loss
+from resmoe_dist.compression.stages import stage
 from resmoe_dist.compression.stored_size import StoredSize
 from resmoe_dist.errors import UserError
 from resmoe_dist.jobs.memory_budget import ExpertStore, GroupMemory
@@ -112,7 +113,8 @@ class GroupCompressor:
         codecs = self.codecs(layer)
         keep = codecs.residual.keep if plan is None else plan.keep
         group, biases = self._read(layer, experts, keep)
-        encoded = self.method(layer).encode(group, codecs, plan)
+        with stage("encode"):
+            encoded = self.method(layer).encode(group, codecs, plan)
         losses = encoded.losses
         if not all(math.isfinite(loss.squared_error) for loss in losses):
             raise UserError(
@@ -141,6 +143,7 @@ class GroupCompressor:
     def _is_compressed(self, layer: int) -> bool:
         return layer in self.settings.layers
 
+    @stage("read")
     def _read(
         self, layer: int, experts: Sequence[int], keep: float | None
     ) -> tuple[SourceGroup, dict[int, Tensor]]:

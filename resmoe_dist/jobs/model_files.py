@@ -23,6 +23,7 @@ from resmoe_dist.checkpoints.model_folder import (
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.checkpoints.tensor_files import copy_file, read_json, sha256_of, write_json
 from resmoe_dist.checkpoints.upgrade import FORMAT_VERSION
+from resmoe_dist.compression.stages import stage
 from resmoe_dist.version import __version__
 
 PRODUCER = f"resmoe-dist {__version__}"
@@ -53,6 +54,7 @@ def shards_of(source: SourceCheckpoint) -> list[Shard]:
     return [Shard(names, i, len(contents)) for i, names in enumerate(contents)]
 
 
+@stage("digest")
 def file_entry(path: Path) -> FileEntry:
     """Return the index entry of a file: name, size and digest."""
     return FileEntry(file=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
