@@ -167,11 +167,13 @@ class GroupFile:
             found[expected.kind or CENTER] += self._file.size(name)
         if surplus:
             raise self._damaged(f"{INDEX_FILE} does not account for tensor {min(surplus)!r}")
-        told = Counter({CENTER: self.group.center_bytes, **self.group.residual_bytes})
-        for kind in sorted(found.keys() | told.keys()):
-            if found[kind] != told[kind]:
+        told: Counter[str] = Counter({CENTER: self.group.center_bytes})
+        for kind, size in self.group.residual_bytes.items():
+            told[kind] = size
+        for part in sorted(found.keys() | told.keys()):
+            if found[part] != told[part]:
                 raise self._damaged(
-                    f"holds {found[kind]} bytes of {kind}, {INDEX_FILE} says {told[kind]}"
+                    f"holds {found[part]} bytes of {part}, {INDEX_FILE} says {told[part]}"
                 )
 
     def _check_tensor(self, name: str, expected: _ExpectedTensor) -> None:

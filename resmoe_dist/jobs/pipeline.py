@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from resmoe_dist.checkpoints.format import (
     FileEntry,
     GroupEntry,
     LayerEntry,
+    dtype_name,
     read_index,
 )
 from resmoe_dist.checkpoints.source import SourceCheckpoint
@@ -110,7 +112,7 @@ class Compression:
         """
         schedule = None
         try:
-            claims = together(self.workers, lambda: self._is_first and self._begin(resume))[0]
+            claims = together(self.workers, partial(self._begin, resume))[0]
             if claims is not None:
                 schedule = Schedule(self.workers, claims)
                 self._compress(schedule, resume)
@@ -162,7 +164,9 @@ class Compression:
         }
 
     def _begin(self, resume: bool) -> Claims | None:
-        """Enter the staging folder; None if OUTPUT is complete already."""
+        """On rank 0, enter the staging folder. None if OUTPUT is complete already."""
+        if not self._is_first:
+            return None
         claims = self._staging.acquire(self._identity(), resume=resume)
         if claims is None:
             if not resume:
@@ -187,11 +191,11 @@ class Compression:
                 return self.compress_group(task, keeps)
 
             # Copies are short, so they come last: ranks then finish at about the same time.
-            everything = [*tasks, *shards_of(self.source)]
+            everything: list[GroupTask | Shard] = [*tasks, *shards_of(self.source)]
             entries = schedule.run_phase(
                 "compressing", everything, compress, self._files.is_finished
             )
-            together(self.workers, lambda: self._is_first and self._finish(entries))
+            together(self.workers, partial(self._finish, entries))
         except UserError as error:
             # After invalid input a second run fails too; after a full disk it may succeed.
             hindered = isinstance(error, HindranceError)
@@ -271,16 +275,20 @@ class Compression:
         return dict(zip(planned, allocate_over_model(curves, budgets), strict=True))
 
     def _finish(self, entries: dict[GroupTask | Shard, GroupEntry | FileEntry]) -> None:
-        """Write index, config and companions; then give the folder its name."""
-        groups = sorted(
-            (task for task in entries if isinstance(task, GroupTask)),
-            key=lambda task: (task.layer, task.group),
-        )
+        """On rank 0, write index, config and companions; then give the folder its name."""
+        if not self._is_first:
+            return
+        groups: dict[int, dict[int, GroupEntry]] = {}
+        shards: dict[Shard, FileEntry] = {}
+        for task, entry in entries.items():
+            if isinstance(task, GroupTask) and isinstance(entry, GroupEntry):
+                groups.setdefault(task.layer, {})[task.group] = entry
+            elif isinstance(task, Shard) and isinstance(entry, FileEntry):
+                shards[task] = entry
         layers = [
-            self._layer_entry(layer, [entries[task] for task in groups if task.layer == layer])
+            self._layer_entry(layer, [entry for _, entry in sorted(groups[layer].items())])
             for layer in range(len(self.source.sites))
         ]
-        shards = {shard: entries[shard] for shard in shards_of(self.source)}
         write_model_files(self._staging.model, self.source, self.settings, layers, shards)
         self._staging.finish()
 
@@ -297,7 +305,7 @@ class Compression:
             method=self._compressor.method(layer).name,
             center_codec=None if codecs.center is None else codecs.center.name,
             residual_codec=codecs.residual.name,
-            dtype=str(codecs.dtype).removeprefix("torch."),
+            dtype=dtype_name(codecs.dtype),
             storage=self.source.storages[layer],
             groups=groups,
         )
