@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 Item = TypeVar("Item")
+Decorated = TypeVar("Decorated", bound=type)
 
 
 class Registry(dict[str, type[Item]]):
@@ -19,9 +20,11 @@ class Registry(dict[str, type[Item]]):
         super().__init__()
         self.kind = kind
 
-    def register(self, item: Any) -> None:
-        """Make a class available under its name, everywhere."""
-        self[item.name] = item
+    def register(self, item: Decorated) -> Decorated:
+        """Class decorator: make a class available under its name, everywhere."""
+        registered: Any = item
+        self[registered.name] = registered
+        return item
 
     def named(self, name: str) -> type[Item]:
         """The class called `name`. Raises ValueError for an unknown name."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 from typing_extensions import Self
@@ -13,18 +13,8 @@ from resmoe_dist.registry import Registry
 
 CODECS: Registry[EncodedMatrix] = Registry("codec")
 
-Codec = TypeVar("Codec", bound=type[EncodedMatrix])
-
-
-def register_codec(codec: Codec) -> Codec:
-    """Class decorator: make a codec available under its name, everywhere."""
-    CODECS.register(codec)
-    return codec
-
-
-def codec_named(name: str) -> type[EncodedMatrix]:
-    """The codec called `name`. Raises ValueError for an unknown name."""
-    return CODECS.named(name)
+register_codec = CODECS.register
+codec_named = CODECS.named
 
 
 class CodecSpec(BaseModel):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -120,18 +120,8 @@ class Method(ABC):
 
 METHODS: Registry[Method] = Registry("method")
 
-MethodClass = TypeVar("MethodClass", bound=type[Method])
-
-
-def register_method(method: MethodClass) -> MethodClass:
-    """Class decorator: make a method available under its name, everywhere."""
-    METHODS.register(method)
-    return method
-
-
-def method_named(name: str) -> type[Method]:
-    """The method called `name`. Raises ValueError for an unknown name."""
-    return METHODS.named(name)
+register_method = METHODS.register
+method_named = METHODS.named
 
 
 def method_of(spec: MethodSpec) -> Method:
