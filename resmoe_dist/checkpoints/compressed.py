@@ -168,12 +168,11 @@ class GroupFile:
         if surplus:
             raise self._damaged(f"{INDEX_FILE} does not account for tensor {min(surplus)!r}")
         told: Counter[str] = Counter({CENTER: self.group.center_bytes})
-        for kind, size in self.group.residual_bytes.items():
-            told[kind] = size
-        for part in sorted(found.keys() | told.keys()):
-            if found[part] != told[part]:
+        told.update(self.group.residual_bytes)
+        for kind in sorted(found.keys() | told.keys()):
+            if found[kind] != told[kind]:
                 raise self._damaged(
-                    f"holds {found[part]} bytes of {part}, {INDEX_FILE} says {told[part]}"
+                    f"holds {found[kind]} bytes of {kind}, {INDEX_FILE} says {told[kind]}"
                 )
 
     def _check_tensor(self, name: str, expected: _ExpectedTensor) -> None:

@@ -204,7 +204,7 @@ class CheckpointIndex(_Entry):
 
 
 def dtype_name(dtype: torch.dtype) -> DtypeName:
-    """The name of a stored dtype in the index."""
+    """The name of a stored dtype."""
     return next(name for name, stored in STORED_DTYPES.items() if stored == dtype)
 
 

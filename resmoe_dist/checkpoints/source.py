@@ -156,6 +156,7 @@ class SourceCheckpoint:
         rows = self._read_rows(name, expert, start, stop)
         if name in self._scaled:
             blocks, scale_name = self._blocks, name + SCALE_SUFFIX
+            assert blocks is not None
             begin, end = start // blocks.rows, -(-stop // blocks.rows)
             scale = self._read_rows(scale_name, expert, begin, end).float()
             self._check_finite(scale_name, expert, scale)

@@ -125,7 +125,7 @@ class TensorFile:
 
     def _load(self, name: str, entry: _Entry) -> Tensor:
         tensor = torch.empty(entry.shape, dtype=self._torch_dtype(name, entry))
-        unread = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        unread = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
         try:
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(entry.begin)

@@ -12,7 +12,6 @@ from resmoe_dist.codecs.base import BudgetConfig, CodecConfig, EncodedMatrix
 from resmoe_dist.registry import Registry
 
 CODECS: Registry[EncodedMatrix] = Registry("codec")
-
 register_codec = CODECS.register
 codec_named = CODECS.named
 

@@ -173,8 +173,8 @@ def _equal_length_batches(sequences: list[list[int]]) -> list[list[list[int]]]:
     """Consecutive sequences of one length together: nothing is padded."""
     batches: list[list[list[int]]] = []
     for sequence in sequences:
-        last = batches[-1] if batches else None
-        fits = last and len(last[0]) == len(sequence)
+        last = batches[-1] if batches else []
+        fits = bool(last) and len(last[0]) == len(sequence)
         if fits and (len(last) + 1) * len(sequence) <= _TOKENS_PER_BATCH:
             last.append(sequence)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.checkpoints.format import STORED_DTYPES, LayerEntry
@@ -13,8 +13,6 @@ from resmoe_dist.codecs import BYTE_KINDS, ByteKind
 from resmoe_dist.evaluation.tables import human_bytes, text_table
 
 _NO_BYTES = "0 B"
-
-Value = TypeVar("Value")
 
 
 def describe(checkpoint: CompressedCheckpoint) -> dict[str, Any]:
@@ -105,32 +103,25 @@ def _sum_by_kind(parts: Iterable[Mapping[ByteKind, int]]) -> dict[ByteKind, int]
 
 
 def _accuracy(layers: list[LayerEntry]) -> dict[str, float | None]:
-    """Relative errors and kept share over all experts of some layers.
-
-    A figure is None if one of the groups lacks it.
-    """
+    """Relative errors and kept share over all experts of some layers."""
     groups = [group for layer in layers for group in layer.groups]
+    errors = [e for group in groups if (e := group.weighted_squared_errors) is not None]
+    norms = [n for group in groups if (n := group.weighted_squared_norms) is not None]
+    calibrated = len(errors) == len(norms) == len(groups) > 0
+    keeps = [group.keep for group in groups if group.keep is not None]
+    masked = len(keeps) == len(groups) > 0
     sizes = [len(g.experts) * layer.shape.entries for layer in layers for g in layer.groups]
-    keeps = _all_or_none([group.keep for group in groups])
-    errors = _all_or_none([group.weighted_squared_errors for group in groups])
-    norms = _all_or_none([group.weighted_squared_norms for group in groups])
     return {
         "relative_error": _relative(
             [group.squared_errors for group in groups], [group.squared_norms for group in groups]
         ),
-        "weighted_relative_error": _relative(errors, norms) if errors and norms else None,
+        "weighted_relative_error": _relative(errors, norms) if calibrated else None,
         "keep": (
             sum(keep * size for keep, size in zip(keeps, sizes, strict=True)) / sum(sizes)
-            if keeps
+            if masked
             else None
         ),
     }
-
-
-def _all_or_none(values: list[Value | None]) -> list[Value] | None:
-    """The values, or None if one of them is missing or there are none."""
-    found = [value for value in values if value is not None]
-    return found if found and len(found) == len(values) else None
 
 
 def _relative(errors: list[list[float]], norms: list[list[float]]) -> float:

@@ -81,7 +81,7 @@ class ExpertStorage(BaseModel):
         """The shape every tensor of this layer must have, by name."""
         width = len(shape.inputs) * shape.rows
         if not self.fused:
-            per_expert = {shape.output: (shape.hidden, shape.rows)}
+            per_expert: dict[str, tuple[int, ...]] = {shape.output: (shape.hidden, shape.rows)}
             for name in shape.inputs:
                 per_expert[name] = (shape.rows, shape.hidden)
                 per_expert[f"{name}_bias"] = (shape.rows,)

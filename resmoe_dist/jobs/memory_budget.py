@@ -5,11 +5,9 @@ Legend: N experts of the group, I rows, D columns.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import uuid
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,12 +29,6 @@ def resident_bytes() -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     raise AssertionError("Linux tells RssAnon")
-
-
-def return_freed_memory() -> None:
-    """Give the system back what the allocator keeps of freed memory, where it can be told to."""
-    with suppress(AttributeError):  # only glibc has it
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ whichever rank makes it. A resumed run keeps finished files.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,9 @@ class Compression:
         """
         schedule = None
         try:
-            claims = together(self.workers, partial(self._begin, resume))[0]
+            claims = together(
+                self.workers, lambda: self._begin(resume) if self._is_first else None
+            )[0]
             if claims is not None:
                 schedule = Schedule(self.workers, claims)
                 self._compress(schedule, resume)
@@ -164,9 +166,7 @@ class Compression:
         }
 
     def _begin(self, resume: bool) -> Claims | None:
-        """On rank 0, enter the staging folder. None if OUTPUT is complete already."""
-        if not self._is_first:
-            return None
+        """Enter the staging folder; None if OUTPUT is complete already."""
         claims = self._staging.acquire(self._identity(), resume=resume)
         if claims is None:
             if not resume:
@@ -195,7 +195,12 @@ class Compression:
             entries = schedule.run_phase(
                 "compressing", everything, compress, self._files.is_finished
             )
-            together(self.workers, partial(self._finish, entries))
+
+            def finish() -> None:
+                if self._is_first:
+                    self._finish(entries)
+
+            together(self.workers, finish)
         except UserError as error:
             # After invalid input a second run fails too; after a full disk it may succeed.
             hindered = isinstance(error, HindranceError)
@@ -275,18 +280,18 @@ class Compression:
         return dict(zip(planned, allocate_over_model(curves, budgets), strict=True))
 
     def _finish(self, entries: dict[GroupTask | Shard, GroupEntry | FileEntry]) -> None:
-        """On rank 0, write index, config and companions; then give the folder its name."""
-        if not self._is_first:
-            return
-        groups: dict[int, dict[int, GroupEntry]] = {}
+        """Write index, config and companions; then give the folder its name."""
+        groups: dict[int, list[tuple[int, GroupEntry]]] = defaultdict(list)
         shards: dict[Shard, FileEntry] = {}
         for task, entry in entries.items():
-            if isinstance(task, GroupTask) and isinstance(entry, GroupEntry):
-                groups.setdefault(task.layer, {})[task.group] = entry
-            elif isinstance(task, Shard) and isinstance(entry, FileEntry):
+            if isinstance(task, GroupTask):
+                assert isinstance(entry, GroupEntry)
+                groups[task.layer].append((task.group, entry))
+            else:
+                assert isinstance(entry, FileEntry)
                 shards[task] = entry
         layers = [
-            self._layer_entry(layer, [entry for _, entry in sorted(groups[layer].items())])
+            self._layer_entry(layer, _in_order(groups[layer]))
             for layer in range(len(self.source.sites))
         ]
         write_model_files(self._staging.model, self.source, self.settings, layers, shards)
@@ -309,3 +314,8 @@ class Compression:
             storage=self.source.storages[layer],
             groups=groups,
         )
+
+
+def _in_order(groups: list[tuple[int, GroupEntry]]) -> list[GroupEntry]:
+    """Entries of a layer's groups, sorted by the number of the group."""
+    return [entry for _, entry in sorted(groups, key=lambda numbered: numbered[0])]

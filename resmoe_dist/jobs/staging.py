@@ -278,6 +278,7 @@ class StagingFolder:
             # What was being written just then: ours, and safetensors' own.
             for stray in folder.glob(".*"):
                 _delete(stray)
+        assert self._lock is not None
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
         # A rank of the killed run that is still alive must not take tasks of this one.

@@ -119,7 +119,6 @@ class Method(ABC):
 
 
 METHODS: Registry[Method] = Registry("method")
-
 register_method = METHODS.register
 method_named = METHODS.named
 

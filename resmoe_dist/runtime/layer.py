@@ -93,6 +93,8 @@ class ResMoE(MoE):
     for calls without routing. Inference only.
     """
 
+    deepspeed_moe: _RoutedExperts
+
     def __init__(
         self,
         hidden_size: int,
@@ -181,9 +183,9 @@ class ResMoE(MoE):
         Without, as DeepSpeed calls an MoE layer: hidden_states [B, S, H] -> (output of the same
         shape, l_aux, exp_counts [E]), routed by DeepSpeed's gate.
         """
-        if top_k_index is not None:
-            routing = self.adapter.routing(hidden_states, top_k_index, top_k_weights)
-            return self.deepspeed_moe.run(*routing)
+        if top_k_index is not None and top_k_weights is not None:
+            routed = self.adapter.routing(hidden_states, top_k_index, top_k_weights)
+            return self.deepspeed_moe.run(*routed)
         if self.deepspeed_moe.gate is None:
             raise ValueError("this layer has no gate; call it with routing")
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])

@@ -137,6 +137,6 @@ FAMILIES = ("mixtral", "deepseek_v3", "qwen3_moe", "switch")
 
 def build_model(family: str, config: dict[str, Any]) -> PreTrainedModel:
     """A freshly initialised float32 model of the family."""
-    config = AutoConfig.for_model(_MODEL_TYPES.get(family, family), **config)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return auto.from_config(config, dtype=torch.float32)
+    made = AutoConfig.for_model(_MODEL_TYPES.get(family, family), **config)
+    auto = AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM
+    return auto.from_config(made, dtype=torch.float32)

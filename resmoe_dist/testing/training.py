@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -200,7 +201,10 @@ def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Opti
             matrices.append(parameter)
         else:
             others.append(parameter)
-    adamw = [{"params": experts, "lr": recipe.expert_lr}, {"params": others}]
+    adamw: list[dict[str, Any]] = [
+        {"params": experts, "lr": recipe.expert_lr},
+        {"params": others},
+    ]
     return [
         torch.optim.Muon(
             matrices, lr=recipe.muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"

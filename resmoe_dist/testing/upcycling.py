@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -36,7 +37,7 @@ def choose_first_expert(dense: PreTrainedModel) -> None:
 def balance_by_bias(moe: PreTrainedModel, rate: float = 0.005) -> None:
     """Balance routers with a selection bias during training (arXiv:2408.15664, algorithm 1)."""
 
-    def nudge(router: nn.Module, _inputs: tuple, outputs: tuple) -> None:
+    def nudge(router: Any, _inputs: tuple, outputs: tuple) -> None:
         if router.training:
             load = torch.bincount(outputs[2].flatten(), minlength=router.num_experts).float()
             router.e_score_correction_bias += rate * torch.sign(load.mean() - load)
