@@ -1,9 +1,11 @@
-"""Classes by name: codecs and compression methods register themselves."""
+"""Classes by name, with typed options: codecs and compression methods register themselves."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
+
+from pydantic import ValidationError
 
 T = TypeVar("T")
 Registered = TypeVar("Registered", bound=type)
@@ -12,7 +14,8 @@ Registered = TypeVar("Registered", bound=type)
 class Registry(Generic[T]):
     """Classes of one kind, each under its attribute `name`.
 
-    kind: what they are called in messages.
+    Their attribute `config` is the pydantic model of their options. kind: what the classes are
+    called in messages.
     """
 
     def __init__(self, kind: str) -> None:
@@ -29,6 +32,19 @@ class Registry(Generic[T]):
         if name not in self._classes:
             raise ValueError(f"unknown {self.kind} {name!r}; choose one of {', '.join(self)}")
         return self._classes[name]
+
+    def options(self, name: str, given: dict[str, Any]) -> Any:
+        """Options of the class called `name`: an instance of its `config`, defaults filled in.
+
+        Raises ValueError for an unknown name, option or value.
+        """
+        registered: Any = self.named(name)
+        try:
+            return registered.config.model_validate(given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            option = ".".join(map(str, first["loc"])) or "options"
+            raise ValueError(f"{self.kind} {name}: {option}: {first['msg'].lower()}") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._classes)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from resmoe_dist.checkpoints.format import MethodSpec
@@ -125,10 +125,4 @@ method_named = METHODS.named
 
 def method_of(spec: MethodSpec) -> Method:
     """The method that a spec describes. Raises ValueError for an unknown name, option or value."""
-    method = method_named(spec.name)
-    try:
-        return method(method.config.model_validate(spec.options))
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = ".".join(map(str, first["loc"])) or "options"
-        raise ValueError(f"method {spec.name}: {option}: {first['msg'].lower()}") from error
+    return METHODS.named(spec.name)(METHODS.options(spec.name, spec.options))
