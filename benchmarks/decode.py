@@ -12,6 +12,9 @@ ratio      to the fastest dense way
 equal      share of the new tokens that equal those of the first dense way. In float32 all must; in
            bfloat16 one different rounding may change all tokens that follow
 
+--launcher also runs launch/infer.py on both folders, in its own processes and timed by itself, with
+one text prompt per sequence. It runs dense models with `eager` experts.
+
 Legend: B sequences, S prompt tokens, N new tokens.
 """
 
@@ -20,6 +23,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -30,9 +34,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.harness import logger, main, positive, share
+from benchmarks.processes import ROOT, run_watched
 from benchmarks.synthetic import add_model_arguments, model_of
 from benchmarks.tables import Row
-from benchmarks.timing import Clock
+from benchmarks.timing import Clock, summary
 from benchmarks.ways import DENSE, MODES, against_dense, try_ways, workspace_bytes
 from resmoe_dist.checkpoints.format import STORED_DTYPES, is_compressed
 from resmoe_dist.checkpoints.restore import restore_checkpoint
@@ -54,17 +59,25 @@ _TRIED_TOKENS = 2
 # Prompts [B, S] and a number of new tokens -> the new tokens [B, N].
 Generate = Callable[[Tensor, int], Tensor]
 
+_RATE = "tokens_per_second"
 TABLES = (
     (
         "rows",
-        {"way": "way", "sequences": "batch", "ms": "seconds:ms"}
-        | {"tokens/s": "tokens_per_second:.1f", "ratio": "ratio:.2f", "equal": "equal_tokens:.0%"},
+        {"way": "way", "sequences": "batch", "ms": "seconds:ms", "tokens/s": f"{_RATE}:.1f"}
+        | {"ratio": "ratio:.2f", "equal": "equal_tokens:.0%"},
     ),
     ("skipped", {"left out": "way", "because": "reason", "sequences": "batch"}),
     (
         "memory",
-        {"resident": "model", "experts": "experts:bytes"}
-        | {"workspace": "workspace:bytes", "others": "others:bytes"},
+        {"resident": "model"} | {k: f"{k}:bytes" for k in ("experts", "workspace", "others")},
+    ),
+    (
+        "launcher",
+        {
+            "launch/infer.py, sequences": "batch",
+            "{} tokens/s": f"{_RATE}.*:s",
+            "ratio": "ratio:.2f",
+        },
     ),
 )
 
@@ -82,10 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batches", nargs="+", type=positive, default=[1, 16], metavar="B")
     add("--prompt-tokens", type=positive, default=1, metavar="S")
     add("--new-tokens", type=positive, default=32, metavar="N")
+    add("--launcher", action="store_true", help="run launch/infer.py on both folders too")
 
 
 def measure(args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
-    """rows: per batch size and way. skipped: left out of them. memory: what each model holds."""
+    """rows: per batch size and way. memory: of each model. launcher: rows of `--launcher`."""
     compressed, restored = make_folders(args)
     dtype = STORED_DTYPES[args.dtype]
     kind = model_class(load_config(str(restored)))
@@ -103,8 +117,12 @@ def measure(args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
         results["rows"] += rows
         results["skipped"] += skipped
         logger.info("%d sequences: done", batch)
-    memory = [_dense_memory(dense), *(_memory(mode, model) for mode, model in ours.items())]
-    return results | {"memory": memory}
+    results["memory"] = [_memory(name, model) for name, model in [("dense", dense), *ours.items()]]
+    # Free the memory for the launcher's processes.
+    del dense, ours, ways
+    batches = args.batches if args.launcher else []
+    results["launcher"] = [_run_launcher(args, clock, b, compressed, restored) for b in batches]
+    return results
 
 
 def make_folders(args: argparse.Namespace) -> tuple[Path, Path]:
@@ -165,7 +183,10 @@ def measure_batch(
         shape = (batch, args.prompt_tokens)
         return torch.randint(VOCABULARY, shape, generator=generator).to(clock.device)
 
-    skipped = _skip(args, clock, ways, prompts())
+    calls = {name: partial(way, prompts(), _TRIED_TOKENS) for name, way in ways.items()}
+    expert_bytes = 3 * args.hidden * args.rows * STORED_DTYPES[args.dtype].itemsize
+    copies = batch * args.prompt_tokens * min(2, args.experts)
+    tried, skipped = try_ways(calls, copies * expert_bytes, clock.effort)
 
     def prepare() -> dict[str, Callable[[], None]]:
         ids_BS, tokens = prompts(), dict[str, Tensor]()
@@ -174,13 +195,14 @@ def measure_batch(
         def run(name: str) -> None:
             tokens[name] = ways[name](ids_BS, args.new_tokens)
 
-        return {name: partial(run, name) for name in ways if name not in skipped}
+        return {name: partial(run, name) for name in tried}
 
-    seconds = clock.compare(prepare)
+    seconds = clock.compare(prepare, may_drop=DENSE)
     ratios = against_dense(seconds)["ratios"]
     first, rows = next(iter(seconds)), []
     for name, found in seconds.items():
-        equal = [float((t[name] == t[first]).float().mean()) for t in generated]
+        turns = [tokens for tokens in generated if name in tokens and first in tokens]
+        equal = [float((t[name] == t[first]).float().mean()) for t in turns]
         if args.dtype == "float32" and min(equal) < 1:
             raise RuntimeError(f"{batch} sequences: {name} generates different tokens in float32")
         rows.append(
@@ -197,39 +219,41 @@ def measure_batch(
     return rows, reasons
 
 
-def _skip(
-    args: argparse.Namespace, clock: Clock, ways: Mapping[str, Generate], ids_BS: Tensor
-) -> dict[str, str]:
-    """Dense ways that cannot run or are far too slow, and why, by generating a few tokens."""
-    expert_bytes = 3 * args.hidden * args.rows * STORED_DTYPES[args.dtype].itemsize
-    gathered = ids_BS.numel() * min(2, args.experts) * expert_bytes
-    calls = {name: partial(way, ids_BS, _TRIED_TOKENS) for name, way in ways.items()}
-    tried, skipped = try_ways(calls, gathered, clock.effort)
-    turn = clock.turn({name: calls[name] for name in DENSE if name in tried})
-    for name in clock.too_slow(turn):
-        slower = turn[name] / min(turn.values())
-        skipped[name] = f"takes {slower:.1f} times as long as the fastest of them"
-    return skipped
-
-
-def _dense_memory(model: PreTrainedModel) -> Row:
-    """Bytes of the dense model's tensors."""
-    modules = [module for module in model.modules() if FusedExperts.recognises(module)]
-    experts = sum(parameter.nbytes for module in modules for parameter in module.parameters())
-    others = rank_memory(model).other_bytes - experts
-    return {"model": "dense", "experts": experts, "others": others, "workspace": 0}
-
-
-def _memory(mode: str, model: PreTrainedModel) -> Row:
-    """Bytes of a compressed model's tensors, and of the buffer that its layers restore into."""
-    found = rank_memory(model)
-    layer = next(module for module in model.modules() if isinstance(module, ResMoE))
+def _memory(name: str, model: PreTrainedModel) -> Row:
+    """Bytes of a model's experts, of its other tensors, and of what experts are restored into."""
+    found, modules = rank_memory(model), list(model.modules())
+    fused = [module for module in modules if FusedExperts.recognises(module)]
+    dense = sum(parameter.nbytes for module in fused for parameter in module.parameters())
+    # All layers share one workspace.
+    layers = [module for module in modules if isinstance(module, ResMoE)]
     return {
-        "model": mode,
-        "experts": found.expert_bytes,
-        "others": found.other_bytes,
-        "workspace": workspace_bytes(layer),
+        "model": name,
+        "experts": found.expert_bytes + dense,
+        "others": found.other_bytes - dense,
+        "workspace": max(map(workspace_bytes, layers), default=0),
     }
+
+
+def _run_launcher(args: argparse.Namespace, clock: Clock, batch: int, *folders: Path) -> Row:
+    """Tokens per second of launch/infer.py on the compressed and the restored folder, in turns."""
+    rates: dict[str, list[float]] = {"compressed": [], "dense": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        prompts, output = Path(scratch) / "prompts.txt", Path(scratch) / "output.json"
+        prompts.write_text("\n".join(f"def answer_{i}(question):" for i in range(batch)))
+        options = f"--max-new-tokens {args.new_tokens} --dtype {args.dtype}".split()
+        options += ["--prompts", str(prompts), "--json", str(output)]
+
+        def infer(name: str, folder: Path) -> None:
+            script = [sys.executable, str(ROOT / "launch" / "infer.py"), "--model"]
+            run_watched([*script, str(folder.resolve()), *options], threads=args.threads)
+            (rank,) = read_json(output)["ranks"]
+            rates[name].append(rank["new_tokens"] / rank["seconds"])
+
+        work = {n: partial(infer, n, folder) for n, folder in zip(rates, folders, strict=True)}
+        clock.compare(lambda: work)
+    found = {name: summary(each) for name, each in rates.items()}
+    ratio = found["compressed"]["median"] / found["dense"]["median"]
+    return {"batch": batch, "tokens_per_second": found, "ratio": ratio}
 
 
 if __name__ == "__main__":

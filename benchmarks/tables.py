@@ -16,8 +16,8 @@ def table_of(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
 
     columns: header -> `path` or `path:format`. A path is a key, or keys of nested dicts with dots
     between them. With `*` for the last key, every key gets a column, and replaces {} in the header.
-    Formats: `s` and `ms` (a summary of seconds), `bytes`, `GB/s`, or as the built-in `format` takes
-    them. Missing values are `-`.
+    Formats: `s` and `ms` (a summary of seconds), `bytes`, `GB/s`, `names` and `count` (of a list),
+    or as the built-in `format` takes them. Missing values are `-`.
     """
     paths: dict[str, tuple[list[str], str]] = {}
     for header, column in columns.items():
@@ -47,6 +47,8 @@ _FORMATS: dict[str, Callable[[Any], str]] = {
     "ms": lambda found: spread(found, 1000),
     "bytes": human_bytes,
     "GB/s": lambda rate: f"{rate / 1e9:.1f}",
+    "names": lambda names: ", ".join(names) or "none",
+    "count": lambda names: str(len(names)),
 }
 
 

@@ -33,8 +33,8 @@ TABLES = (
     (
         "result",
         {"bound on each rank": "max_memory:bytes", "experts": "source_bytes:bytes"}
-        | {"stored": "stored_bytes:bytes", "finished when killed": "finished_before"}
-        | {"made again": "made_again", "differing files": "differing_files"},
+        | {"stored": "stored_bytes:bytes", "finished when killed": "finished_before:count"}
+        | {"made again": "made_again:names", "differing files": "differing_files:names"},
     ),
 )
 

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
-    """rows: per stage, and `total`. layer: one row of bytes of the group files, and memory peaks."""
+    """rows: per stage, and `total`. layer: one row, bytes of the group files and memory peaks."""
     taken: list[dict[str, float]] = []
     with source_and_scratch(args) as (source, scratch):
         output = scratch / "compressed"

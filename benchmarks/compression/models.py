@@ -49,7 +49,7 @@ TABLES = (
         | {"error": "relative_error:.4g", "share of dense": "dense_share:.1%"}
         | _QUALITY
         | {"divergence": "divergence:.2e", "without centre": "groups_without_center"}
-        | {"s": "seconds:s", "worse than paper": "worse"},
+        | {"s": "seconds:s", "worse than paper": "worse:names"},
     ),
 )
 _CALIBRATION_BYTES = 1 << 16

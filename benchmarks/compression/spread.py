@@ -28,7 +28,7 @@ TABLES = (
     (
         "comparison",
         {"speed-up": "speedup:.2f", "without the start of Python": "working_speedup:.2f"}
-        | {"differing files": "differing_files"},
+        | {"differing files": "differing_files:names"},
     ),
 )
 
