@@ -21,7 +21,7 @@ from resmoe_dist.checkpoints.format import CheckpointIndex
 from resmoe_dist.compression.stages import record_stages
 from resmoe_dist.config.arguments import parse
 from resmoe_dist.config.commands import CompressConfig
-from resmoe_dist.jobs.memory_budget import return_freed_memory
+from resmoe_dist.compression.heap import return_freed_memory
 from resmoe_dist.launch.compress import compress
 
 # In the order in which a group passes them.

@@ -1,7 +1,7 @@
 """Dequantises float8 weights with a scale per block, as DeepSeek-V3 stores them, to bfloat16.
 
 A float8 weight [O, C] comes with `<name>_scale_inv` [⌈O/b⌉, ⌈C/c⌉] for blocks of b × c: entry
-(i, j) means weight[i, j] · scale[⌊i/b⌋, ⌊j/c⌋]. Fused experts have one more dimension in front. Some
+(i, j) means weight[i, j] · scale[⌊i/b⌋, ⌊j/c⌋]. Fused experts have one more leading dimension. Some
 modules may be left unconverted (a router, the output head), so each tensor's dtype decides, not the
 config.
 
