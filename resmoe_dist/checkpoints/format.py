@@ -21,7 +21,7 @@ from resmoe_dist.errors import UserError
 from resmoe_dist.families.storage import ExpertStorage
 
 INDEX_FILE = "resmoe.json"
-QUANT_METHOD = "resmoe"
+
 
 DtypeName = Literal["float32", "float16", "bfloat16"]
 STORED_DTYPES: dict[DtypeName, torch.dtype] = {

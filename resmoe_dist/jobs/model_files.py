@@ -8,7 +8,6 @@ from pathlib import Path
 
 from resmoe_dist.checkpoints.format import (
     INDEX_FILE,
-    QUANT_METHOD,
     CheckpointIndex,
     CompressionSettings,
     FileEntry,
@@ -24,6 +23,7 @@ from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.checkpoints.tensor_files import copy_file, read_json, sha256_of, write_json
 from resmoe_dist.checkpoints.upgrade import FORMAT_VERSION
 from resmoe_dist.compression.stages import stage
+from resmoe_dist.registration import QUANT_METHOD
 from resmoe_dist.version import __version__
 
 PRODUCER = f"resmoe-dist {__version__}"

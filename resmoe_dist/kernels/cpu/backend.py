@@ -51,8 +51,7 @@ class CpuBackend(HalfProductBackend):
         return (
             layer.device.type == "cpu"
             and layer.dtype in DTYPES
-            and all(isinstance(residual, PrunedMatrix) for residual in layer.residuals)
-            and all(isinstance(center, DenseMatrix) for center in layer.centers)
+            and layer.is_stored_as(residual=PrunedMatrix, center=DenseMatrix)
             and load_kernels()
         )
 

@@ -44,8 +44,7 @@ class TritonBackend(HalfProductBackend):
         return (
             layer.device.type == "cuda"
             and layer.dtype in ENTRY_TYPES
-            and all(isinstance(residual, PrunedMatrix) for residual in layer.residuals)
-            and all(isinstance(center, DenseMatrix) for center in layer.centers)
+            and layer.is_stored_as(residual=PrunedMatrix, center=DenseMatrix)
         )
 
     @torch.no_grad()
