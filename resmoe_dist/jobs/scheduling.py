@@ -95,10 +95,11 @@ class Schedule:
 def run_interruptibly(action: Callable[[], T]) -> T:
     """Run `action()` in a thread and return its result, or raise its exception.
 
-    Python runs signal handlers in the main thread, between two of its own steps; a solver may spend
-    minutes in compiled code. So the main thread only waits. If a signal handler raises there, the
-    action keeps running in its daemon thread: the caller must end the process, or close the claims
-    so that the thread takes no other task.
+    Python runs signal handlers in the main thread, between two bytecode instructions; a solver may
+    spend minutes in compiled code. So the main thread only waits.
+
+    If a signal handler raises there, the action keeps running in its daemon thread: the caller must
+    end the process, or close the claims so that the thread takes no other task.
     """
     future: Future[T] = Future()
 
