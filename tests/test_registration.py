@@ -33,6 +33,32 @@ print(type(model.model.layers[0].mlp.experts).__name__)
     assert done.stdout.splitlines()[-1] == "ResMoE", done.stderr
 
 
+def test_registration_imports_only_the_registry():
+    code = """
+import sys, resmoe_dist
+import transformers.quantizers.auto as registry
+assert "resmoe" in registry.AUTO_QUANTIZER_MAPPING
+assert "resmoe" in registry.AUTO_QUANTIZATION_CONFIG_MAPPING
+print([name for name in sys.modules if name.startswith("resmoe_dist.runtime")])
+"""
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_registration_outlasts_a_reload_of_the_registry():
+    code = """
+import importlib, resmoe_dist
+import transformers.quantizers.auto as registry
+print("resmoe" in importlib.reload(registry).AUTO_QUANTIZER_MAPPING)
+"""
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_importing_the_package_imports_no_heavy_library():
     code = (
         "import sys, resmoe_dist; "
