@@ -9,6 +9,7 @@ Legend: I rows, R rows held here, D columns, P = ⌈D/8⌉ bytes of bitmap per r
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,11 +57,7 @@ class PrunedMatrix(EncodedMatrix):
 
     @classmethod
     def encode(
-        cls,
-        matrix_ID: Tensor,
-        config: PrunedConfig,
-        dtype: torch.dtype,
-        mask_ID: Tensor | None = None,
+        cls, matrix_ID: Tensor, config: Any, dtype: torch.dtype, mask_ID: Tensor | None = None
     ) -> PrunedMatrix:
         if mask_ID is None:
             mask_ID = largest_entries(matrix_ID, config.keep)

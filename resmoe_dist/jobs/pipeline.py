@@ -40,6 +40,7 @@ from resmoe_dist.compression.activations import (
 from resmoe_dist.compression.blocks import CPU
 from resmoe_dist.compression.budget import allocate_over_model
 from resmoe_dist.errors import UserError
+from resmoe_dist.jobs.claims import Claims
 from resmoe_dist.jobs.group import GroupCompressor
 from resmoe_dist.jobs.memory_budget import ExpertStore
 from resmoe_dist.jobs.model_files import (
@@ -49,16 +50,11 @@ from resmoe_dist.jobs.model_files import (
     shards_of,
     write_model_files,
 )
-from resmoe_dist.jobs.scheduling import (
-    HindranceError,
-    Schedule,
-    SingleWorker,
-    Workers,
-    together,
-)
+from resmoe_dist.jobs.scheduling import Schedule
 from resmoe_dist.jobs.settings import check_settings, keep_for_target
-from resmoe_dist.jobs.staging import Claims, StagingFolder
+from resmoe_dist.jobs.staging import StagingFolder
 from resmoe_dist.jobs.tasks import GroupTask, TaskFiles, is_whole
+from resmoe_dist.jobs.workers import RetryableError, SingleWorker, Workers, gather_or_raise
 from resmoe_dist.methods import GroupPlan, method_of
 
 _ACTIVATIONS = "activations.safetensors"
@@ -112,7 +108,7 @@ class Compression:
         """
         schedule = None
         try:
-            claims = together(
+            claims = gather_or_raise(
                 self.workers, lambda: self._begin(resume) if self._is_first else None
             )[0]
             if claims is not None:
@@ -200,15 +196,15 @@ class Compression:
                 if self._is_first:
                     self._finish(entries)
 
-            together(self.workers, finish)
+            gather_or_raise(self.workers, finish)
         except UserError as error:
             # After invalid input a second run fails too; after a full disk it may succeed.
-            hindered = isinstance(error, HindranceError)
-            keep = hindered or resume
-            kept = together(
+            retryable = isinstance(error, RetryableError)
+            keep = retryable or resume
+            kept = gather_or_raise(
                 self.workers, lambda: self._is_first and self._staging.give_up(keep=keep)
             )[0]
-            if kept and hindered:
+            if kept and retryable:
                 raise UserError(
                     f"{error}; finished work is kept, run again with --resume"
                 ) from error

@@ -27,8 +27,8 @@ from resmoe_dist.evaluation.perplexity import check_vocabulary, load_tokenizer
 from resmoe_dist.evaluation.report import describe, layer_table
 from resmoe_dist.jobs.calibration import calibration_sequences, measure_activations
 from resmoe_dist.jobs.pipeline import Compression
-from resmoe_dist.jobs.scheduling import SingleWorker, Workers, find_workers
 from resmoe_dist.jobs.settings import parse_layers, with_budget
+from resmoe_dist.jobs.workers import SingleWorker, Workers, find_workers
 from resmoe_dist.methods import method_named
 from resmoe_dist.parallel.entry_point import quiet_libraries, run_entry_point
 

@@ -14,7 +14,6 @@ from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.checkpoints.restore import restored_expert
 from resmoe_dist.evaluation.report import describe
 from tests.checkpoints.damage import (
-    copy_of,
     edit_json,
     edit_tensors,
     flip_byte,
@@ -28,18 +27,6 @@ from tests.checkpoints.regrouping import regroup
 from tests.models import compress
 
 GROUP = "resmoe-00002-of-00002-group-001.safetensors"  # experts 2 and 3 of the second layer
-
-
-@pytest.fixture(scope="module")
-def pristine(family_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pristine") / "c"
-    compress(family_folder("mixtral"), folder, groups=2)
-    return folder
-
-
-@pytest.fixture
-def folder(pristine, tmp_path):
-    return copy_of(pristine, tmp_path / "c")
 
 
 def _read_group(folder):

@@ -20,18 +20,6 @@ from tests.checkpoints.regrouping import regroup
 from tests.models import compress, logits_of
 
 
-@pytest.fixture(scope="module")
-def pristine(family_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pristine") / "c"
-    compress(family_folder("mixtral"), folder, groups=2)
-    return folder
-
-
-@pytest.fixture
-def folder(pristine, tmp_path):
-    return copy_of(pristine, tmp_path / "c")
-
-
 def test_folder_without_an_index_is_refused(tmp_path):
     with mistake(f"{tmp_path}: no resmoe.json here; give a folder made by resmoe-dist compress"):
         read_index(tmp_path)

@@ -60,13 +60,6 @@ def _expert_functions(model):
 
 
 @pytest.fixture(scope="module")
-def compressed(family_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("compressed") / "c"
-    compress(family_folder("mixtral"), folder, groups=2)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def restored(family_folder, tmp_path_factory):
     """restored(name, fused): the folder of a family's model after compress with keep = 1."""
     made = {}
@@ -228,8 +221,8 @@ def test_merged_expert_is_the_mean_that_was_stored(family_folder, tmp_path):
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_dropped_expert_cannot_be_restored(compressed, tmp_path):
-    regroup(compressed, tmp_path / "r", [[0, 1]], codec="empty", expert_map=[0, -1, 1, 1])
+def test_dropped_expert_cannot_be_restored(pristine, tmp_path):
+    regroup(pristine, tmp_path / "r", [[0, 1]], codec="empty", expert_map=[0, -1, 1, 1])
 
     assert CompressedCheckpoint(tmp_path / "r").faults() == []
     with mistake("model.layers.0.mlp.experts: expert 1 was dropped .* no dense model"):
@@ -237,16 +230,16 @@ def test_dropped_expert_cannot_be_restored(compressed, tmp_path):
     assert names_in(tmp_path) == {"r"}
 
 
-def test_experts_can_be_written_in_another_dtype(compressed, tmp_path):
-    restore_checkpoint(compressed, tmp_path / "d", torch.bfloat16)
+def test_experts_can_be_written_in_another_dtype(pristine, tmp_path):
+    restore_checkpoint(pristine, tmp_path / "d", torch.bfloat16)
 
     dtypes = {n: tensor.dtype for n, tensor in _tensors(tmp_path / "d").items()}
     assert {d for n, d in dtypes.items() if ".experts." in n} == {torch.bfloat16}
     assert dense_model(tmp_path / "d").dtype == torch.bfloat16
 
 
-def test_companion_files_come_along(compressed, tmp_path):
-    folder = copy_of(compressed, tmp_path / "c")
+def test_companion_files_come_along(pristine, tmp_path):
+    folder = copy_of(pristine, tmp_path / "c")
     edit_text(folder / "tokenizer.json", '{"a": 1}')
 
     restore_checkpoint(folder, tmp_path / "d")
@@ -257,19 +250,19 @@ def test_companion_files_come_along(compressed, tmp_path):
 
 
 @pytest.mark.parametrize("taken", ["d", "d.partial"])
-def test_output_that_exists_is_left_alone(compressed, tmp_path, taken):
+def test_output_that_exists_is_left_alone(pristine, tmp_path, taken):
     (tmp_path / taken).mkdir()
     (tmp_path / taken / "precious").touch()
     with mistake(f"{tmp_path / taken}: exists already"):
-        restore_checkpoint(compressed, tmp_path / "d")
+        restore_checkpoint(pristine, tmp_path / "d")
     assert names_in(tmp_path) == {taken}
     assert names_in(tmp_path / taken) == {"precious"}
 
 
-def test_output_below_a_file_is_refused(compressed, tmp_path):
+def test_output_below_a_file_is_refused(pristine, tmp_path):
     (tmp_path / "file").touch()
     with mistake(f"{tmp_path}/file/d.partial: cannot be made"):
-        restore_checkpoint(compressed, tmp_path / "file" / "d")
+        restore_checkpoint(pristine, tmp_path / "file" / "d")
 
 
 def test_folder_that_is_not_compressed_is_refused(family_folder, tmp_path):
@@ -303,19 +296,19 @@ def _break_config(folder):
         (_break_config, "config.json"),
     ],
 )
-def test_damaged_file_is_named_and_nothing_is_left(compressed, tmp_path, harm, named):
-    harm(copy_of(compressed, tmp_path / "c"))
+def test_damaged_file_is_named_and_nothing_is_left(pristine, tmp_path, harm, named):
+    harm(copy_of(pristine, tmp_path / "c"))
     with mistake(f"{tmp_path}/c/{named}: "):
         restore_checkpoint(tmp_path / "c", tmp_path / "d")
     assert names_in(tmp_path) == {"c"}
 
 
 @pytest.mark.parametrize("problem", [KeyboardInterrupt, UserError("no"), RuntimeError])
-def test_nothing_is_left_of_a_restore_that_is_cut_short(compressed, tmp_path, monkeypatch, problem):
+def test_nothing_is_left_of_a_restore_that_is_cut_short(pristine, tmp_path, monkeypatch, problem):
     def fail(*args, **kwargs):
         raise problem
 
     monkeypatch.setattr(restore, "write_json", fail)
     with pytest.raises(problem if isinstance(problem, type) else UserError):
-        restore_checkpoint(compressed, tmp_path / "d")
+        restore_checkpoint(pristine, tmp_path / "d")
     assert names_in(tmp_path) == set()

@@ -140,7 +140,7 @@ def test_decoding_gives_the_shape_and_dtype_of_the_encoded(codec, dtype):
 
 @every_codec
 @every_dtype
-def test_dense_codecs_decode_to_the_rounded_matrix(codec, dtype):
+def test_only_dense_codecs_decode_to_the_rounded_matrix(codec, dtype):
     matrix = torch.randn(ROWS, COLUMNS)
     spec = _spec(codec)
 

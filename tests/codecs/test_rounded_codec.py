@@ -13,7 +13,7 @@ from resmoe_dist.checkpoints.restore import restore_checkpoint
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.evaluation.report import describe, layer_table
 from resmoe_dist.jobs.pipeline import Compression
-from resmoe_dist.jobs.scheduling import DeepSpeedWorkers
+from resmoe_dist.jobs.workers import DeepSpeedWorkers
 from tests.checkpoints.damage import flip_byte_of, header_of
 from tests.compress_settings import compression_settings
 from tests.jobs.runs import contents

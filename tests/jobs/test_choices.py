@@ -19,7 +19,7 @@ from resmoe_dist.jobs import memory_budget as memory
 from resmoe_dist.jobs.group import GroupCompressor
 from resmoe_dist.jobs.memory_budget import ExpertStore, GroupMemory
 from resmoe_dist.jobs.pipeline import Compression
-from resmoe_dist.jobs.scheduling import DeepSpeedWorkers
+from resmoe_dist.jobs.workers import DeepSpeedWorkers
 from resmoe_dist.sizes import parse_size
 from tests.checkpoints.damage import edit_tensors, mistake
 from tests.jobs.runs import contents, run, settings, staging_of
@@ -228,8 +228,10 @@ def test_memory_bound_does_not_change_what_is_written(source, tmp_path, monkeypa
         resident = 10**9
         monkeypatch.setattr(memory, "resident_bytes", lambda: resident)
         size = GroupCompressor(checkpoint, chosen, ExpertStore(tmp_path, None)).size(0, EXPERTS)
-        need = GroupMemory.of(EXPERTS, 27, 60, 4, stored=size.bytes_at(0.25), solves=True)
-        bound = resident + need.beside + need.experts // 2
+        need = GroupMemory.estimate(
+            EXPERTS, 27, 60, 4, stored_bytes=size.bytes_at(0.25), aligns=True
+        )
+        bound = resident + need.working_bytes + need.expert_bytes // 2
     from_file = torch.from_file
     monkeypatch.setattr(
         torch, "from_file", lambda *args, **kw: mapped.append(1) or from_file(*args, **kw)

@@ -84,9 +84,7 @@ def test_spec_of_a_method_has_all_options():
     }
 
 
-def test_method_is_one_class(monkeypatch):
-    monkeypatch.setattr("resmoe_dist.methods.base.METHODS", METHODS.copy())
-
+def test_method_is_one_class():
     class FirstConfig(MethodConfig):
         scale: float = 1.0
 

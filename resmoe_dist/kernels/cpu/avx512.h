@@ -104,7 +104,7 @@ struct Avx512BFloat16 : VectorPrimitives<BFloat16, 16, kMaxDotTokens> {
                                        const Process& process) {
     // Local copies, which the compiler can keep in registers.
     const BFloat16* values[4] = {rows.values[0], rows.values[1], rows.values[2], rows.values[3]};
-    BitReader bits[4] = {rows.bits[0], rows.bits[1], rows.bits[2], rows.bits[3]};
+    BitReader bits[4] = {*rows.bits[0], *rows.bits[1], *rows.bits[2], *rows.bits[3]};
     const BFloat16* const values_end = rows.end;
     const auto enough = [&](int row) { return values_end - values[row] >= kStep; };
     int64_t c = 0;
@@ -123,7 +123,7 @@ struct Avx512BFloat16 : VectorPrimitives<BFloat16, 16, kMaxDotTokens> {
     }
     for (int r = 0; r < 4; ++r) {
       rows.values[r] = values[r];
-      rows.bits[r] = bits[r];
+      *rows.bits[r] = bits[r];
     }
     return c;
   }

@@ -29,7 +29,7 @@ constexpr int64_t kDotRows = 4;
 // How far four rows of one job have been read.
 template <class Scalar>
 struct FourRows {
-  BitReader bits[4];
+  BitReader* bits[4];
   const Scalar* values[4];  // the next packed value of each row
   const Scalar* end;        // end of the job's values; nothing at or past it may be read
   const Scalar* center[4];  // null if the rows have no centre

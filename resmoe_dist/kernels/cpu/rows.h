@@ -75,13 +75,12 @@ class RowReader {
     FourRows<Scalar> rows;
     rows.end = readers[0].end_;
     for (int r = 0; r < 4; ++r) {
-      rows.bits[r] = readers[r].bits_;
+      rows.bits[r] = &readers[r].bits_;
       rows.values[r] = readers[r].values_;
       rows.center[r] = readers[r].center_;
     }
     const int64_t columns = process(rows);
     for (int r = 0; r < 4; ++r) {
-      readers[r].bits_ = rows.bits[r];
       readers[r].values_ = rows.values[r];
       if (rows.center[r]) readers[r].center_ += columns;
     }

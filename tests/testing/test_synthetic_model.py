@@ -1,4 +1,4 @@
-"""The synthetic checkpoint: a whole Mixtral to its readers, with the statistics it promises."""
+"""The synthetic checkpoint: a complete Mixtral to its readers, with the documented statistics."""
 
 from __future__ import annotations
 
@@ -6,25 +6,19 @@ import pytest
 import torch
 from transformers import MixtralForCausalLM
 
-from benchmarks import synthetic
-from benchmarks.synthetic import SyntheticModel
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.design_matrix import from_rows
+from resmoe_dist.testing.synthetic_model import SyntheticModel
 from tests.checkpoints.damage import mistake, names_in
 
 MODEL = SyntheticModel(layers=2, hidden=48, rows=70, experts=3)
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Many blocks to each tensor, the last of them shorter."""
-    monkeypatch.setattr(synthetic, "_BLOCK_VALUES", 48 * 16)
-
-
-@pytest.fixture
-def folder(tmp_path, small_blocks):
-    MODEL.write(tmp_path / "model")
-    return tmp_path / "model"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("synthetic") / "model"
+    MODEL.write(folder)
+    return folder
 
 
 def test_transformers_and_the_compressor_read_the_same_experts(folder):
@@ -44,46 +38,47 @@ def test_transformers_and_the_compressor_read_the_same_experts(folder):
 
 def test_rows_in_base_order_correlate_as_documented_and_others_do_not(folder):
     source = SourceCheckpoint(folder)
-    rows = []
+    experts = []
     for expert in range(3):
         matrix_ID = source.read_expert(1, expert)[0].float()
-        in_base_order = torch.empty_like(matrix_ID)
-        in_base_order[MODEL.row_order(1, expert)] = matrix_ID
-        rows.append(in_base_order)
-    values_NID = torch.stack(rows)
-    assert float(values_NID.std()) == pytest.approx(0.02, rel=0.02)
-    together = torch.corrcoef(values_NID.flatten(1))
-    assert together[0, 1:].tolist() == pytest.approx([0.8, 0.8], abs=0.02)
-    shifted = torch.corrcoef(torch.stack([rows[0].flatten(), rows[1].roll(1, 0).flatten()]))
+        in_base_order_ID = torch.empty_like(matrix_ID)
+        in_base_order_ID[MODEL.row_order(1, expert)] = matrix_ID
+        experts.append(in_base_order_ID)
+    values_EID = torch.stack(experts)
+    assert float(values_EID.std()) == pytest.approx(0.02, rel=0.02)
+    correlation = torch.corrcoef(values_EID.flatten(1))
+    assert correlation[0, 1:].tolist() == pytest.approx([0.8, 0.8], abs=0.02)
+    shifted = torch.corrcoef(torch.stack([experts[0].flatten(), experts[1].roll(1, 0).flatten()]))
     assert abs(float(shifted[0, 1])) < 0.04
-    # What is each one's own is independent of the others'.
-    own_NC = (values_NID - values_NID.mean(0)).flatten(1)
-    assert torch.corrcoef(own_NC)[0, 1:].tolist() == pytest.approx([-0.5, -0.5], abs=0.04)
+    # The experts' own parts are independent.
+    own_EC = (values_EID - values_EID.mean(0)).flatten(1)
+    assert torch.corrcoef(own_EC)[0, 1:].tolist() == pytest.approx([-0.5, -0.5], abs=0.04)
 
 
-def test_bytes_follow_from_the_seed_alone(folder, tmp_path, monkeypatch):
+def test_seed_alone_decides_the_bytes(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     MODEL.write(tmp_path / "again")
     SyntheticModel(layers=2, hidden=48, rows=70, experts=3, seed=1).write(tmp_path / "other")
 
     first, again, other = (
-        {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")}
-        for name in ("model", "again", "other")
+        {path.name: path.read_bytes() for path in place.iterdir()}
+        for place in (folder, tmp_path / "again", tmp_path / "other")
     )
     assert first == again
-    assert all(first[name] != other[name] for name in first)
+    assert all(first[name] != other[name] for name in first if name.endswith(".safetensors"))
 
 
-def test_only_the_very_same_model_is_reused(folder):
-    assert MODEL.is_in(folder)
-    assert not MODEL.is_in(folder / "elsewhere")
+def test_only_the_same_model_is_reused(folder):
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    MODEL.ensure_in(folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     with mistake("holds another model"):
-        SyntheticModel(layers=2, hidden=48, rows=70, experts=3, noise=1.0).is_in(folder)
+        SyntheticModel(layers=2, hidden=48, rows=70, experts=3, noise=1.0).ensure_in(folder)
     with mistake("exists already"):
         MODEL.write(folder)
 
 
-def test_model_that_the_disk_cannot_hold_is_not_begun(tmp_path):
+def test_model_that_does_not_fit_the_disk_is_refused(tmp_path):
     with mistake("GB free"):
         SyntheticModel(layers=10**9).write(tmp_path / "model")
     assert names_in(tmp_path) == set()
