@@ -14,7 +14,8 @@ from resmoe_dist.evaluation.perplexity import evaluate, load_tokenizer
 from resmoe_dist.parallel.topology import SINGLE_PROCESS
 from resmoe_dist.runtime.generation import GenerationOptions, generate_on_lane
 from resmoe_dist.runtime.loading import load_model
-from tests.launch.commands import own_lines, run, start
+from tests.jobs.runs import end_command, start_command
+from tests.launch.commands import own_lines, run
 
 PROMPTS = ["def __init__(self", "import os\n", "class Error"]
 TOKENS = 12
@@ -83,7 +84,7 @@ def test_one_failing_rank_ends_all_ranks_with_one_line(compressed, tmp_path):
 
 
 def test_a_killed_rank_ends_the_other_ranks(compressed):
-    process = start(
+    process = start_command(
         *("deepspeed", "--num_gpus", "2", "launch/infer.py", "--ep", "2", "--model", compressed),
         *("--prompt", "import", "--max-new-tokens", "900"),
     )
@@ -97,7 +98,7 @@ def test_a_killed_rank_ends_the_other_ranks(compressed):
         assert time.monotonic() - killed < 30
         assert not any(rank.is_running() and rank.status() != "zombie" for rank in ranks)
     finally:
-        process.kill()
+        end_command(process)
 
 
 def _wait_for_ranks(pid: int, count: int) -> list[psutil.Process]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from tests.jobs.runs import finish_command, start_command
 from tests.launch.commands import own_lines, run
 
 pytestmark = pytest.mark.slow
@@ -49,11 +48,10 @@ def test_a_mistake_is_found_before_ranks_are_started_on_a_cpu(compressed, tmp_pa
 
 
 def test_a_mistake_is_one_line_under_mpirun(tmp_path):
-    process = start_command(
-        *("mpirun", "-n", 2, "python", "launch/compress.py"),
+    code, out, err = run(
+        *("mpirun", "-n", "2", "python", "launch/compress.py"),
         *(tmp_path / "s", tmp_path / "o", "--ep", "two"),
     )
-    code, out, err = finish_command(process)
 
     assert code == 2
     assert err.count("error: --ep two: not a whole number\n") == 1
