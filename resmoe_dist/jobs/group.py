@@ -20,11 +20,12 @@ from resmoe_dist.compression.activations import LayerActivations
 from resmoe_dist.compression.blocks import CPU
 from resmoe_dist.compression.clustering import cluster_experts
 from resmoe_dist.compression.encoding import GroupCodecs
+from resmoe_dist.compression.heap import return_freed_memory
 from resmoe_dist.compression.losses import Loss
 from resmoe_dist.compression.stages import stage
 from resmoe_dist.compression.stored_size import StoredSize
 from resmoe_dist.errors import UserError
-from resmoe_dist.jobs.memory_budget import ExpertStore, GroupMemory, return_freed_memory
+from resmoe_dist.jobs.memory_budget import ExpertStore, GroupMemory
 from resmoe_dist.methods import Dense, GroupPlan, Method, SourceGroup, method_of
 
 
@@ -151,15 +152,15 @@ class GroupCompressor:
         keep: the budget that it will be encoded with, for which there must be memory too.
         """
         shape, dtype = self.source.sites[layer].shape, self.source.dtype(layer)
-        need = GroupMemory.of(
+        need = GroupMemory.estimate(
             len(experts),
             shape.rows,
             shape.columns,
             dtype.itemsize,
-            stored=self.size(layer, len(experts)).bytes_at(keep),
-            solves=self.method(layer).aligns_rows and len(experts) > 1,
+            stored_bytes=self.size(layer, len(experts)).bytes_at(keep),
+            aligns=self.method(layer).aligns_rows and len(experts) > 1,
         )
-        experts_EID = self.store.room(need, (len(experts), shape.rows, shape.columns), dtype)
+        experts_EID = self.store.allocate(need, (len(experts), shape.rows, shape.columns), dtype)
         biases = {}
         for k, matrix_ID in zip(experts, experts_EID, strict=True):
             bias_H = self.source.read_expert_into(layer, k, matrix_ID)

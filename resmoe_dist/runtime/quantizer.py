@@ -52,7 +52,7 @@ class ResMoEQuantizationConfig(QuantizationConfigMixin):
 
     def __init__(self, **values: Any) -> None:
         self.quant_method = values.pop("quant_method", QUANT_METHOD)
-        vars(self).update(values)
+        self.__dict__.update(values)
 
 
 class _Placeholder(nn.Module):

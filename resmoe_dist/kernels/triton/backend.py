@@ -16,11 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resmoe_dist.codecs import DenseMatrix, PrunedMatrix
+from resmoe_dist.codecs import DenseMatrix, EncodedMatrix, PrunedMatrix
 from resmoe_dist.kernels.half_products import PRODUCT_BYTES, HalfProductBackend, Part
 from resmoe_dist.kernels.layer import LayerWeights
 from resmoe_dist.kernels.triton import kernels
 from resmoe_dist.kernels.triton.kernels import BITS, ENTRY_TYPES, FEW, FIELDS, Plan
+from resmoe_dist.routing import Copies
 
 
 class TritonBackend(HalfProductBackend):
@@ -66,17 +67,15 @@ class TritonBackend(HalfProductBackend):
                 table, *out, **_compiled(plan)
             )
 
-    def project_in(
-        self, part: Part, x_TH: Tensor, token_N: Tensor, offsets_J: Tensor, rows: slice
-    ) -> Tensor:
+    def project_in(self, part: Part, x_TH: Tensor, copies: Copies, rows: slice) -> Tensor:
         """One program per block of copies of a job and few rows."""
         S, H, inputs = rows.stop - rows.start, x_TH.shape[1], self.layer.inputs
-        out_NC = torch.zeros(len(token_N), inputs * S, dtype=torch.float32, device=x_TH.device)
+        out_NC = torch.zeros(len(copies), inputs * S, dtype=torch.float32, device=x_TH.device)
         if not out_NC.numel():
             return out_NC
-        plan = self._plan_for(kernels.MANY_IN, x_TH.dtype, len(token_N), len(offsets_J) - 1)
-        table = self._block_table(part, rows, offsets_J, len(token_N), plan.M)
-        x = (x_TH.contiguous(), token_N.contiguous())
+        plan = self._plan_for(kernels.MANY_IN, x_TH.dtype, len(copies), copies.num_jobs)
+        table = self._block_table(part, rows, copies, plan.M)
+        x = (x_TH.contiguous(), copies.token_N)
         with torch.cuda.device_of(x_TH):
             kernels.project_in_kernel[len(table), triton.cdiv(S, plan.R)](
                 table, *x, out_NC, S, H, inputs, **_compiled(plan)
@@ -84,13 +83,7 @@ class TritonBackend(HalfProductBackend):
         return out_NC
 
     def project_out(
-        self,
-        part: Part,
-        h_NS: Tensor,
-        token_N: Tensor,
-        offsets_J: Tensor,
-        rows: slice,
-        num_tokens: int,
+        self, part: Part, h_NS: Tensor, copies: Copies, rows: slice, num_tokens: int
     ) -> Tensor:
         """One program per block of copies of a job, few columns and span of rows; then one program
         per token and columns adds up what they wrote."""
@@ -98,8 +91,8 @@ class TritonBackend(HalfProductBackend):
         out_TH = torch.zeros(num_tokens, hidden, dtype=torch.float32, device=h_NS.device)
         if not (N and S and out_TH.numel()):
             return out_TH
-        plan = self._plan_for(kernels.MANY_OUT, h_NS.dtype, N, len(offsets_J) - 1)
-        table = self._block_table(part, rows, offsets_J, N, plan.M)
+        plan = self._plan_for(kernels.MANY_OUT, h_NS.dtype, N, copies.num_jobs)
+        table = self._block_table(part, rows, copies, plan.M)
         column_blocks = triton.cdiv(inputs * hidden % BITS.value + hidden, plan.W * BITS.value)
         programs = len(table) * column_blocks
         spans = min(triton.cdiv(S, kernels.SPAN_ROWS), triton.cdiv(kernels.PROGRAMS, programs))
@@ -107,8 +100,8 @@ class TritonBackend(HalfProductBackend):
         P = triton.cdiv(S, span_rows)
         products_NPH = torch.empty(N, P, hidden, dtype=torch.float32, device=h_NS.device)
         # Dropped copies have no products: no token sums them up.
-        dropped_N = torch.arange(N, device=h_NS.device) >= offsets_J[-1]
-        summed_N = token_N.masked_fill(dropped_N, -1)
+        dropped_N = torch.arange(N, device=h_NS.device) >= copies.offsets_J[-1]
+        summed_N = copies.token_N.masked_fill(dropped_N, -1)
         n = triton.next_power_of_2(max(16, min(N, 1024)))
         p = triton.next_power_of_2(min(P, 16))
         # The 8·p·c products that are loaded together fit into the registers.
@@ -154,20 +147,19 @@ class TritonBackend(HalfProductBackend):
             self._tables[key] = torch.tensor(fields, dtype=torch.int64).to(layer.device)
         return self._tables[key]
 
-    def _block_table(
-        self, part: Part, rows: slice, offsets_J: Tensor, copies: int, M: int
-    ) -> Tensor:
+    def _block_table(self, part: Part, rows: slice, copies: Copies, M: int) -> Tensor:
         """[K, FIELDS]: the job's fields and the copies of each block of at most M copies.
 
         K is the most blocks that this many copies can make; those that do not exist have 0 copies.
         """
         jobs_JF = self._jobs(part, rows.start)
+        offsets_J = copies.offsets_J
         counts_J = offsets_J.diff()
         blocks_J = (counts_J + M - 1) // M
         ends_J = blocks_J.cumsum(0)
-        most = min(copies, len(counts_J) + copies // M)
+        most = min(len(copies), copies.num_jobs + len(copies) // M)
         block_K = torch.arange(most, device=offsets_J.device)
-        job_K = torch.searchsorted(ends_J, block_K, right=True).clamp(max=len(counts_J) - 1)
+        job_K = torch.searchsorted(ends_J, block_K, right=True).clamp(max=copies.num_jobs - 1)
         first_K = offsets_J[job_K] + (block_K - (ends_J - blocks_J)[job_K]) * M
         copies_K = (offsets_J[job_K + 1] - first_K).clamp(min=0, max=M)
         table_KF = jobs_JF[job_K]
@@ -177,7 +169,7 @@ class TritonBackend(HalfProductBackend):
 
 
 def job_fields(
-    center_SD: Tensor | None, residual: PrunedMatrix | None, first_row: int
+    center_SD: Tensor | None, residual: EncodedMatrix | None, first_row: int
 ) -> list[int]:
     """What a program needs to know of a job; 0 for what the job lacks.
 
@@ -189,6 +181,7 @@ def job_fields(
     if center_SD is not None:
         fields[:4] = center_SD.data_ptr(), *center_SD.stride(), len(center_SD)
     if residual is not None:
+        assert isinstance(residual, PrunedMatrix)
         bitmap, values, offsets = residual.bitmap[first_row:], residual.values, residual.row_offsets
         assert bitmap.stride(1) == 1 and values.is_contiguous() and offsets.is_contiguous()
         fields[4:8] = bitmap.data_ptr(), bitmap.stride(0), bitmap.shape[1], values.data_ptr()
@@ -200,7 +193,7 @@ def job_fields(
 def _layer_plan(layer: LayerWeights) -> Plan:
     """What the weights alone decide."""
     centers = [center.decode() for center in layer.centers]
-    bitmaps = [residual.bitmap for residual in layer.residuals]
+    bitmaps = [residual.tensors()["bitmap"] for residual in layer.residuals]
     return Plan(
         R=FEW.R,
         W=FEW.W,
