@@ -59,26 +59,14 @@ _TRIED_TOKENS = 2
 # Prompts [B, S] and a number of new tokens -> the new tokens [B, N].
 Generate = Callable[[Tensor, int], Tensor]
 
-_RATE = "tokens_per_second"
 TABLES = (
     (
-        "rows",
-        {"way": "way", "sequences": "batch", "ms": "seconds:ms", "tokens/s": f"{_RATE}:.1f"}
-        | {"ratio": "ratio:.2f", "equal": "equal_tokens:.0%"},
+        *("rows", "way", "sequences=batch", "ms=seconds:ms", "tokens/s=tokens_per_second:.1f"),
+        *("ratio:.2f", "equal=equal_tokens:.0%"),
     ),
-    ("skipped", {"left out": "way", "because": "reason", "sequences": "batch"}),
-    (
-        "memory",
-        {"resident": "model"} | {k: f"{k}:bytes" for k in ("experts", "workspace", "others")},
-    ),
-    (
-        "launcher",
-        {
-            "launch/infer.py, sequences": "batch",
-            "{} tokens/s": f"{_RATE}.*:s",
-            "ratio": "ratio:.2f",
-        },
-    ),
+    ("skipped", "left out=way", "because=reason", "sequences=batch"),
+    ("memory", "resident=model", "experts:bytes", "workspace:bytes", "others:bytes"),
+    ("launcher", "launch/infer.py, sequences=batch", "{}=tokens_per_second.*:s", "ratio:.2f"),
 )
 
 

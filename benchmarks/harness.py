@@ -4,7 +4,7 @@ A benchmark is a module whose docstring says what it measures. It has
 
     add_arguments(parser)           its options, beside those that all benchmarks have
     measure(args, clock) -> dict    its results: rows by the name of their table
-    TABLES                          (name, columns) of each table, see `tables.table_of`
+    TABLES                          (name, *columns) of each table, see `tables.table_of`
 
 The report, which `--json` writes, holds `options`, `machine` and `results`.
 """
@@ -12,6 +12,7 @@ The report, which `--json` writes, holds `options`, `machine` and `results`.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import os
@@ -70,7 +71,7 @@ def run(
     finally:
         torch.set_num_threads(threads_before)
     texts = [
-        table_of(results[name], columns) for name, columns in benchmark.TABLES if results[name]
+        table_of(results[name], columns) for name, *columns in benchmark.TABLES if results[name]
     ]
     texts.append(
         f"{machine['cpu']}, {machine['cpu_capability']}: {machine['cores']} cores, "
@@ -78,7 +79,8 @@ def run(
         f"transformers {machine['versions']['transformers']}"
     )
     print("\n\n".join(texts))
-    options = {name: _plain(value) for name, value in vars(args).items() if name != "json"}
+    options = vars(args) | {"benchmark": _name(benchmark)}
+    options = json.loads(json.dumps(options, default=str))
     report = {"options": options, "machine": machine, "results": results}
     if args.json:
         write_json(args.json, report)
@@ -148,11 +150,3 @@ def _parser(
     parser.set_defaults(benchmark=benchmark)
     benchmark.add_arguments(parser)
     return parser
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(part) for part in value]
-    if isinstance(value, ModuleType):
-        return _name(value)
-    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)

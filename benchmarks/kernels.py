@@ -48,31 +48,28 @@ TOLERANCE = 0.03
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
-_CASE = {"layer": "shape", "tokens": "tokens"}
-_LAYER = {"layer": "shape", "experts": "experts"}
+_CASE = ("layer=shape", "tokens")
+_LAYER = ("layer=shape", "experts")
 TABLES = (
-    ("rows", _CASE | {"active experts": "active_experts:g", "{} ms": "seconds.*:ms"}),
+    ("rows", *_CASE, "active_experts:g", "{} ms=seconds.*:ms"),
     (
-        "rows",
-        _CASE
-        | {"fastest dense": "fastest_dense"}
-        | {"dense": "bytes.dense:bytes", "ours": "bytes.compressed:bytes"}
-        | {"bound": "bound:.2f", "{}": "ratios.*:.2f", "auto takes": "auto_takes"},
+        *(
+            "rows",
+            *_CASE,
+            "fastest_dense",
+            "dense=bytes.dense:bytes",
+            "ours=bytes.compressed:bytes",
+        ),
+        *("bound:.2f", "{}=ratios.*:.2f", "auto_takes"),
     ),
-    ("rows", _CASE | {"{} of bound": "of_bound.*:.0%", "{} of memory": "of_memory.*:.0%"}),
-    ("skipped", _CASE | {"left out": "way", "because": "reason"}),
-    ("memory", {"memory reads GB/s": "read:GB/s", "copies GB/s (read and written)": "copy:GB/s"}),
+    ("rows", *_CASE, "{} of bound=of_bound.*:.0%", "{} of memory=of_memory.*:.0%"),
+    ("skipped", *_CASE, "left out=way", "because=reason"),
+    ("memory", "memory reads GB/s=read:GB/s", "copies GB/s (read and written)=copy:GB/s"),
     (
-        "resident",
-        _LAYER
-        | {"dense": "dense:bytes", "resident": "resident:bytes", "of stored": "of_stored:.4f"}
-        | {"of dense": "of_dense:.1%", "workspace {}": "workspace.*:bytes"},
+        *("resident", *_LAYER, "dense:bytes", "resident:bytes", "of_stored:.4f", "of_dense:.1%"),
+        "workspace {}=workspace.*:bytes",
     ),
-    (
-        "restoring",
-        _LAYER
-        | {"{} ms": "seconds.*:ms", "{} GB/s": "bytes_per_second.*:GB/s", "ratio": "ratio:.2f"},
-    ),
+    ("restoring", *_LAYER, "{} ms=seconds.*:ms", "{} GB/s=bytes_per_second.*:GB/s", "ratio:.2f"),
 )
 
 

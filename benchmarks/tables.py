@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.timing import Summary
@@ -11,17 +11,19 @@ from resmoe_dist.evaluation.tables import human_bytes, text_table
 Row = dict[str, Any]
 
 
-def table_of(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
+def table_of(rows: Sequence[Row], columns: Sequence[str]) -> str:
     """Rows as a text table.
 
-    columns: header -> `path` or `path:format`. A path is a key, or keys of nested dicts with dots
-    between them. With `*` for the last key, every key gets a column, and replaces {} in the header.
-    Formats: `s` and `ms` (a summary of seconds), `bytes`, `GB/s`, `names` and `count` (of a list),
-    or as the built-in `format` takes them. Missing values are `-`.
+    columns: `header=path:format`. A path is a key, or keys of nested dicts with dots between them;
+    with `*` for the last key, every key gets a column, and replaces {} in the header. The header
+    defaults to the path. Formats: `s` and `ms` (a summary of seconds), `bytes`, `GB/s`, `names` and
+    `count` (of a list), or as the built-in `format` takes them. Missing values are `-`.
     """
     paths: dict[str, tuple[list[str], str]] = {}
-    for header, column in columns.items():
-        path, _, kind = column.partition(":")
+    for column in columns:
+        header, _, source = column.rpartition("=")
+        path, _, kind = source.partition(":")
+        header = header or path.replace("_", " ")
         *parents, last = path.split(".")
         keys = [last]
         if last == "*":

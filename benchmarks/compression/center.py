@@ -33,10 +33,8 @@ METHODS = {
 }
 TABLES = (
     (
-        "rows",
-        {"experts": "experts", "keep": "keep:g", "error {}": "relative_errors.*:.5f"}
-        | {"joint to barycenter": "change:+.1%", "joint to paper": "change_to_paper:+.1%"}
-        | {"{} s": "seconds.*:s"},
+        *("rows", "experts", "keep:g", "error {}=relative_errors.*:.5f", "{} s=seconds.*:s"),
+        *("joint to barycenter=change:+.1%", "joint to paper=change_to_paper:+.1%"),
     ),
 )
 

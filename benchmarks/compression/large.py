@@ -21,20 +21,17 @@ from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.report import describe
 from resmoe_dist.sizes import parse_size
 
-_MEMORY = {f"{kind}, all": f"memory.total.{kind}:bytes" for kind in ("anonymous", "file", "shared")}
 TABLES = (
     (
-        "rows",
-        {"run": "run", "s": "seconds:.1f", "working s": "working:.1f"}
-        | {"anonymous, one": "largest_anonymous:bytes"}
-        | _MEMORY
-        | {"resident, one": "memory.one.high_water:bytes", "within bound": "within_bound"},
+        *("rows", "run", "s=seconds:.1f", "working s=working:.1f", "within_bound"),
+        *("anonymous, one=largest_anonymous:bytes", "anonymous, all=memory.total.anonymous:bytes"),
+        *("file, all=memory.total.file:bytes", "shared, all=memory.total.shared:bytes"),
+        "resident, one=memory.one.high_water:bytes",
     ),
     (
-        "result",
-        {"bound on each rank": "max_memory:bytes", "experts": "source_bytes:bytes"}
-        | {"stored": "stored_bytes:bytes", "finished when killed": "finished_before:count"}
-        | {"made again": "made_again:names", "differing files": "differing_files:names"},
+        *("result", "bound on each rank=max_memory:bytes", "experts=source_bytes:bytes"),
+        *("stored=stored_bytes:bytes", "finished when killed=finished_before:count"),
+        *("made_again:names", "differing_files:names"),
     ),
 )
 

@@ -17,7 +17,6 @@ from benchmarks.harness import logger
 from benchmarks.processes import MemoryWatch, add_compress_options, memory_of, reset_high_water
 from benchmarks.synthetic import add_model_arguments, source_and_scratch
 from benchmarks.timing import Clock, summary
-from resmoe_dist.checkpoints.format import CheckpointIndex
 from resmoe_dist.compression.heap import return_freed_memory
 from resmoe_dist.compression.stages import record_stages
 from resmoe_dist.config.arguments import parse
@@ -27,13 +26,12 @@ from resmoe_dist.launch.compress import compress
 # In the order in which a group passes them.
 _STAGES = ("read", "align", "barycenter", "center", "threshold", "encode", "write", "digest")
 TABLES = (
-    ("rows", {"stage": "stage", "seconds": "seconds:s", "share": "share:.1%"}),
+    ("rows", "stage", "seconds:s", "share:.1%"),
     (
-        "layer",
-        {"experts": "source_bytes:bytes", "stored": "stored_bytes:bytes"}
-        | {"per second": "bytes_per_second:bytes", "anonymous, before": "before.anonymous:bytes"}
-        | {"peak": "memory.one.anonymous:bytes", "resident, before": "before.resident:bytes"}
-        | {"resident, peak": "memory.one.high_water:bytes"},
+        *("layer", "experts=source_bytes:bytes", "stored=stored_bytes:bytes"),
+        *("per second=bytes_per_second:bytes", "anonymous before=before.anonymous:bytes"),
+        *("peak=memory.one.anonymous:bytes", "resident before=before.resident:bytes"),
+        "resident peak=memory.one.high_water:bytes",
     ),
 )
 
@@ -73,21 +71,20 @@ def measure(args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     seconds = {stage: summary([each[stage] for each in taken]) for stage in stages}
     total = seconds["total"]["median"]
     rows = [{"stage": s, "seconds": t, "share": t["median"] / total} for s, t in seconds.items()]
-    layer = _bytes(index) | {"before": before, "memory": watch.as_dict()}
-    layer["bytes_per_second"] = layer["source_bytes"] / total
-    return {"rows": rows, "layer": [layer]}
+    groups = [group for layer in index.layers for group in layer.groups]
+    source_bytes = sum(group.source_bytes for group in groups)
+    row = {
+        "groups": len(groups),
+        "source_bytes": source_bytes,
+        "stored_bytes": sum(group.file.bytes for group in groups),
+        "bytes_per_second": source_bytes / total,
+        "before": before,
+        "memory": watch.as_dict(),
+    }
+    return {"rows": rows, "layer": [row]}
 
 
 def _drop_from_cache(folder: Path) -> None:
     for path in folder.glob("*.safetensors"):
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _bytes(index: CheckpointIndex) -> dict[str, Any]:
-    groups = [group for layer in index.layers for group in layer.groups]
-    return {
-        "groups": len(groups),
-        "source_bytes": sum(group.source_bytes for group in groups),
-        "stored_bytes": sum(group.file.bytes for group in groups),
-    }

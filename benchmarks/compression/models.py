@@ -26,7 +26,7 @@ from resmoe_dist.evaluation.perplexity import divergence, evaluate, sequences_fr
 from resmoe_dist.evaluation.report import describe
 from resmoe_dist.launch.compress import compress
 from resmoe_dist.runtime.loading import load_model
-from resmoe_dist.testing import FAMILIES, cached_tiny_model, train_tiny_model
+from resmoe_dist.testing import FAMILIES, cached_tiny_model
 from resmoe_dist.testing.corpus import EOS_ID, read_corpus
 from resmoe_dist.testing.training import HELD_OUT_FILE
 
@@ -40,16 +40,13 @@ WAYS: dict[str, dict[str, Any]] = {
     f"{CALIBRATED} over the model": {"allocate": "model"},
 }
 _FIGURES = ("relative_error", "perplexity", "divergence")
-_QUALITY = {"nats per byte": "nll:.5f", "perplexity": "perplexity:.5f"}
+_QUALITY = ("nats per byte=nll:.5f", "perplexity:.5f")
 TABLES = (
-    ("originals", {"not compressed": "family"} | _QUALITY),
+    ("originals", "not compressed=family", *_QUALITY),
     (
-        "rows",
-        {"family": "family", "way": "way", "groups": "groups", "keep": "keep:g"}
-        | {"error": "relative_error:.4g", "share of dense": "dense_share:.1%"}
-        | _QUALITY
-        | {"divergence": "divergence:.2e", "without centre": "groups_without_center"}
-        | {"s": "seconds:s", "worse than paper": "worse:names"},
+        *("rows", "family", "way", "groups", "keep:g", "error=relative_error:.4g"),
+        *("share of dense=dense_share:.1%", *_QUALITY, "divergence:.2e"),
+        *("without centre=groups_without_center", "s=seconds:s", "worse than paper=worse:names"),
     ),
 )
 _CALIBRATION_BYTES = 1 << 16
@@ -63,13 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--keeps", type=share, nargs="+", default=[0.125, 0.25, 0.5])
     add("--ep", type=positive, nargs="+", default=[1, 4], help="groups per layer")
     add("--sequences", type=positive, help="of the held-out text (default: all)")
-    add(
-        "--work",
-        type=Path,
-        metavar="DIR",
-        help="holds the models, in folders named like their families; missing ones are trained "
-        "(default: the user's cache)",
-    )
+    text = "holds what `resmoe-dist tiny-model` writes, by family (default: the user's cache)"
+    add("--work", type=Path, metavar="DIR", help=text)
     parser.set_defaults(repeats=1)
 
 
@@ -80,7 +72,7 @@ def measure(args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
         text = Path(folder) / "calibration.txt"
         text.write_text(calibration_text(), encoding="utf-8")
         for family in args.families:
-            source = _model_folder(family, args.work)
+            source = args.work / family if args.work else cached_tiny_model(family)
             sequences = sequences_from_json(source / HELD_OUT_FILE)[: args.sequences]
             original = load_model(source, dtype=torch.float32)
             found = evaluate(original, sequences).as_dict()
@@ -96,16 +88,6 @@ def measure(args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
                 results["rows"] += rows
                 logger.info("%s, %d groups, keep %g: done", family, case["ep"], case["keep"])
     return results
-
-
-def _model_folder(family: str, work: Path | None) -> Path:
-    """A trained tiny model, trained now if it is missing."""
-    if work is None:
-        return cached_tiny_model(family)
-    if not (work / family).exists():
-        logger.info("training %s", family)
-        train_tiny_model(work / family, family)
-    return work / family
 
 
 def calibration_text() -> str:

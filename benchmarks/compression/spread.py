@@ -21,14 +21,12 @@ from resmoe_dist.errors import UserError
 
 TABLES = (
     (
-        "rows",
-        {"ranks": "ranks", "threads each": "threads", "s": "seconds:s", "working s": "working:s"}
-        | {"anonymous, all ranks": "anonymous:bytes"},
+        *("rows", "ranks", "threads each=threads", "s=seconds:s", "working s=working:s"),
+        "anonymous, all ranks=anonymous:bytes",
     ),
     (
-        "comparison",
-        {"speed-up": "speedup:.2f", "without the start of Python": "working_speedup:.2f"}
-        | {"differing files": "differing_files:names"},
+        *("comparison", "speedup:.2f", "without the start of Python=working_speedup:.2f"),
+        "differing_files:names",
     ),
 )
 

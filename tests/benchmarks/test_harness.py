@@ -17,7 +17,7 @@ def counting(monkeypatch):
     """A benchmark that reports its options and how often the clock repeats."""
     module = ModuleType("counting", "Count repeats.\n\nMore text.")
     module.__file__ = "/somewhere/counting.py"
-    module.TABLES = (("rows", {"repeats": "repeats"}), ("nothing", {"x": "x"}))
+    module.TABLES = (("rows", "repeats"), ("nothing", "x"))
     module.add_arguments = lambda parser: parser.add_argument("--size", type=harness.share)
 
     def measure(args, clock):
@@ -39,6 +39,7 @@ def test_report_has_options_machine_and_results(counting, capsys):
         "seconds": None,
         "seed": 7,
         "size": 0.5,
+        "json": None,
     }
     assert report["results"]["rows"][0]["repeats"] == 4
     machine = report["machine"]

@@ -12,17 +12,17 @@ ROWS = [
 
 
 def test_columns_are_formatted_and_missing_values_are_dashes():
-    columns = {"case": "name", "bytes": "size:bytes", "share": "share:.0%"}
+    columns = ("case=name", "size:bytes", "dense share=share:.0%")
     assert table_of(ROWS, columns).splitlines() == [
-        "case    bytes  share",
-        "----  -------  -----",
-        "a     2.0 KiB      -",
-        "b           -    25%",
+        "case     size  dense share",
+        "----  -------  -----------",
+        "a     2.0 KiB            -",
+        "b           -          25%",
     ]
 
 
 def test_star_makes_a_column_of_every_key():
-    lines = table_of(ROWS, {"case": "name", "{} ms": "seconds.*:ms"}).splitlines()
+    lines = table_of(ROWS, ["case=name", "{} ms=seconds.*:ms"]).splitlines()
     assert lines[0].split() == ["case", "x", "ms", "y", "ms"]
     assert lines[2].split() == ["a", "500", "200", "(100-400)"]
     assert lines[3].split() == ["b", "2000", "-"]
@@ -30,7 +30,7 @@ def test_star_makes_a_column_of_every_key():
 
 def test_lists_are_names_or_their_number():
     rows = [{"files": []}, {"files": ["a", "b"]}]
-    columns = {"files": "files:names", "number": "files:count"}
+    columns = ["files:names", "number=files:count"]
     assert [line.split() for line in table_of(rows, columns).splitlines()[2:]] == [
         ["none", "0"],
         ["a,", "b", "2"],
