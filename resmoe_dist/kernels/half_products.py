@@ -3,7 +3,8 @@
 The reference and the GPU backend always work this way. The CPU backend does where its fused kernel
 does not support the layer.
 
-Legend: N routed copies, J jobs (experts or centres), S rows of a block, T tokens, H hidden.
+Legend: N routed copies, C centre copies, J jobs (experts or centres), S rows of a block, T tokens,
+H hidden.
 """
 
 from __future__ import annotations
@@ -56,6 +57,13 @@ class HalfProductBackend(Backend):
     ) -> Tensor:
         """Products of activations with the output columns, summed per token: [T, H] in float32."""
 
+    def sum_for_centers(self, h_NS: Tensor, shared: CenterCopies, copies: Copies) -> Tensor:
+        """Sum of the activations over the routed copies that share a centre copy: [C, S].
+
+        copies: the routed ones. Those without a job may be left out: their weight is 0.
+        """
+        return shared.sum_of(h_NS)
+
     @torch.no_grad()
     def mlp(self, routed: RoutedTokens, *, share_center: bool) -> Tensor:
         layer, x_RH = self.layer, routed.x_RH
@@ -76,7 +84,7 @@ class HalfProductBackend(Backend):
             # 3. Products back: per copy, and for shared centres once per token with the sum.
             y_RH += self.project_out(part, h_NS.to(x_RH.dtype), copies, rows, len(x_RH))
             if shared is not None:
-                h_CS = shared.sum_of(h_NS).to(x_RH.dtype)
+                h_CS = self.sum_for_centers(h_NS, shared, copies).to(x_RH.dtype)
                 y_RH += self.project_out("center", h_CS, shared.copies, rows, len(x_RH))
         return y_RH
 

@@ -1,4 +1,5 @@
-"""Fixtures for the C++ kernels: built, on a chosen instruction set, with a number of threads."""
+"""Fixtures for the C++ kernels (built, on a chosen instruction set, with a number of threads), and
+for the Triton kernels (interpreted, or on a GPU)."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import torch
 from resmoe_dist.kernels.cpu.backend import instruction_sets, use_instruction_set
 from resmoe_dist.kernels.cpu.build import load_kernels
 from tests.kernels.problems import INSTRUCTION_SETS
+from tests.kernels.triton_runs import Run, gpu, interpreter
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +40,14 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", params=["interpreted", *["compiled"] * torch.cuda.is_available()])
+def run(request: pytest.FixtureRequest) -> Iterator[Run]:
+    """Runs functions of `triton_runs` in Triton's interpreter, or on the GPU."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if request.param == "compiled":
+        yield gpu()
+        return
+    with interpreter() as interpreted:
+        yield interpreted

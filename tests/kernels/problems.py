@@ -285,17 +285,19 @@ def sums_out(problem: Problem, part: str = "whole") -> Sums:
     return sums
 
 
-def assert_sums(found: Tensor, sums: Sums) -> None:
+def assert_sums(found: Tensor, sums: Sums, rounding: float = ROUNDING) -> None:
     """Compare float32 sums, taken in any order, with exact ones.
 
     The bound is relative to the magnitudes of the terms: relative to the result, an error can be of
     any size where terms cancel. Products of bfloat16 numbers are exact in float32, so the bound is
     the same for both dtypes: only additions round.
+
+    rounding: the bound.
     """
     assert found.dtype == torch.float32
     assert found.shape == sums.exact.shape
     error = abs(found.double().numpy() - sums.exact)
-    assert (error <= ROUNDING * sums.magnitude).all(), (error / sums.magnitude).max()
+    assert (error <= rounding * sums.magnitude).all(), (error / sums.magnitude).max()
 
 
 def assert_equal_numbers(found: Tensor, expected: Tensor) -> None:
