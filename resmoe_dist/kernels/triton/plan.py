@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -46,12 +47,12 @@ class Plan:
     whole_words: bool = False
 
     @property
-    def options(self) -> dict[str, object]:
+    def options(self) -> dict[str, Any]:
         """Of a launch. Fusion of products and sums is explicit: its default depends on Triton's
         release."""
         return {"plan": self, "num_warps": self.warps, "enable_fp_fusion": True}
 
-    def with_tile(self, tile: Plan, **changes: object) -> Plan:
+    def with_tile(self, tile: Plan, **changes: Any) -> Plan:
         """The same weights in steps of other sizes."""
         return replace(self, R=tile.R, W=tile.W, warps=tile.warps, **changes)
 
