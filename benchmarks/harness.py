@@ -73,11 +73,8 @@ def run(
     texts = [
         table_of(results[name], columns) for name, *columns in benchmark.TABLES if results[name]
     ]
-    texts.append(
-        f"{machine['cpu']}, {machine['cpu_capability']}: {machine['cores']} cores, "
-        f"{machine['threads']} threads; torch {machine['versions']['torch']}, "
-        f"transformers {machine['versions']['transformers']}"
-    )
+    on = "{cpu}, {cpu_capability}: {cores} cores, {threads} threads; torch {versions[torch]}, "
+    texts.append((on + "transformers {versions[transformers]}").format(**machine))
     print("\n\n".join(texts))
     options = vars(args) | {"benchmark": _name(benchmark)}
     options = json.loads(json.dumps(options, default=str))

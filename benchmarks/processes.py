@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import shlex
@@ -113,16 +114,15 @@ def run_watched(
             stderr=errors,
             start_new_session=True,
         )
-        work_began, killed = (began if appears is None else None), False
+        work_began, killed = (began if appears is None else math.inf), False
         try:
             with MemoryWatch(process.pid) as watch:
                 while process.poll() is None:
                     time.sleep(_POLL_SECONDS)
                     now = time.perf_counter()
-                    if work_began is None and appears is not None and appears.exists():
+                    if appears is not None and work_began > now and appears.exists():
                         work_began = now
-                    working = 0.0 if work_began is None else now - work_began
-                    if kill_after is not None and work_began and working >= kill_after:
+                    if kill_after is not None and now - work_began >= kill_after:
                         killed = process.poll() is None
                         _kill(process)
         finally:
@@ -133,11 +133,11 @@ def run_watched(
             raise UserError(f"{shlex.join(command[-3:])}: {lines[-1]}")
     if kill_after is not None and not killed:
         raise UserError(
-            f"the command ended after {now - (work_began or began):.1f} s, before it could be "
-            "killed; choose a smaller --kill-after"
+            f"the command ended after {now - began:.1f} s, before it could be killed; choose a "
+            "smaller --kill-after"
         )
-    since_appeared = now - work_began if appears is not None and work_began else None
-    return Finished(now - began, since_appeared, killed, watch.as_dict())
+    working = None if appears is None or work_began > now else now - work_began
+    return Finished(now - began, working, killed, watch.as_dict())
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

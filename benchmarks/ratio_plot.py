@@ -27,11 +27,9 @@ def plot_ratios(rows: list[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    columns = min(3, len(shapes))
-    lines = -(-len(shapes) // columns)
-    figure = Figure(figsize=(4 * columns, 3 * lines), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flatten()
-    for diagram, shape in zip(grid, shapes, strict=False):
+    figure = Figure(figsize=(4 * len(shapes), 3), layout="constrained")
+    diagrams = figure.subplots(1, len(shapes), squeeze=False, sharex=True, sharey=True)[0]
+    for diagram, shape in zip(diagrams, shapes, strict=True):
         own = [row for row in rows if row["shape"] == shape]
         tokens = [row["tokens"] for row in own]
         for mode in own[0]["ratios"]:
@@ -45,12 +43,7 @@ def plot_ratios(rows: list[Row], path: Path) -> None:
         diagram.set_xticks(tokens, [str(count) for count in tokens])
         diagram.set_yticks(_TICKS, [f"{ratio:g}" for ratio in _TICKS])
         diagram.minorticks_off()
-    shown = [ratio for row in rows for ratio in (*row["ratios"].values(), row["bound"])]
-    grid[0].set_ylim(min(0.5, *shown) / 1.2, max(2, *shown) * 1.2)
-    for diagram in grid[len(shapes) :]:
-        diagram.remove()
-    for diagram in grid[: len(shapes) : columns]:
-        diagram.set_ylabel("ratio to fastest dense")
-    handles, labels = grid[0].get_legend_handles_labels()
+    diagrams[0].set_ylabel("ratio to fastest dense")
+    handles, labels = diagrams[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     figure.savefig(path, dpi=150)

@@ -44,7 +44,7 @@ _QUALITY = ("nats per byte=nll:.5f", "perplexity:.5f")
 TABLES = (
     ("originals", "not compressed=family", *_QUALITY),
     (
-        *("rows", "family", "way", "groups", "keep:g", "error=relative_error:.4g"),
+        *("rows", "family", "way", "groups=ep", "keep:g", "error=relative_error:.4g"),
         *("share of dense=dense_share:.1%", *_QUALITY, "divergence:.2e"),
         *("without centre=groups_without_center", "s=seconds:s", "worse than paper=worse:names"),
     ),
@@ -75,17 +75,18 @@ def measure(args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
             source = args.work / family if args.work else cached_tiny_model(family)
             sequences = sequences_from_json(source / HELD_OUT_FILE)[: args.sequences]
             original = load_model(source, dtype=torch.float32)
-            found = evaluate(original, sequences).as_dict()
-            results["originals"].append({"family": family, **found})
+            quality = evaluate(original, sequences).as_dict()
+            results["originals"].append({"family": family, **quality})
             for case in [{"ep": groups, "keep": k} for groups in args.ep for k in args.keeps]:
-                rows = [
-                    _measure_way(clock, way, case, source, text, original, sequences)
-                    for way in WAYS
-                ]
-                for row in rows:
-                    row["family"] = family
-                    row["worse"] = [name for name in _FIGURES if row[name] > rows[0][name]]
-                results["rows"] += rows
+                found = []
+                for way, options in WAYS.items():
+                    given = {"source": source, "device": args.device} | case | options
+                    given |= {"calibration": text} if way.startswith(CALIBRATED) else {}
+                    row = {"family": family, "way": way, **case}
+                    row |= _measure_way(clock, way, given, original, sequences)
+                    found.append(row)
+                    row["worse"] = [name for name in _FIGURES if row[name] > found[0][name]]
+                results["rows"] += found
                 logger.info("%s, %d groups, keep %g: done", family, case["ep"], case["keep"])
     return results
 
@@ -102,35 +103,23 @@ def calibration_text() -> str:
 def _measure_way(
     clock: Clock,
     way: str,
-    case: dict[str, Any],
-    source: Path,
-    text: Path,
+    given: dict[str, Any],
     original: PreTrainedModel,
     sequences: list[list[int]],
 ) -> Row:
-    options = WAYS[way] | ({"calibration": text} if way.startswith(CALIBRATED) else {})
-    preset = "paper" if way == PAPER else None
+    """Compress with the options `given`, and compare with the original model."""
     with tempfile.TemporaryDirectory() as scratch:
         output, seconds = Path(scratch) / "compressed", []
-        given = {"source": source, "output": output, "device": clock.device.type}
-        config = build_config(CompressConfig, given | case | options, preset=preset)
+        preset = "paper" if way == PAPER else None
+        config = build_config(CompressConfig, given | {"output": output}, preset=preset)
         for _ in clock.repeats():
             shutil.rmtree(output, ignore_errors=True)
             seconds.append(clock.timed(lambda: compress(config))[1])
         experts = describe(CompressedCheckpoint(output))["experts"]
         model = load_model(output, dtype=torch.float32)
-        found = evaluate(model, sequences)
-        diverged = divergence(model, original, sequences)
-    return {
-        "groups": case["ep"],
-        "keep": case["keep"],
-        "way": way,
-        "relative_error": experts["relative_error"],
-        "weighted_relative_error": experts["weighted_relative_error"],
-        "groups_without_center": experts["groups_without_center"],
-        "dense_share": experts["stored_bytes"] / experts["dense_bytes"],
-        "nll": found.nll,
-        "perplexity": found.perplexity,
-        "divergence": diverged,
-        "seconds": summary(seconds),
-    }
+        quality = evaluate(model, sequences).as_dict()
+        quality["divergence"] = divergence(model, original, sequences)
+    keys = ("relative_error", "weighted_relative_error", "groups_without_center")
+    share = experts["stored_bytes"] / experts["dense_bytes"]
+    figures = {key: experts[key] for key in keys} | {"dense_share": share}
+    return figures | quality | {"seconds": summary(seconds)}
