@@ -6,6 +6,7 @@ import torch, which `--help` must not.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -117,6 +118,14 @@ class CompressConfig(CommandConfig):
     def _check_mean(self) -> Self:
         if self.center == "mean" and self.align != "none":
             raise ValueError(f"--center mean averages experts as stored; drop --align {self.align}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        given = {"--keep": self.keep, "--target-bytes": self.target_bytes}
+        for name, value in given.items():
+            if value is not None and re.search("[:,]keep=", self.codec):
+                raise ValueError(f"{name} and --codec {self.codec} both say how much to keep")
         return self
 
 

@@ -71,6 +71,16 @@ def test_values_that_look_like_options_follow_an_equals_sign():
 
 
 MISTAKES = {
+    "two values of keep": (
+        CompressConfig,
+        ["s", "o", "--ep", "1", "--keep", "0.5", "--codec", "pruned:keep=0.25"],
+        "--keep and --codec pruned:keep=0.25 both say how much to keep",
+    ),
+    "a share of bytes and keep": (
+        CompressConfig,
+        ["s", "o", "--ep", "1", "--target-bytes", "35%", "--codec", "low_rank:rank=3,keep=0.25"],
+        "--target-bytes and --codec low_rank:rank=3,keep=0.25 both say how much to keep",
+    ),
     "unknown option": (RestoreConfig, ["f", "o", "--fast"], "unrecognized arguments: --fast; see"),
     "one folder too many": (RestoreConfig, ["f", "o", "p"], "unrecognized arguments: p; see"),
     "option without its value": (RestoreConfig, ["f", "o", "--dtype"], "--dtype: expected one arg"),
