@@ -4,7 +4,7 @@ One launch runs all jobs: a table of addresses tells each program where its job'
 the offsets of the jobs' copies, read on the device, tell which copies it multiplies. Sums are in
 float32 and in a fixed order, without atomics: equal calls give equal bits.
 
-Legend: N routed copies, S rows, H hidden, J jobs, P spans of rows, L copies loaded together; of a
+Legend: N routed copies, S rows, H hidden, J jobs, P spans of rows, Q copies loaded together; of a
 tile: M copies, R rows, W words of bitmap, B = 32 bits of a word, C = 32·W columns.
 """
 
@@ -36,7 +36,8 @@ def _copies_of_block(offsets, J, plan: tl.constexpr):
     job = tl.sum(((first_J <= block) & (job_J < J)).to(tl.int32)) - 1
     begin = tl.load(offsets + job)
     first = begin + (block - (begin + job * (M - 1)) // M) * M
-    return job, first, tl.minimum(tl.load(offsets + job + 1) - first, M)
+    copies = tl.minimum(tl.load(offsets + job + 1) - first, M)
+    return job, first.to(tl.int32), copies.to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["job", "first_row", "S"])
@@ -95,7 +96,7 @@ def project_in_kernel(
                 weights_RC = tl.reshape(weights_RWB, [R, W * BITS]).to(plan.operand)
                 sums = tl.dot(x_MC, tl.trans(weights_RC), sums, input_precision="ieee")
         sums_MR = tl.sum(tl.sum(sums, 2), 2) if plan.operand is None else sums
-        out_MR = out + (copy_M * (inputs * S) + i * S)[:, None] + row_R[None, :]
+        out_MR = out + (copy_M.to(tl.int64) * (inputs * S) + i * S)[:, None] + row_R[None, :]
         tl.store(out_MR, sums_MR, mask=held_M[:, None] & held_R[None, :])
 
 
@@ -119,8 +120,6 @@ def project_out_kernel(
     R: tl.constexpr = plan.R
     W: tl.constexpr = plan.W
     job, first, copies = _copies_of_block(offsets, J, plan)
-    if copies <= 0:
-        return
     copy_M = first + tl.arange(0, M)
     held_M = tl.arange(0, M) < copies
     low = inputs * H
@@ -128,7 +127,8 @@ def project_out_kernel(
     word = low // BITS + tl.program_id(1) * W
     word_W = word + tl.arange(0, W)
     begin = tl.program_id(2) * span_rows
-    end = tl.minimum(begin + span_rows, S)
+    # No rows for a block without copies: it stores nothing.
+    end = tl.minimum(begin + span_rows, tl.where(copies > 0, S, 0))
     sums = tl.zeros([M, R, W, BITS] if plan.operand is None else [M, W * BITS], tl.float32)
     for row in range(begin, end, R):
         row_R = row + tl.arange(0, R)
@@ -136,7 +136,9 @@ def project_out_kernel(
         rows, ahead_R = open_rows(table + job * FIELDS, first_row + row_R, held_R, word, plan)
         weights_RWB, _ = load_weights(rows, ahead_R, word_W, low, high, plan)
         mask_MR = held_M[:, None] & held_R[None, :]
-        h_MR = tl.load(h + copy_M[:, None] * S + row_R[None, :], mask=mask_MR, other=0.0)
+        h_MR = tl.load(
+            h + copy_M.to(tl.int64)[:, None] * S + row_R[None, :], mask=mask_MR, other=0.0
+        )
         if plan.operand is None:
             sums += weights_RWB[None, :, :, :] * h_MR.to(tl.float32)[:, :, None, None]
         else:
@@ -144,7 +146,7 @@ def project_out_kernel(
             sums = tl.dot(h_MR.to(plan.operand), weights_RC, sums, input_precision="ieee")
     sums_MWB = tl.sum(sums, 1) if plan.operand is None else tl.reshape(sums, [M, W, BITS])
     column_WB, inside_WB = word_columns(word_W, low, high)
-    product_M = products + (copy_M * tl.num_programs(2) + tl.program_id(2)) * H
+    product_M = products + (copy_M.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * H
     mask_MWB = held_M[:, None, None] & inside_WB[None, :, :]
     tl.store(product_M[:, None, None] + column_WB[None, :, :], sums_MWB, mask=mask_MWB)
 
@@ -169,23 +171,23 @@ def combine_kernel(
     """
     N = tl.load(offsets + J).to(tl.int32)
     column_C = tl.program_id(1) * c + tl.arange(0, c)
-    sums_LPC = tl.zeros([_LOADED, p, c], tl.float32)
+    sums_QPC = tl.zeros([_LOADED, p, c], tl.float32)
     for begin in range(0, N, n):
         copy_N = begin + tl.arange(0, n)
         token_N = tl.load(token + copy_N, mask=copy_N < N, other=-1)
         wanted_N = (token_N == tl.program_id(0)).to(tl.int32)
         rank_N = tl.cumsum(wanted_N, 0) * wanted_N
         for first in range(0, tl.sum(wanted_N), _LOADED):
-            rank_L = first + 1 + tl.arange(0, _LOADED)
-            found_LN = rank_L[:, None] == rank_N[None, :]
-            held_L = tl.sum(found_LN.to(tl.int32), 1) > 0
-            copy_L = tl.sum(tl.where(found_LN, copy_N[None, :], 0), 1).to(tl.int64)
+            rank_Q = first + 1 + tl.arange(0, _LOADED)
+            found_QN = rank_Q[:, None] == rank_N[None, :]
+            held_Q = tl.sum(found_QN.to(tl.int32), 1) > 0
+            copy_Q = tl.sum(tl.where(found_QN, copy_N[None, :], 0), 1).to(tl.int64)
             for span in range(0, P, p):
                 span_P = span + tl.arange(0, p)
-                product_LP = products + (copy_L[:, None] * P + span_P[None, :]) * H
-                mask_LP = held_L[:, None] & (span_P < P)[None, :]
-                mask_LPC = mask_LP[:, :, None] & (column_C < H)[None, None, :]
-                product_LPC = product_LP[:, :, None] + column_C[None, None, :]
-                sums_LPC += tl.load(product_LPC, mask=mask_LPC, other=0.0)
+                product_QP = products + (copy_Q[:, None] * P + span_P[None, :]) * H
+                mask_QP = held_Q[:, None] & (span_P < P)[None, :]
+                mask_QPC = mask_QP[:, :, None] & (column_C < H)[None, None, :]
+                product_QPC = product_QP[:, :, None] + column_C[None, None, :]
+                sums_QPC += tl.load(product_QPC, mask=mask_QPC, other=0.0)
     out_C = out + tl.program_id(0).to(tl.int64) * H + column_C
-    tl.store(out_C, tl.sum(tl.sum(sums_LPC, 1), 0), mask=column_C < H)
+    tl.store(out_C, tl.sum(tl.sum(sums_QPC, 1), 0), mask=column_C < H)

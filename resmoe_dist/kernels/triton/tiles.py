@@ -18,7 +18,7 @@ from resmoe_dist.codecs import PrunedMatrix
 
 BITS = tl.constexpr(32)
 # Numbers in a row of the job table: see `job_fields`.
-FIELDS = tl.constexpr(9)
+FIELDS = tl.constexpr(10)
 # Words of bitmap counted at a time.
 _COUNTED = tl.constexpr(64)
 
@@ -26,17 +26,18 @@ _COUNTED = tl.constexpr(64)
 def job_fields(center_SD: Tensor | None, residual: PrunedMatrix | None) -> list[int]:
     """Where the tensors of a job are, for `open_rows`; 0 for what the job lacks.
 
-    Of the centre: 0 address, 1 row stride, 2 column stride. Of the bitmap: 3 address, 4 row stride,
-    5 bytes in a row. Of the values: 6 address. Of the row offsets: 7 address, 8 whether int64.
+    Of the centre: 0 address, 1 row stride, 2 column stride, 3 whether there is one. Of the bitmap:
+    4 address, 5 row stride, 6 bytes in a row. Of the values: 7 address. Of the row offsets: 8
+    address, 9 whether int64.
     """
     fields = [0] * FIELDS.value
     if center_SD is not None:
-        fields[:3] = center_SD.data_ptr(), *center_SD.stride()
+        fields[:4] = center_SD.data_ptr(), *center_SD.stride(), True
     if residual is not None:
         bitmap, values, offsets = residual.bitmap, residual.values, residual.row_offsets
         assert bitmap.stride(1) == 1 and values.is_contiguous() and offsets.is_contiguous()
-        fields[3:6] = bitmap.data_ptr(), bitmap.stride(0), bitmap.shape[1]
-        fields[6:] = values.data_ptr(), offsets.data_ptr(), offsets.dtype == torch.int64
+        fields[4:7] = bitmap.data_ptr(), bitmap.stride(0), bitmap.shape[1]
+        fields[7:] = values.data_ptr(), offsets.data_ptr(), offsets.dtype == torch.int64
     return fields
 
 
@@ -80,11 +81,11 @@ def open_rows(job, row_R, held_R, word, plan: tl.constexpr):
         center = tl.multiple_of(center, 16)
         row_stride = tl.multiple_of(row_stride, 128 // plan.entry.primitive_bitwidth)
         column_stride = 1
-    has_center = tl.load(job) != 0
+    has_center = tl.load(job + 3) > 0
     center_R = center + row_R.to(tl.int64) * row_stride
-    bitmap = tl.load(job + 3).to(tl.pointer_type(tl.uint8))
-    bitmap_R = bitmap + row_R.to(tl.int64) * tl.load(job + 4)
-    size = tl.load(job + 5).to(tl.int32)
+    bitmap = tl.load(job + 4).to(tl.pointer_type(tl.uint8))
+    bitmap_R = bitmap + row_R.to(tl.int64) * tl.load(job + 5)
+    size = tl.load(job + 6).to(tl.int32)
 
     # Count from the nearer end of the row: forward from its first value, or back from its last.
     words = (size + 3) // 4
@@ -96,13 +97,13 @@ def open_rows(job, row_R, held_R, word, plan: tl.constexpr):
         counts_RW += _popcount(_load_words(bitmap_R, size, held_R, word_W, end, plan))
     ahead_R = tl.sum(counts_RW, 1) * (1 - 2 * back)
     # 8-byte offsets are read as two halves (little-endian), 4-byte offsets as a low half.
-    wide = tl.load(job + 8)
+    wide = tl.load(job + 9)
     # A block on both sides: the interpreter cannot combine a mask with a scalar condition.
     mask_R = held_R & (tl.zeros_like(row_R) < size)
-    low_R = tl.load(job + 7).to(tl.pointer_type(tl.uint32)) + (row_R + back) * (1 + wide)
+    low_R = tl.load(job + 8).to(tl.pointer_type(tl.uint32)) + (row_R + back) * (1 + wide)
     high_R = tl.load(low_R + wide, mask=mask_R, other=0).to(tl.int64) * wide
     offset_R = (high_R << 32) + tl.load(low_R, mask=mask_R, other=0)
-    values_R = tl.load(job + 6).to(tl.pointer_type(plan.entry)) + offset_R
+    values_R = tl.load(job + 7).to(tl.pointer_type(plan.entry)) + offset_R
     rows = (held_R, has_center, center_R, column_stride, bitmap_R, size, values_R)
     return rows, ahead_R
 
