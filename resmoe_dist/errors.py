@@ -1,4 +1,4 @@
-"""Errors that a user can cause and mend."""
+"""Errors that a user can cause and correct."""
 
 
 class UserError(Exception):
@@ -9,5 +9,5 @@ class UserError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says, as part of a line of ours; its type where it says nothing."""
+    """The first line of a library's error, to quote in a message; its type if it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,8 +9,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -36,12 +35,12 @@ class LazyClass:
 
 
 def register() -> None:
-    """Register now if transformers' registry is imported, else when it is."""
+    """Register now if transformers' registry is imported already, and whenever it is imported."""
+    if not any(isinstance(finder, _RegistryFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegistryFinder())
     registry = sys.modules.get(_REGISTRY)
     if registry is not None and hasattr(registry, "AUTO_QUANTIZATION_CONFIG_MAPPING"):
         _add_to(registry)
-    elif not any(isinstance(finder, _RegistryFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RegistryFinder())
 
 
 def _add_to(registry: ModuleType) -> None:
@@ -55,8 +54,7 @@ class _RegistryFinder(MetaPathFinder):
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if fullname != _REGISTRY:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
             spec.loader = _RegistryLoader(spec.loader)
         return spec

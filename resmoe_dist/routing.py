@@ -16,6 +16,26 @@ NO_EXPERT = -1
 
 
 @dataclass(frozen=True, eq=False)
+class Copies:
+    """Copies of tokens, sorted by the job (an expert, or a shared centre) that multiplies them.
+
+    token_N (int64): the token of each copy. offsets_J (int64, one more than there are jobs): copies
+    [offsets[j], offsets[j + 1]) belong to job j; copies after the last offset have no job.
+    """
+
+    token_N: Tensor
+    offsets_J: Tensor
+
+    def __len__(self) -> int:
+        return len(self.token_N)
+
+    @property
+    def num_jobs(self) -> int:
+        """J."""
+        return len(self.offsets_J) - 1
+
+
+@dataclass(frozen=True, eq=False)
 class RoutedTokens:
     """The tokens of one rank and their routed copies, sorted by local expert.
 
@@ -58,6 +78,11 @@ class RoutedTokens:
         """Local expert of each copy; L for dropped copies."""
         copies = torch.arange(len(self.token_N), device=self.token_N.device)
         return torch.searchsorted(self.offsets_L[1:], copies, right=True)
+
+    @property
+    def copies(self) -> Copies:
+        """The copies by expert."""
+        return Copies(self.token_N, self.offsets_L)
 
     def host_offsets(self) -> list[int]:
         """`offsets_L` on the host. On a GPU this waits for the device."""

@@ -1,4 +1,4 @@
-"""Where this user's models, kernels and measurements are kept between runs."""
+"""The folder that keeps a user's models, kernels and measurements between runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_root() -> Path:
-    """The folder of this user's cache; not made here."""
+    """This user's cache folder, which need not exist yet: RESMOE_CACHE, or in XDG_CACHE_HOME."""
     if root := os.environ.get("RESMOE_CACHE"):
         return Path(root)
     base = os.environ.get("XDG_CACHE_HOME")

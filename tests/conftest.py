@@ -13,9 +13,9 @@ from resmoe_dist.parallel.entry_point import quiet_libraries
 from tests.models import FAMILIES, save_family
 
 quiet_libraries()
-# `--hypothesis-profile few`, for runs that are slow: under a sanitizer.
+# `--hypothesis-profile few`, for slow runs such as those under a sanitizer.
 settings.register_profile("few", max_examples=20)
-# A shell's background job ignores Ctrl-C, and what it starts inherits that; tests send it.
+# Background jobs of a shell ignore SIGINT and their children inherit that. Tests send SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

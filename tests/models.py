@@ -138,6 +138,12 @@ def compress(source: Path, output: Path, groups: int = 1, **settings: Any) -> Ch
     return Compression(checkpoint, output, chosen).run()
 
 
+def random_sequences(*lengths: int) -> list[list[int]]:
+    """Sequences of random token ids, one of each length."""
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+
+
 def logits_of(model: transformers.PreTrainedModel, batch: int = 2, length: int = 9) -> torch.Tensor:
     """Logits of a fixed random batch; for an encoder-decoder of fixed decoder inputs too."""
     generator = torch.Generator().manual_seed(1)

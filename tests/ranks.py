@@ -1,7 +1,7 @@
-"""Run a function on N real processes joined by gloo, as a launcher would.
+"""Runs a function on real processes joined by gloo, as a launcher would.
 
-Processes fork from a server that has imported the heavy libraries once, so that a test of eight
-ranks costs seconds, not minutes, on two cores.
+The processes fork from a server that has imported the heavy libraries once: a test of eight ranks
+takes seconds instead of minutes on two cores.
 """
 
 from __future__ import annotations
@@ -21,17 +21,21 @@ from resmoe_dist.parallel.launcher import free_port
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["resmoe_dist", "tests.models", "transformers.models.mixtral.modeling_mixtral"]
+    [
+        "resmoe_dist.runtime.loading",
+        "tests.models",
+        "transformers.models.mixtral.modeling_mixtral",
+    ]
 )
 
 
 def run_on_ranks(
     world: int, function: Callable[..., Any], *args: Any, timeout: float = 240
 ) -> list:
-    """`function(*args)` on every rank of a gloo world; the results in rank order.
+    """Call `function(*args)` on every rank of a gloo world; returns the results in rank order.
 
-    function must be importable (top level of a module). The first rank that fails is reported with
-    its traceback, and the others are ended; so are all when `timeout` seconds pass.
+    function: at the top level of a module. If a rank fails, its traceback is reported and the other
+    ranks are killed. After `timeout` seconds all ranks are killed.
     """
     port = free_port()
     pipes, processes = [], []
@@ -91,12 +95,12 @@ def _run_rank(
         quiet_libraries()
         join_world()
         outcome = (False, function(*args))
-        # Rank 0 hosts the store: it may not leave while others still join groups.
+        # Rank 0 hosts the store, so it must not leave while other ranks still join groups.
         torch.distributed.barrier()
     except BaseException:
         outcome = (True, traceback.format_exc())
-    # By value: torch's own way to send tensors needs the sender alive when they are opened.
+    # Pickled by value: torch sends handles, which are useless after the sender has ended.
     sender.send_bytes(pickle.dumps(outcome))
     sender.close()
-    # No destructors: a rank that is done must not wait for one that failed.
+    # Skip destructors: a finished rank must not wait for a failed one.
     os._exit(0)

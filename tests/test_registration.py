@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.imports import imported_by
+
 ORDERS = {
     "resmoe_dist first": "import resmoe_dist\nfrom transformers import AutoModelForCausalLM",
     "transformers first": "import transformers\nfrom transformers import AutoModelForCausalLM\n"
@@ -33,15 +35,29 @@ print(type(model.model.layers[0].mlp.experts).__name__)
     assert done.stdout.splitlines()[-1] == "ResMoE", done.stderr
 
 
+def test_registration_imports_only_the_registry():
+    code = """
+import resmoe_dist
+import transformers.quantizers.auto as registry
+print("resmoe" in registry.AUTO_QUANTIZER_MAPPING)
+print("resmoe" in registry.AUTO_QUANTIZATION_CONFIG_MAPPING)
+"""
+
+    assert imported_by(code, ("resmoe_dist.runtime", "deepspeed")) == ([], "True\nTrue")
+
+
+def test_registration_outlasts_a_reload_of_the_registry():
+    code = """
+import importlib, resmoe_dist
+import transformers.quantizers.auto as registry
+print("resmoe" in importlib.reload(registry).AUTO_QUANTIZER_MAPPING)
+"""
+
+    assert imported_by(code)[1] == "True"
+
+
 def test_importing_the_package_imports_no_heavy_library():
-    code = (
-        "import sys, resmoe_dist; "
-        "print([n for n in ('torch', 'transformers', 'deepspeed') if n in sys.modules])"
-    )
-
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-
-    assert done.stdout == "[]\n", done.stderr
+    assert imported_by("import resmoe_dist")[0] == []
 
 
 def test_public_names_are_imported_on_first_use():

@@ -167,7 +167,8 @@ class GroupFile:
             found[expected.kind or CENTER] += self._file.size(name)
         if surplus:
             raise self._damaged(f"{INDEX_FILE} does not account for tensor {min(surplus)!r}")
-        told = Counter({CENTER: self.group.center_bytes, **self.group.residual_bytes})
+        told: Counter[str] = Counter({CENTER: self.group.center_bytes})
+        told.update(self.group.residual_bytes)
         for kind in sorted(found.keys() | told.keys()):
             if found[kind] != told[kind]:
                 raise self._damaged(

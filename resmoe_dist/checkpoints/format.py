@@ -21,10 +21,14 @@ from resmoe_dist.errors import UserError
 from resmoe_dist.families.storage import ExpertStorage
 
 INDEX_FILE = "resmoe.json"
-QUANT_METHOD = "resmoe"
 
-STORED_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
 DtypeName = Literal["float32", "float16", "bfloat16"]
+STORED_DTYPES: dict[DtypeName, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 
 # In an expert map: this expert of the model is not stored.
 DROPPED = -1
@@ -197,6 +201,11 @@ class CheckpointIndex(_Entry):
     settings: CompressionSettings
     layers: list[LayerEntry]
     other_files: list[FileEntry]
+
+
+def dtype_name(dtype: torch.dtype) -> DtypeName:
+    """The name of a stored dtype."""
+    return next(name for name, stored in STORED_DTYPES.items() if stored == dtype)
 
 
 def group_file_name(layer: int, num_layers: int, group: int) -> str:

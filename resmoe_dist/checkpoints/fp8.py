@@ -1,9 +1,9 @@
-"""Float8 weights with a scale per block, as DeepSeek-V3 stores them, back to bfloat16.
+"""Dequantises float8 weights with a scale per block, as DeepSeek-V3 stores them, to bfloat16.
 
-A weight [O, C] in float8 goes with `<its name>_scale_inv` [⌈O/b⌉, ⌈C/c⌉] for blocks of b × c:
-entry (i, j) stands for weight[i, j] · scale[⌊i/b⌋, ⌊j/c⌋]. Fused experts have one more dimension in
-front. Modules may be left unconverted (a router, the output head), so it is each tensor's own dtype
-that tells, not the config.
+A float8 weight [O, C] comes with `<name>_scale_inv` [⌈O/b⌉, ⌈C/c⌉] for blocks of b × c: entry
+(i, j) means weight[i, j] · scale[⌊i/b⌋, ⌊j/c⌋]. Fused experts have one more leading dimension. Some
+modules may be left unconverted (a router, the output head), so each tensor's dtype decides, not the
+config.
 
 Legend: O outputs, C columns (inputs), R rows read of the O; B, S blocks over rows and columns.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 DEQUANTIZED = "BF16"
 SCALE_SUFFIX = "_scale_inv"
 _FLOAT8 = "F8_E4M3"
-# Float32 is DeepSeek's; some makers store bfloat16, or powers of two.
+# DeepSeek stores float32; others store bfloat16, or powers of two.
 _SCALE_DTYPES = ("F32", "F16", "BF16", "F8_E8M0")
 
 
@@ -45,8 +45,8 @@ class ScaleBlocks(BaseModel):
     def dequantize(self, weight_RC: Tensor, scale_BS: Tensor, skipped: int) -> Tensor:
         """R rows of a weight in bfloat16, rounded once.
 
-        scale_BS: the scales of all blocks those rows touch. skipped: rows of the first of these
-        blocks that come before the first row given.
+        scale_BS: the scales of all blocks that these rows are in. skipped: rows of the first of
+        these blocks that come before the first given row.
         """
         values_RC = torch.empty(weight_RC.shape, dtype=torch.bfloat16)
         for k, scale_S in enumerate(scale_BS.float()):
@@ -57,9 +57,9 @@ class ScaleBlocks(BaseModel):
 
 
 def blocks_of(folder: Path, quantization: Any) -> ScaleBlocks | None:
-    """Blocks of a fp8 model, from the `quantization_config` of its config; None without one.
+    """Blocks of an fp8 model from its config's `quantization_config`; None if it is not quantised.
 
-    Raises UserError for every other way to quantise, or fp8 without blocks.
+    Raises UserError for any other quantisation, and for fp8 without blocks.
     """
     if not quantization:
         return None
@@ -69,7 +69,7 @@ def blocks_of(folder: Path, quantization: Any) -> ScaleBlocks | None:
     advice = "give the unquantised checkpoint, or one in fp8 with a 'weight_block_size'"
     if method != "fp8":
         raise UserError(f"{folder}: the model is quantised already, by {method!r}; {advice}")
-    # transformers' own default where the config does not say.
+    # transformers' default.
     size = quantization.get("weight_block_size", (128, 128))
     try:
         rows, columns = size
@@ -82,9 +82,10 @@ def blocks_of(folder: Path, quantization: Any) -> ScaleBlocks | None:
 
 
 def find_scaled(files: ModelFiles, blocks: ScaleBlocks | None) -> frozenset[str]:
-    """Names of the weights in float8; none where a model has no blocks.
+    """Names of the float8 weights; empty for a model without blocks.
 
-    Raises UserError where one has no scales, scales do not fit it, or scales have no weight.
+    Raises UserError for a weight without scales or with scales of the wrong shape, and for scales
+    without a weight.
     """
     if blocks is None:
         return frozenset()

@@ -1,4 +1,4 @@
-"""What any Hugging Face folder that is written here has in common: shards, their index, a dtype."""
+"""Parts of every Hugging Face folder that we write: shards, their index, the config's dtype."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def shard_name(number: int, count: int) -> str:
 
 
 def write_shard_index(folder: Path, weight_map: dict[str, str]) -> None:
-    """Write the index of shards that lie in `folder`. weight_map: tensor name -> file name."""
+    """Write the index of the shards in `folder`. weight_map: tensor name -> file name."""
     size = sum(sum(tensor_bytes(folder / name).values()) for name in set(weight_map.values()))
     write_json(folder / SHARD_INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
 def set_dtype(config: dict[str, Any], dtype: str) -> None:
-    """Let a config.json name `dtype`, in which transformers then loads the model."""
+    """Set the dtype in which transformers loads the model, in the content of a config.json."""
     config.pop("torch_dtype", None)
     config["dtype"] = dtype

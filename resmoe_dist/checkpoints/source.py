@@ -31,8 +31,8 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 class ModelFiles:
     """The safetensors files of a Hugging Face folder: `model.safetensors`, or shards and an index.
 
-    locations: tensor name -> file name. Raises UserError for a folder without safetensors weights,
-    an index that names a file outside the folder, or a shard that is missing.
+    locations: tensor name -> file name. Raises UserError if the folder has no safetensors weights,
+    the index names a file outside the folder, or a shard is missing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -59,19 +59,20 @@ class ModelFiles:
         return self._open[name]
 
     def holding(self, tensor: str) -> TensorFile:
-        """The file that a tensor lies in."""
+        """The file that holds a tensor."""
         return self.file(self.locations[tensor])
 
 
 class SourceCheckpoint:
     """A model to compress.
 
-    sites: its expert modules, in order; storages: how each one's tensors are laid out on disk;
-    other_names: every tensor that is no expert's. Nothing is read but headers until asked for.
-    Float8 weights read as bfloat16, their scales applied and counted among no names.
+    sites: its expert modules, in order. storages: how the tensors of each are laid out on disk.
+    other_names: all tensors that do not belong to experts. Only headers are read until a tensor is
+    asked for. Float8 weights are read as bfloat16 with their scales applied; the scales are not
+    listed as tensors.
 
     Raises UserError for a model without experts, a damaged or incomplete checkpoint, tensors that
-    do not fit the config, or a dtype or quantisation that is not supported.
+    do not fit the config, or an unsupported dtype or quantisation.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -103,10 +104,11 @@ class SourceCheckpoint:
         return _DTYPES[self._dtype_name(storage.names(site.num_experts)[0])]
 
     def fingerprint(self) -> str:
-        """A hex digest of what the source holds: config, file sizes, headers, and some values.
+        """A hex digest of the source: config, file sizes, headers, and a sample of the values.
 
-        The same wherever the folder lies. A model of the same shape gives another digest, but a few
-        changed values may not: reading all of them would take as long as a run.
+        It does not depend on where the folder is. A different model of the same shape has a
+        different digest, but a few changed values may go unnoticed: reading all of them would take
+        as long as a run.
         """
         digest = hashlib.sha256()
         parts = [(self.folder / "config.json").read_bytes()]
@@ -121,14 +123,14 @@ class SourceCheckpoint:
     def read_expert(self, layer: int, expert: int) -> tuple[Tensor, Tensor | None]:
         """Design matrix [I, D] of one expert, rows as stored, and its output bias [H] if any.
 
-        Raises UserError, with the tensor's name, where a value is NaN or infinite.
+        Raises UserError, naming the tensor, if a value is NaN or infinite.
         """
         shape = self.sites[layer].shape
         matrix_ID = torch.empty(shape.rows, shape.columns, dtype=self.dtype(layer))
         return matrix_ID, self.read_expert_into(layer, expert, matrix_ID)
 
     def read_expert_into(self, layer: int, expert: int, out_ID: Tensor) -> Tensor | None:
-        """`read_expert` into a matrix of any float dtype, holding a few MiB besides.
+        """Like `read_expert`, into a matrix of any float dtype, with a few MiB of extra memory.
 
         out_ID: [I, D], filled. Returns the output bias [H] as stored, if any.
         """
@@ -137,7 +139,7 @@ class SourceCheckpoint:
         return self.storages[layer].read_into(shape, expert, self._fetch, out_ID)
 
     def read_other(self, name: str) -> Tensor:
-        """A tensor that is no expert's; checked as `read_expert` does."""
+        """A tensor that does not belong to an expert, checked as in `read_expert`."""
         file = self.files.holding(name)
         if name not in self._scaled:
             tensor = file.read(name)
@@ -156,6 +158,7 @@ class SourceCheckpoint:
         rows = self._read_rows(name, expert, start, stop)
         if name in self._scaled:
             blocks, scale_name = self._blocks, name + SCALE_SUFFIX
+            assert blocks is not None
             begin, end = start // blocks.rows, -(-stop // blocks.rows)
             scale = self._read_rows(scale_name, expert, begin, end).float()
             self._check_finite(scale_name, expert, scale)
@@ -172,7 +175,7 @@ class SourceCheckpoint:
     def _check_finite(self, name: str, expert: int | None, tensor: Tensor) -> None:
         if tensor.dtype not in _DTYPES.values() or not tensor.numel():
             return
-        # NaN is the least and the largest of what it is among; torch.isfinite makes three copies.
+        # NaN propagates through min and max. torch.isfinite would make three copies.
         least, largest = torch.aminmax(tensor)
         if not (torch.isfinite(least) and torch.isfinite(largest)):
             where = name if expert is None else f"{name}[{expert}]"
@@ -186,7 +189,7 @@ class SourceCheckpoint:
         return DEQUANTIZED if name in self._scaled else self.files.holding(name).dtype(name)
 
     def _sort_tensors(self) -> tuple[dict[str, list[str]], list[str]]:
-        """Tensor names of each expert module, and all the others."""
+        """The tensor names of each expert module, and all other names."""
         site_of = {_block(site.module): site.module for site in self.sites}
         names_of: dict[str, list[str]] = {site.module: [] for site in self.sites}
         others = []
@@ -234,7 +237,7 @@ class SourceCheckpoint:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, as the index of a sharded model says."""
+    """Tensor name -> file name, from the index of a sharded model."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = set(weight_map.values())
@@ -249,8 +252,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _block(module: str) -> str:
     """A module's name up to its last number: `model.layers.3.mlp.experts` -> `model.layers.3`.
 
-    Checkpoints may call the block between layer and experts otherwise than the model does (Mixtral:
-    `block_sparse_moe`, in the model `mlp`); the layer is what identifies it.
+    The block between layer and experts may have another name in the checkpoint than in the model
+    (Mixtral: `block_sparse_moe` and `mlp`), so the layer identifies the module.
     """
     match = re.match(r"^(.*\.\d+)\.", module)
     return match[1] if match else module

@@ -1,4 +1,4 @@
-"""Safetensors files: read by ranges, written atomically; errors a user can act on."""
+"""Safetensors files: read by ranges, written atomically, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from resmoe_dist.errors import UserError
 
-# What the system says of a full disk, or of a user's share of it.
+# Errors of a full disk, or of a user's full quota.
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _HASH_CHUNK = 1 << 22
 _LENGTH_BYTES = 8
@@ -46,12 +46,12 @@ _DTYPES = {
 
 
 class TensorFile:
-    """One safetensors file: its header is kept, and of its data only what is asked for is read.
+    """One safetensors file: the header is kept, and only the data asked for are read.
 
-    Tensors own their memory. A memory map would count every page it ever touched as this process's
-    memory, and safetensors reads a whole tensor to slice it without one.
+    Tensors own their memory. With a memory map, every page that was ever touched would count as
+    this process's memory; without one, safetensors reads a whole tensor to slice it.
 
-    Raises UserError, naming the file, where it is missing, truncated or no safetensors file.
+    Raises UserError, naming the file, if it is missing, truncated or not a safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,7 +60,7 @@ class TensorFile:
             raise UserError(f"{path}: this file is missing; fetch or rebuild it")
         try:
             with safe_open(str(path), framework="pt"):
-                pass  # the header is whole, and the data fit it
+                pass  # checks that the header is whole and the data fit it
             header = self.header()
         except (SafetensorError, OSError) as error:
             raise UserError(
@@ -73,12 +73,12 @@ class TensorFile:
         self.names = frozenset(self._entries)
 
     def header(self) -> bytes:
-        """The header as it stands in the file: JSON, padded with spaces."""
+        """The header's bytes: JSON, padded with spaces."""
         with open(self.path, "rb") as file:
             return file.read(int.from_bytes(file.read(_LENGTH_BYTES), "little"))
 
     def glimpse(self) -> bytes:
-        """A few KiB from all over the file."""
+        """A few KiB from evenly spread places of the file."""
         step = max(1, self.path.stat().st_size // _GLIMPSES)
         with open(self.path, "rb") as file:
             return b"".join(
@@ -107,8 +107,7 @@ class TensorFile:
         return self._load(name, entry if entry.shape == () else entry.rows(start, stop))
 
     def read_index(self, name: str, index: int, start: int = 0, stop: int | None = None) -> Tensor:
-        """Slice `index` of the first dimension, that dimension dropped; of what then is the first
-        dimension, elements [start, stop)."""
+        """Slice `index` of the first dimension; of the next dimension, elements [start, stop)."""
         return self._load(name, self._entry(name).element(index).rows(start, stop))
 
     def _entry(self, name: str) -> _Entry:
@@ -125,7 +124,7 @@ class TensorFile:
 
     def _load(self, name: str, entry: _Entry) -> Tensor:
         tensor = torch.empty(entry.shape, dtype=self._torch_dtype(name, entry))
-        unread = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        unread = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
         try:
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(entry.begin)
@@ -140,7 +139,7 @@ class TensorFile:
 
 
 class _Entry(NamedTuple):
-    """Where a tensor, or a range of it, lies: its first byte counts from the file's beginning."""
+    """Position of a tensor, or of a range of it. begin: first byte, from the start of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -161,7 +160,7 @@ class _Entry(NamedTuple):
         return _Entry(self.dtype, (count, *self.shape[1:]), self.begin + start * size, count * size)
 
     def element(self, index: int) -> _Entry:
-        """Element `index` of the first dimension, that dimension dropped."""
+        """Element `index` of the first dimension, without that dimension."""
         assert 0 <= index < self.shape[0]
         row = self.rows(index, index + 1)
         return row._replace(shape=row.shape[1:])
@@ -170,17 +169,17 @@ class _Entry(NamedTuple):
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file under a temporary name, fsync it, and rename it into place.
 
-    Tensors are written from where they lie: safetensors copies them first only before its 0.8.
+    Tensors are not copied first (safetensors before 0.8 did).
 
-    metadata: at most one entry, which takes the place of the format that transformers asks for in
-    files it loads: safetensors writes several in an order that differs from run to run, and the
-    same input shall give the same bytes.
+    metadata: at most one entry, which replaces the format entry that transformers expects in files
+    it loads. safetensors writes several entries in an order that differs between runs, and the same
+    input must give the same bytes.
 
-    Raises UserError when the disk is full; the temporary file is then gone.
+    Raises UserError if the disk is full; the temporary file is then removed.
     """
     assert len(metadata) <= 1
     with _replacing(path) as temporary:
-        # safetensors leaves files that only their owner may read; others share a model folder.
+        # safetensors makes files that only their owner can read, but model folders are shared.
         temporary.touch()
         mode = temporary.stat().st_mode
         save_file(tensors, str(temporary), metadata=metadata or {"format": "pt"})
@@ -195,13 +194,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file, as atomically as `write_tensors`. Raises UserError where it is not readable."""
+    """Copy a file, as atomically as `write_tensors`. Raises UserError if it cannot be read."""
     with _replacing(target) as temporary:
         shutil.copyfile(source, temporary)
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file. Raises UserError where it is missing or none."""
+    """The value of a JSON file. Raises UserError if it is missing or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -209,7 +208,7 @@ def read_json(path: Path) -> Any:
 
 
 def tensor_bytes(path: Path) -> dict[str, int]:
-    """Bytes of each tensor in a safetensors file, as its header says.
+    """Bytes of each tensor in a safetensors file, from its header.
 
     Raises UserError as `TensorFile` does.
     """
@@ -228,7 +227,7 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`: synced and renamed to it after the block, or gone."""
+    """A temporary path beside `path`: synced and renamed to it after the block, or removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -243,7 +242,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _write_error(path: Path, error: Exception) -> UserError:
-    # safetensors reports I/O errors as text of its own.
+    # safetensors turns I/O errors into text.
     full = getattr(error, "errno", None) in FULL_DISK or "No space" in str(error)
     if full:
         return UserError(f"{path.parent}: the disk is full; free some space and run again")

@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
 from resmoe_dist.config import commands
-from resmoe_dist.config.arguments import Parser, add_options, parsed_config
+from resmoe_dist.config.arguments import Parser, parse
 from resmoe_dist.config.options import CommandConfig
+from resmoe_dist.parallel.entry_point import run_entry_point
 from resmoe_dist.version import __version__
 
 
@@ -35,32 +37,32 @@ COMMANDS = {
 
 
 def make_parser() -> Parser:
-    """The parser of the whole command."""
+    """The parser of the first argument: a command, --help or --version."""
     parser = Parser(
         prog="resmoe-dist",
         description="Compress Mixture-of-Experts models, and look at, restore and evaluate them.",
+        epilog="resmoe-dist COMMAND --help shows the options of a command.",
     )
     parser.add_argument("--version", action="version", version=f"resmoe-dist {__version__}")
     added = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        summary = command.config.__doc__
-        add_options(added.add_parser(name, help=summary, description=summary), command.config)
+        added.add_parser(name, help=command.config.__doc__)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: exit code 0, 1 for a failed check, 2 for invalid input."""
-    args = make_parser().parse_args(arguments)
-    command = COMMANDS[args.command]
+    given = sys.argv[1:] if arguments is None else arguments
+    run_entry_point(lambda: run_command(given))
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code. arguments: without the program's name."""
+    name = make_parser().parse_args(arguments[:1]).command
+    command = COMMANDS[name]
+    config = parse(
+        command.config, command.config.__doc__ or "", arguments[1:], prog=f"resmoe-dist {name}"
+    )
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    # Imported here: they take seconds, which `--help` should not.
-    from resmoe_dist.parallel.entry_point import quiet_libraries, run_entry_point
-
-    quiet_libraries()
-
-    def run() -> int | None:
-        config = parsed_config(command.config, args)
-        module, _, function = command.run.partition(":")
-        return getattr(import_module(module), function)(config)
-
-    run_entry_point(run)
+    module, _, function = command.run.partition(":")
+    return getattr(import_module(module), function)(config)

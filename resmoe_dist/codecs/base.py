@@ -97,11 +97,7 @@ class EncodedMatrix(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def encode(
-        cls,
-        matrix_ID: Tensor,
-        config: Any,
-        dtype: torch.dtype,
-        mask_ID: Tensor | None = None,
+        cls, matrix_ID: Tensor, config: Any, dtype: torch.dtype, mask_ID: Tensor | None = None
     ) -> Self:
         """Encode a float32 matrix [I, D], with values stored as `dtype`.
 

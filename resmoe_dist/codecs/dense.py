@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from resmoe_dist.codecs.base import CodecConfig, EncodedMatrix, StoredTensor
+from resmoe_dist.codecs.base import EncodedMatrix, StoredTensor
 from resmoe_dist.codecs.registry import CodecSpec, register_codec
 
 
@@ -27,11 +29,7 @@ class DenseMatrix(EncodedMatrix):
 
     @classmethod
     def encode(
-        cls,
-        matrix_ID: Tensor,
-        config: CodecConfig,
-        dtype: torch.dtype,
-        mask_ID: Tensor | None = None,
+        cls, matrix_ID: Tensor, config: Any, dtype: torch.dtype, mask_ID: Tensor | None = None
     ) -> DenseMatrix:
         return cls.of(matrix_ID.to(dtype))
 
@@ -40,7 +38,7 @@ class DenseMatrix(EncodedMatrix):
         return {"weight": (rows, columns)}
 
     @classmethod
-    def stored_bytes(cls, rows: int, columns: int, config: CodecConfig, itemsize: int) -> int:
+    def stored_bytes(cls, rows: int, columns: int, config: Any, itemsize: int) -> int:
         return rows * columns * itemsize
 
     def decode(self) -> Tensor:

@@ -5,10 +5,12 @@ For methods that merge experts: several experts of the model are then one stored
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from resmoe_dist.codecs.base import CodecConfig, EncodedMatrix
+from resmoe_dist.codecs.base import EncodedMatrix
 from resmoe_dist.codecs.registry import register_codec
 
 
@@ -20,11 +22,7 @@ class EmptyMatrix(EncodedMatrix):
 
     @classmethod
     def encode(
-        cls,
-        matrix_ID: Tensor,
-        config: CodecConfig,
-        dtype: torch.dtype,
-        mask_ID: Tensor | None = None,
+        cls, matrix_ID: Tensor, config: Any, dtype: torch.dtype, mask_ID: Tensor | None = None
     ) -> EmptyMatrix:
         rows, columns = matrix_ID.shape
         return cls((rows, columns), {}, dtype)
@@ -34,7 +32,7 @@ class EmptyMatrix(EncodedMatrix):
         return {}
 
     @classmethod
-    def stored_bytes(cls, rows: int, columns: int, config: CodecConfig, itemsize: int) -> int:
+    def stored_bytes(cls, rows: int, columns: int, config: Any, itemsize: int) -> int:
         return 0
 
     def decode(self) -> Tensor:

@@ -8,6 +8,8 @@ Legend: I rows, R rows held here, D columns, r rank, C columns of a block.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -48,11 +50,7 @@ class LowRankMatrix(EncodedMatrix):
 
     @classmethod
     def encode(
-        cls,
-        matrix_ID: Tensor,
-        config: LowRankConfig,
-        dtype: torch.dtype,
-        mask_ID: Tensor | None = None,
+        cls, matrix_ID: Tensor, config: Any, dtype: torch.dtype, mask_ID: Tensor | None = None
     ) -> LowRankMatrix:
         rows, columns = matrix_ID.shape
         left_Ir, right_rD = low_rank_factors(matrix_ID.float(), config.rank_of(rows, columns))

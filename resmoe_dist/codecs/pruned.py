@@ -9,6 +9,7 @@ Legend: I rows, R rows held here, D columns, P = ⌈D/8⌉ bytes of bitmap per r
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,11 +57,7 @@ class PrunedMatrix(EncodedMatrix):
 
     @classmethod
     def encode(
-        cls,
-        matrix_ID: Tensor,
-        config: PrunedConfig,
-        dtype: torch.dtype,
-        mask_ID: Tensor | None = None,
+        cls, matrix_ID: Tensor, config: Any, dtype: torch.dtype, mask_ID: Tensor | None = None
     ) -> PrunedMatrix:
         if mask_ID is None:
             mask_ID = largest_entries(matrix_ID, config.keep)
@@ -68,7 +65,7 @@ class PrunedMatrix(EncodedMatrix):
         tensors = {
             "bitmap": pack_bitmap(mask_ID),
             "values": matrix_ID[mask_ID].to(dtype),
-            "row_offsets": _row_offsets(mask_ID.sum(1)),
+            "row_offsets": row_offsets_of(mask_ID.sum(1)),
         }
         return cls((rows, columns), tensors, dtype)
 
@@ -123,12 +120,12 @@ class PrunedMatrix(EncodedMatrix):
         tensors = {
             "bitmap": torch.cat([part.bitmap for part in parts]),
             "values": torch.cat([part.values for part in parts]),
-            "row_offsets": _row_offsets(counts_I),
+            "row_offsets": row_offsets_of(counts_I),
         }
         return cls((len(counts_I), parts[0].columns), tensors, parts[0].dtype)
 
 
-def _row_offsets(counts_I: Tensor) -> Tensor:
+def row_offsets_of(counts_I: Tensor) -> Tensor:
     """[I + 1]: where each row's values begin, and where the last row's values end."""
     offsets = torch.zeros(len(counts_I) + 1, dtype=torch.int64, device=counts_I.device)
     torch.cumsum(counts_I, 0, out=offsets[1:])

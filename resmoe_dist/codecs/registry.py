@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 from typing_extensions import Self
 
 from resmoe_dist.codecs.base import BudgetConfig, CodecConfig, EncodedMatrix
+from resmoe_dist.registry import Registry
 
-CODECS: dict[str, type[EncodedMatrix]] = {}
-
-Codec = TypeVar("Codec", bound=type[EncodedMatrix])
-
-
-def register_codec(codec: Codec) -> Codec:
-    """Class decorator: make a codec available under its name, everywhere."""
-    CODECS[codec.name] = codec
-    return codec
-
-
-def codec_named(name: str) -> type[EncodedMatrix]:
-    """The codec called `name`. Raises ValueError for an unknown name."""
-    if name not in CODECS:
-        raise ValueError(f"unknown codec {name!r}; choose one of {', '.join(CODECS)}")
-    return CODECS[name]
+CODECS: Registry[EncodedMatrix] = Registry("codec")
+register_codec = CODECS.register
+codec_named = CODECS.named
 
 
 class CodecSpec(BaseModel):
@@ -41,13 +29,8 @@ class CodecSpec(BaseModel):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        try:
-            config = codec_named(self.name).config.model_validate(self.options)
-        except ValidationError as error:
-            first = error.errors()[0]
-            option = ".".join(map(str, first["loc"])) or "options"
-            raise ValueError(f"codec {self.name}: {option}: {first['msg'].lower()}") from error
-        # Defaults are written out, so that a checkpoint says all of what made it.
+        # Defaults are written out, so that a checkpoint records all options that made it.
+        config = CODECS.options(self.name, self.options)
         self.options.update(config.model_dump(exclude_none=True))
         return self
 

@@ -21,6 +21,7 @@ from resmoe_dist.compression.blocks import CPU
 from resmoe_dist.compression.descent import Assign, align_leave_one_out
 from resmoe_dist.compression.objective import alignment_objective
 from resmoe_dist.compression.permutations import identity_permutations, permute_rows
+from resmoe_dist.compression.stages import stage
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,10 @@ def align_pot(experts_EID: Tensor, assign: Assign) -> Tensor:
     with warnings.catch_warnings():
         # POT warns if its solver reaches the iteration limit. The papers used such results too.
         warnings.simplefilter("ignore")
-        barycenter_ID = ot.lp.free_support_barycenter(
-            points, [mass_I] * count, X_init=points[0].copy(), b=mass_I
-        )
+        with stage("barycenter"):
+            barycenter_ID = ot.lp.free_support_barycenter(
+                points, [mass_I] * count, X_init=points[0].copy(), b=mass_I
+            )
         plans = [ot.emd(mass_I, mass_I, ot.dist(barycenter_ID, expert_ID)) for expert_ID in points]
     return torch.stack(
         [torch.from_numpy(linear_sum_assignment(plan, maximize=True)[1]) for plan in plans]
@@ -69,6 +71,7 @@ ALIGNERS: dict[str, Callable[[Tensor, Assign], Tensor]] = {
 }
 
 
+@stage("align")
 def align(
     experts_EID: Tensor,
     method: str = "loo",

@@ -26,6 +26,7 @@ from resmoe_dist.compression.masks import (
     weighted_magnitude,
 )
 from resmoe_dist.compression.selection import OrderStatistic
+from resmoe_dist.compression.stages import stage
 from resmoe_dist.compression.threads import in_parallel
 
 _MAX_ALTERNATIONS = 10
@@ -88,6 +89,7 @@ def encode_group(
     return _encode_matrices(aligned, encoded_center, codecs)
 
 
+@stage("center")
 def _encode_center(
     aligned: AlignedExperts, codecs: GroupCodecs, make_center: Callable[[torch.dtype], Tensor]
 ) -> EncodedMatrix:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from resmoe_dist.compression.blocks import AlignedExperts
 from resmoe_dist.compression.selection import OrderStatistic, order_statistic
+from resmoe_dist.compression.stages import stage
 
 # Consecutive entries of a row that share one budget in a balanced mask.
 BALANCED_RUN = 64
@@ -37,6 +38,7 @@ def expert_blocks(aligned: AlignedExperts, experts: list[int]) -> Iterator[tuple
     return ((k, rows) for k in experts for rows in aligned.blocks(1))
 
 
+@stage("threshold")
 def last_dropped_magnitude(
     aligned: AlignedExperts, center_ID: Tensor | None, experts: list[int], keep: float
 ) -> OrderStatistic:

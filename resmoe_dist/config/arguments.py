@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -14,18 +13,34 @@ from pydantic.fields import FieldInfo
 
 from resmoe_dist.config.options import CommandConfig, option_of
 from resmoe_dist.config.sources import build_config, presets
+from resmoe_dist.errors import UserError
 
 Config = TypeVar("Config", bound=CommandConfig)
 
-USER_ERROR = 2
-
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser that raises UserError, so that only one of several ranks reports it."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
-        raise SystemExit(USER_ERROR)
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parse(
+    kind: type[Config], description: str, arguments: Sequence[str] | None = None, **parser: Any
+) -> Config:
+    """A command's configuration, from its command line and the files that the command line names.
+
+    arguments: `sys.argv` without the program by default. parser: options of `ArgumentParser`. Also
+    accepts `--local_rank`, which the `deepspeed` launcher adds to every command line. Raises
+    UserError for whatever the user can correct.
+    """
+    made = Parser(description=description, **parser)
+    made.add_argument("--local_rank", help=argparse.SUPPRESS)
+    add_options(made, kind)
+    # Intermixed: `compress SOURCE --ep 4 OUTPUT` works although a file may give both folders.
+    args = made.parse_intermixed_args(arguments)
+    given = {name: value for name, value in vars(args).items() if name in kind.model_fields}
+    return build_config(kind, given, args.config, getattr(args, "preset", None))
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type[CommandConfig]) -> None:
@@ -57,34 +72,15 @@ def add_options(parser: argparse.ArgumentParser, kind: type[CommandConfig]) -> N
         "--config",
         type=Path,
         metavar="FILE.yaml",
-        help="YAML options; the command line wins",
+        help="YAML file with these options; the command line takes precedence",
     )
     if kind.has_presets:
         parser.add_argument(
             "--preset",
             metavar=f"{{{','.join(presets())}}}",
-            help="options from a file of the package; --config and the command line win. "
-            "paper: --align pot --center barycenter --allocate expert",
+            help="options from a file of the package; --config and the command line take "
+            "precedence. paper: --align pot --center barycenter --allocate expert",
         )
-
-
-def parsed_config(kind: type[Config], args: argparse.Namespace) -> Config:
-    """The configuration from parsed arguments. Raises UserError as `build_config` does."""
-    given = {name: value for name, value in vars(args).items() if name in kind.model_fields}
-    return build_config(kind, given, args.config, getattr(args, "preset", None))
-
-
-def parse(
-    kind: type[Config], description: str, arguments: Sequence[str] | None = None, **parser: Any
-) -> Config:
-    """The configuration of a script with one command, from its command line.
-
-    Also accepts `--local_rank`, which the `deepspeed` launcher adds to every command line.
-    """
-    made = Parser(description=description, **parser)
-    made.add_argument("--local_rank", help=argparse.SUPPRESS)
-    add_options(made, kind)
-    return parsed_config(kind, made.parse_args(arguments))
 
 
 def _choices(field: FieldInfo) -> list[str]:

@@ -15,17 +15,35 @@ from typing_extensions import Self
 from resmoe_dist.config.options import CommandConfig, option
 from resmoe_dist.sizes import parse_share, parse_size
 
+
+def _layer_positions(value: Any) -> Any:
+    """YAML reads `layers: 2` as a number and `layers: [0, 2]` as a list; options are text."""
+    if isinstance(value, list):
+        return ",".join(str(position) for position in value)
+    return str(value) if isinstance(value, int) else value
+
+
 Dtype = Literal["float32", "float16", "bfloat16"]
 # 0.35 or 35%.
 Share = Annotated[float, BeforeValidator(parse_share)]
 # Bytes, written 8GB or 7500MiB.
 Size = Annotated[int, BeforeValidator(parse_size)]
+# all, last:24, 8-31 or 0,2.
+Layers = Annotated[str, BeforeValidator(_layer_positions)]
+
+
+def _as_list(value: Any) -> Any:
+    """A file may give a single text: `prompt: The lighthouse`."""
+    return [value] if isinstance(value, str) else value
 
 
 def _not_empty(prompts: list[str]) -> list[str]:
     if not prompts or not all(prompts):
         raise ValueError("a prompt is empty; give text to continue")
     return prompts
+
+
+Prompts = Annotated[list[str], BeforeValidator(_as_list), AfterValidator(_not_empty)]
 
 
 class CompressConfig(CommandConfig):
@@ -75,7 +93,7 @@ class CompressConfig(CommandConfig):
         "weight errors by the activations that this UTF-8 text causes",
         metavar="TEXT",
     )
-    layers: str = option("all", "MoE layers to compress: all, last:24, 8-31 or 0,2")
+    layers: Layers = option("all", "MoE layers to compress: all, last:24, 8-31 or 0,2")
     dtype: Dtype | None = option(None, "of stored values (default: the source's)")
     max_memory: Size | None = option(
         None,
@@ -175,6 +193,13 @@ class EvaluateConfig(ExecutionConfig):
     context: int = option(512, "tokens per window of --text", ge=2)
     json_file: Path | None = option(None, "write the result here too", name="json", metavar="F")
 
+    @property
+    def data(self) -> Path:
+        """The file to score: of --text or --token-ids."""
+        data = self.text or self.token_ids
+        assert data is not None
+        return data
+
 
 class GridEvaluateConfig(EvaluateConfig, GridConfig):
     """perplexity of a model on an expert x tensor parallel grid"""
@@ -184,7 +209,7 @@ class InferConfig(ExecutionConfig, GridConfig):
     """generate text on an expert x tensor parallel grid"""
 
     model: Path | None = option(None, "compressed folder (default: the embedded model)")
-    prompt: Annotated[list[str], AfterValidator(_not_empty)] | None = option(
+    prompt: Prompts | None = option(
         None, "text to continue; may be repeated", metavar="TEXT", exclusive="data", repeatable=True
     )
     prompts: Path | None = option(None, "one prompt per line", metavar="FILE", exclusive="data")
@@ -192,7 +217,6 @@ class InferConfig(ExecutionConfig, GridConfig):
     temperature: float | None = option(None, "sample; greedy without it", gt=0)
     top_p: float | None = option(None, "nucleus sampling, with --temperature", gt=0, le=1)
     seed: int = option(0, "of the sampling")
-
     json_file: Path | None = option(
         None, "write completions and figures here", name="json", metavar="F"
     )

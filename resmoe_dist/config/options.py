@@ -47,7 +47,8 @@ def option(
 ) -> Any:
     """A field of a command's configuration. constraints: pydantic's (ge, gt, le …)."""
     shown = Option(name, positional, metavar, exclusive, required_set, repeatable)
-    return Field(default, description=help, json_schema_extra={"option": shown}, **constraints)
+    extra: dict[str, Any] = {"option": shown}
+    return Field(default, description=help, json_schema_extra=extra, **constraints)
 
 
 def option_of(field: FieldInfo) -> Option:

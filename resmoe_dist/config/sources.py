@@ -28,13 +28,20 @@ def build_config(
     """The configuration of a command.
 
     command_line: the fields that were given there, values as text. file, preset: of `--config` and
-    `--preset`. Raises UserError for unknown keys, wrong values, or missing fields.
+    `--preset`; a file may name a preset too. Raises UserError for unknown keys, wrong values, or
+    missing fields.
     """
+    in_file = {} if file is None else _read(file)
+    shown_preset = f"--preset {preset}"
+    if kind.has_presets and (named := in_file.pop("preset", None)) is not None and preset is None:
+        preset, shown_preset = str(named), f"{file}: preset {named}"
     layers: list[tuple[str | None, dict[str, Any]]] = []
     if preset is not None:
+        if preset not in presets():
+            raise UserError(f"{shown_preset}: choose one of {', '.join(presets())}")
         layers.append((f"preset {preset}", _fields(kind, f"preset {preset}", _preset(preset))))
     if file is not None:
-        layers.append((str(file), _fields(kind, str(file), _read(file))))
+        layers.append((str(file), _fields(kind, str(file), in_file)))
     layers.append((None, dict(command_line)))
     values: dict[str, Any] = {}
     origin: dict[str, str | None] = {}
@@ -64,8 +71,6 @@ def presets() -> list[str]:
 
 
 def _preset(name: str) -> dict[str, Any]:
-    if name not in presets():
-        raise UserError(f"--preset {name}: choose one of {', '.join(presets())}")
     return yaml.safe_load((_PRESETS / f"{name}.yaml").read_text(encoding="utf-8")) or {}
 
 
@@ -77,6 +82,8 @@ def _read(file: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{file}: not a readable YAML file ({reason})") from error
+    if found is None:
+        return {}
     if not isinstance(found, dict):
         raise UserError(f"{file}: expected `option: value` lines")
     return found
@@ -90,7 +97,16 @@ def _fields(kind: type[CommandConfig], source: str, given: Mapping[Any, Any]) ->
         written = str(key).replace("_", "-")
         if written not in names:
             raise UserError(f"{source}: unknown key {key!r}; choose from {', '.join(names)}")
-        fields[names[written]] = value
+        name = names[written]
+        if name in fields:
+            raise UserError(f"{source}: {written} is given twice; keep one of them")
+        if isinstance(value, bool) and kind.model_fields[name].annotation is not bool:
+            # YAML reads yes, no, on and off as booleans, and pydantic reads those as 1 and 0.
+            raise UserError(
+                f"{source}: {written}: YAML reads this value as {str(value).lower()}; "
+                "write a number, or put text in quotes"
+            )
+        fields[name] = value
     return fields
 
 
@@ -128,6 +144,10 @@ def _message(
         "int_type": "not a whole number",
         "int_from_float": "not a whole number",
         "bool_parsing": "write true or false",
+        "bool_type": "write true or false",
+        "path_type": "not a path",
+        "string_type": "not text; put it in quotes",
+        "list_type": "not a list",
         "greater_than": f"must be above {context.get('gt')}",
         "greater_than_equal": f"must be {context.get('ge')} or more",
         "less_than_equal": f"must be {context.get('le')} or less",

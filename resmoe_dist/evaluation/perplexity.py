@@ -27,7 +27,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(nll); infinite where no float is as large."""
+        """exp(nll); infinite if it exceeds the largest float."""
         try:
             return math.exp(self.nll)
         except OverflowError:
@@ -39,12 +39,12 @@ class Evaluation:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder. Raises UserError where there is none."""
+    """The tokenizer of a model folder. Raises UserError if the folder has no tokenizer."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a model folder")
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # what the tokenizer libraries raise has no common class
+    except Exception as error:  # the tokenizer libraries' errors have no common class
         raise UserError(
             f"{folder}: no tokenizer could be loaded ({first_line(error)}); add its files, or give "
             "token ids"
@@ -54,7 +54,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def sequences_from_text(
     path: Path, tokenizer: PreTrainedTokenizerBase, context: int
 ) -> list[list[int]]:
-    """Windows of at most `context` tokens of a text file, one after the other.
+    """Consecutive windows of at most `context` tokens of a text file.
 
     Raises UserError for a file that is missing, not UTF-8, or has fewer than two tokens.
     """
@@ -73,7 +73,7 @@ def sequences_from_text(
 def sequences_from_json(path: Path) -> list[list[int]]:
     """Sequences of token ids from a JSON list of lists.
 
-    Raises UserError for anything else, or sequences of under two ids.
+    Raises UserError for anything else, and for sequences of fewer than two ids.
     """
     try:
         sequences = json.loads(path.read_text(encoding="utf-8"))
@@ -93,7 +93,7 @@ def sequences_from_json(path: Path) -> list[list[int]]:
 
 
 def check_vocabulary(path: Path, sequences: list[list[int]], vocabulary: int) -> None:
-    """Raise UserError where a token id of the sequences in `path` is none of the model's."""
+    """Raise UserError if a token id of the sequences in `path` is outside the vocabulary."""
     for i, sequence in enumerate(sequences):
         if max(sequence) >= vocabulary:
             raise UserError(
@@ -106,9 +106,10 @@ def check_vocabulary(path: Path, sequences: list[list[int]], vocabulary: int) ->
 def evaluate(
     model: PreTrainedModel, sequences: list[list[int]], topology: Topology = SINGLE_PROCESS
 ) -> Evaluation:
-    """Mean NLL of each token given those before it in its sequence; collective over the grid.
+    """Mean NLL of each token given the tokens before it. Collective over the grid.
 
-    Batches are dealt out to the lanes; a lane that runs out keeps in step with a dummy forward.
+    Lanes take batches in turn. A lane without a batch runs a dummy forward pass, because all lanes
+    must run the same number of passes.
     An encoder-decoder model reads the first half of a sequence and is scored on all of the second.
     """
     batches = _equal_length_batches(sequences)
@@ -134,8 +135,8 @@ def divergence(
 ) -> float:
     """Mean Kullback-Leibler divergence of a model's next-token distributions from the reference's.
 
-    In nats per predicted token, in one process. What compression changes shows here at once; a
-    perplexity may fall by chance.
+    In nats per predicted token, in one process. It shows every change that compression makes,
+    whereas a perplexity can improve by chance.
     """
     total, tokens = 0.0, 0
     for batch in _equal_length_batches(sequences):
@@ -164,17 +165,17 @@ def _predictions(model: PreTrainedModel, ids_BS: torch.Tensor) -> tuple[torch.Te
     """Logits of the tokens that are predicted, and those tokens."""
     if model.config.is_encoder_decoder:
         half = ids_BS.shape[1] // 2
-        labels = ids_BS[:, half:].contiguous()  # T5 models view them as one row
+        labels = ids_BS[:, half:].contiguous()  # T5 models flatten the labels
         return model(input_ids=ids_BS[:, :half], labels=labels).logits, labels
     return model(input_ids=ids_BS, use_cache=False).logits[:, :-1], ids_BS[:, 1:]
 
 
 def _equal_length_batches(sequences: list[list[int]]) -> list[list[list[int]]]:
-    """Consecutive sequences of one length together: nothing is padded."""
+    """Batches of consecutive sequences of equal length, so that nothing is padded."""
     batches: list[list[list[int]]] = []
     for sequence in sequences:
-        last = batches[-1] if batches else None
-        fits = last and len(last[0]) == len(sequence)
+        last = batches[-1] if batches else []
+        fits = bool(last) and len(last[0]) == len(sequence)
         if fits and (len(last) + 1) * len(sequence) <= _TOKENS_PER_BATCH:
             last.append(sequence)
         else:

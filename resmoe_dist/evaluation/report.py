@@ -105,10 +105,11 @@ def _sum_by_kind(parts: Iterable[Mapping[ByteKind, int]]) -> dict[ByteKind, int]
 def _accuracy(layers: list[LayerEntry]) -> dict[str, float | None]:
     """Relative errors and kept share over all experts of some layers."""
     groups = [group for layer in layers for group in layer.groups]
-    errors = [group.weighted_squared_errors for group in groups]
-    norms = [group.weighted_squared_norms for group in groups]
-    calibrated = bool(groups) and None not in errors + norms
-    masked = bool(groups) and all(group.keep is not None for group in groups)
+    errors = [e for group in groups if (e := group.weighted_squared_errors) is not None]
+    norms = [n for group in groups if (n := group.weighted_squared_norms) is not None]
+    calibrated = len(errors) == len(norms) == len(groups) > 0
+    keeps = [group.keep for group in groups if group.keep is not None]
+    masked = len(keeps) == len(groups) > 0
     sizes = [len(g.experts) * layer.shape.entries for layer in layers for g in layer.groups]
     return {
         "relative_error": _relative(
@@ -116,7 +117,7 @@ def _accuracy(layers: list[LayerEntry]) -> dict[str, float | None]:
         ),
         "weighted_relative_error": _relative(errors, norms) if calibrated else None,
         "keep": (
-            sum(group.keep * size for group, size in zip(groups, sizes, strict=True)) / sum(sizes)
+            sum(keep * size for keep, size in zip(keeps, sizes, strict=True)) / sum(sizes)
             if masked
             else None
         ),

@@ -5,6 +5,8 @@ Legend: N routed copies, S rows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -47,6 +49,7 @@ class FamilyGate(nn.Module):
     """A family's own `_apply_gate`, on the module it came with, stripped of its weights."""
 
     kernel = None
+    experts: Any
 
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from resmoe_dist.errors import UserError
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """The transformers class that a config's `architectures` names.
 
-    Raises UserError when it names none that transformers has.
+    Raises UserError if transformers has none of them.
     """
     for name in config.architectures or []:
         found = getattr(transformers, name, None)

@@ -1,4 +1,4 @@
-"""How one layer's experts lie in a Hugging Face checkpoint, and the way to rows and back.
+"""Layouts of one layer's experts in a Hugging Face checkpoint: to rows and back.
 
 Two layouts exist: *per expert* (one tensor per projection of each expert) and *fused* (one 3-D
 tensor over all experts, gate and up in one). Fused tensors may be transposed or interleaved.
@@ -21,7 +21,7 @@ from resmoe_dist.design_matrix import ExpertShape, from_rows
 from resmoe_dist.errors import UserError
 from resmoe_dist.families.sites import ExpertSite
 
-# What the projections of one expert are called across families.
+# Names of an expert's projections across families.
 _PROJECTION_NAMES = {
     "gate": ("gate_proj", "w1"),
     "up": ("up_proj", "w3"),
@@ -47,7 +47,7 @@ _ENTRIES_AT_ONCE = 1 << 22
 class _Part(NamedTuple):
     """Rows of a stored tensor, and the view of a design matrix that they fill.
 
-    Stored rows from `first` on go into `target`, `rows` of them into each element of its first
+    Stored rows from `first` on fill `target`; `rows` of them fill one element of its first
     dimension.
     """
 
@@ -60,8 +60,8 @@ class _Part(NamedTuple):
 class ExpertStorage(BaseModel):
     """Tensor names and layout of one layer's experts.
 
-    tensors: what is stored -> tensor name. Per expert the names hold `{expert}`, and the keys are
-    those of `to_rows`; fused, the keys are `inputs`, `output` and their `_bias`.
+    tensors: tensor names by key. Per-expert names contain `{expert}`, with the keys of `to_rows`.
+    Fused tensors have the keys `inputs`, `output`, `inputs_bias` and `output_bias`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -81,7 +81,7 @@ class ExpertStorage(BaseModel):
         """The shape every tensor of this layer must have, by name."""
         width = len(shape.inputs) * shape.rows
         if not self.fused:
-            per_expert = {shape.output: (shape.hidden, shape.rows)}
+            per_expert: dict[str, tuple[int, ...]] = {shape.output: (shape.hidden, shape.rows)}
             for name in shape.inputs:
                 per_expert[name] = (shape.rows, shape.hidden)
                 per_expert[f"{name}_bias"] = (shape.rows,)
@@ -105,7 +105,7 @@ class ExpertStorage(BaseModel):
     ) -> Tensor | None:
         """Fill out_ID [I, D] with the design matrix of one expert, cast to its dtype.
 
-        Returns the output bias [H] as stored, None without biases.
+        Returns the output bias [H] as stored, or None.
         """
         index = expert if self.fused else None
         for name, target, first, rows in self._parts(shape, out_ID):
@@ -114,7 +114,7 @@ class ExpertStorage(BaseModel):
         return None if bias is None else fetch(_named(bias, expert), index, 0, shape.hidden)
 
     def _parts(self, shape: ExpertShape, out_ID: Tensor) -> list[_Part]:
-        """All that is stored of one expert but the output bias, and where it goes in out_ID."""
+        """The stored rows of one expert, except the output bias, and their places in out_ID."""
         views = from_rows(shape, out_ID)
         if not self.fused:
             return [_Part(self.tensors[key], view) for key, view in views.items()]
@@ -132,7 +132,7 @@ class ExpertStorage(BaseModel):
         return parts
 
     def _rows_of_inputs(self, key: str, target_IG: Tensor) -> list[_Part]:
-        """Stored rows of G projections, one after the other or interleaved. target_IG: [I, G, …]"""
+        """Stored rows of G projections, consecutive or interleaved. target_IG: [I, G, …]."""
         name, (rows, count) = self.tensors[key], target_IG.shape[:2]
         if self.interleaved:
             return [_Part(name, target_IG, rows=count)]
@@ -183,14 +183,14 @@ def fill(
     for start in range(0, target.shape[0], step):
         part = target[start : start + step]
         begin, end = (first + k * rows for k in (start, start + part.shape[0]))
-        # No name for what was read: it would live on while the next rows are.
+        # Unnamed, so that it is freed before the next rows are read.
         part.copy_(fetch_rows(begin, end).reshape(part.shape))
 
 
 def find_storage(site: ExpertSite, names: Iterable[str]) -> ExpertStorage:
     """How the tensors `names` (all of one layer's experts) are laid out.
 
-    Raises UserError when a projection is missing or the layout is not one that is known.
+    Raises UserError if a projection is missing or the layout is unknown.
     """
     shape = site.shape
     tensors: dict[str, str] = {}
@@ -224,7 +224,7 @@ def find_storage(site: ExpertSite, names: Iterable[str]) -> ExpertStorage:
 
 
 def expert_module_of(name: str) -> str | None:
-    """The experts module that a checkpoint tensor belongs to, or None if it is no expert's."""
+    """The experts module that a checkpoint tensor belongs to; None for other tensors."""
     match = _PER_EXPERT.match(name) or _FUSED.match(name)
     return match["module"] if match else None
 

@@ -1,10 +1,10 @@
 """Measure a source model's activations with one expert in memory at a time.
 
-transformers loads and runs the model; in place of each experts module stands one that reads expert
-after expert from the checkpoint, so that no layer's experts are ever held together.
+transformers loads and runs the model. Its experts modules are replaced by stand-ins that read one
+expert after the other from the checkpoint.
 
-Legend: B batch, S sequence, T tokens, K experts per token, E experts, R tokens of one expert,
-H hidden, I intermediate rows, D design-matrix columns.
+Legend: B batch, S sequence, T tokens, K experts per token, E experts, R received rows (the tokens
+of one expert), H hidden, I intermediate rows, D design-matrix columns.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ DEFAULT_TOKENS = 4096
 DEFAULT_CONTEXT = 256
 
 _METHOD = "resmoe_calibration"
-# In float64 a block of an expert's activations takes eight bytes a value: few rows at a time.
+# Squares are summed in float64 in blocks of so many rows, which bounds the memory they take.
 _ROWS_PER_SUM = 512
 
-# transformers calls the quantizer from inside `from_pretrained`, which has no argument for it.
+# The quantizer's source: `from_pretrained` calls the quantizer and has no argument to pass it.
 _source: ContextVar[SourceCheckpoint] = ContextVar("source")
 
 
@@ -50,14 +50,15 @@ def calibration_sequences(
     tokens: int = DEFAULT_TOKENS,
     context: int = DEFAULT_CONTEXT,
 ) -> list[list[int]]:
-    """The first `tokens` tokens of a text file in windows of `context`, fewer where it is shorter.
+    """Return the first `tokens` tokens of a text file, cut into windows of `context` tokens.
 
-    All are of one length, so that `measure_activations` reads each expert once: a shorter last
-    window is left out unless it is the only one. Raises UserError as `sequences_from_text` does.
+    A shorter text gives fewer windows. All windows have the same length, so `measure_activations`
+    reads each expert once; a shorter last window is dropped unless it is the only one.
+
+    Raises UserError as `sequences_from_text` does.
     """
-    windows = sequences_from_text(path, tokenizer, min(context, tokens))[
-        : max(1, tokens // context)
-    ]
+    count = max(1, tokens // context)
+    windows = sequences_from_text(path, tokenizer, min(context, tokens))[:count]
     return [window for window in windows if len(window) == len(windows[0])]
 
 
@@ -65,27 +66,28 @@ def calibration_sequences(
 def measure_activations(
     source: SourceCheckpoint, sequences: list[list[int]], *, progress: bool = True
 ) -> list[LayerActivations]:
-    """Statistics of each of `source.sites`, in their order, on sequences of token ids.
+    """Measure the activation statistics of all `source.sites` on sequences of token ids.
 
-    The model computes in the dtype that config.json names, as transformers runs it; sums are taken
-    in float64. Sequences of one length go through together, so each expert is read once per length;
-    an encoder-decoder model reads the first half of a sequence and decodes the second. Nothing is
-    padded. progress: show a bar where standard error is a terminal.
+    progress: show a progress bar if standard error is a terminal.
 
-    In memory: one dense expert, the activations of all tokens of one layer, and the weights that
-    are no expert's (Mixtral-8x7B: 3.2 GB in bf16). Those are mapped from the checkpoint's files, so
-    the system may drop any page of them; but held, where they are stored in float8 or another dtype
-    than config.json's, or where transformers merges them.
+    The model computes in the dtype of config.json, as in transformers; squares are summed in
+    float64. Sequences of the same length form one batch, so each expert is read once per length,
+    and nothing is padded. An encoder-decoder model encodes the first half of each sequence and
+    decodes the second.
 
-    Raises UserError for a checkpoint that is damaged or incomplete, or activations that are not
-    finite.
+    Memory: one dense expert, the activations of one layer for all tokens, and the weights outside
+    the experts (Mixtral-8x7B: 3.2 GB in bf16). Those weights are mapped from the checkpoint's
+    files, so the system can drop their pages. They are copied into memory if they are stored in
+    float8, if their dtype differs from config.json's, or if transformers merges them.
+
+    Raises UserError if the checkpoint is damaged or incomplete, or if activations are not finite.
     """
     by_length: dict[int, list[list[int]]] = defaultdict(list)
     for sequence in sequences:
         by_length[len(sequence)].append(sequence)
     model = _load_measured(source)
     experts = [model.get_submodule(site.module) for site in source.sites]
-    # None lets tqdm decide: no bar where standard error is no terminal.
+    # disable=None: tqdm shows the bar only on a terminal.
     with tqdm(
         total=len(experts) * len(by_length),
         desc="measuring activations",
@@ -104,7 +106,7 @@ def measure_activations(
 
 
 class _MeasuredExperts(nn.Module):
-    """Stands in for an experts module: reads one expert at a time, runs it and adds up squares."""
+    """Replaces an experts module: reads and runs one expert at a time and sums up squares."""
 
     def __init__(
         self,
@@ -119,8 +121,8 @@ class _MeasuredExperts(nn.Module):
         self.layer = layer
         self.activation = activation
         site = source.sites[layer]
-        # No buffers, and not on the meta device where the rest of the model is made: transformers
-        # empties what it finds there.
+        # Plain attributes on the CPU: transformers builds the model on the meta device, and
+        # replaces all buffers by uninitialised ones.
         self.tokens = 0
         with torch.device("cpu"):
             self.tokens_E = torch.zeros(site.num_experts, dtype=torch.int64)
@@ -130,7 +132,7 @@ class _MeasuredExperts(nn.Module):
             )
 
     def forward(self, *arguments: Tensor) -> Tensor:
-        """As the model calls its experts: hidden states [T, H] and routing -> [T, H]."""
+        """Run all experts on the arguments of the model's experts module -> [T, H]."""
         hidden_states, top_k_index, top_k_weights = self.adapter.routing(*arguments)
         self.tokens += hidden_states.shape[0]
         self.input_squares_H += _sum_of_squares(hidden_states)
@@ -138,13 +140,13 @@ class _MeasuredExperts(nn.Module):
         for expert in range(len(self.tokens_E)):
             token_R, slot_R = torch.where(top_k_index == expert)
             if len(token_R):
-                y_RH = self._run(expert, hidden_states[token_R])
+                y_RH = self._run_expert(expert, hidden_states[token_R])
                 y_RH = y_RH * top_k_weights[token_R, slot_R, None]
                 out_TH.index_add_(0, token_R, y_RH.to(out_TH.dtype))
         return out_TH
 
-    def _run(self, expert: int, x_RH: Tensor) -> Tensor:
-        # The expert is freed on return, before the next one is read.
+    def _run_expert(self, expert: int, x_RH: Tensor) -> Tensor:
+        # Returning frees the expert before the next one is read.
         shape = self.source.sites[self.layer].shape
         matrix_ID, bias_H = self.source.read_expert(self.layer, expert)
         matrix_ID = matrix_ID.to(x_RH.dtype)
@@ -157,7 +159,10 @@ class _MeasuredExperts(nn.Module):
         return F.linear(h_RI, weights[shape.output], bias_H)
 
     def activations(self) -> LayerActivations:
-        """What was measured so far. Raises UserError where it is not finite."""
+        """Return the statistics so far. Raises UserError if any is not finite.
+
+        Experts without tokens get the mean of the others.
+        """
         used_E = self.tokens_E > 0
         input_rms_H = torch.ones_like(self.input_squares_H)
         if self.tokens:
@@ -180,7 +185,7 @@ class _MeasuredExperts(nn.Module):
 
 
 class _MeasuringQuantizer(HfQuantizer):
-    """Takes the experts out of a model that `from_pretrained` is loading."""
+    """Replaces the experts modules of a model while `from_pretrained` loads it."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         source = _source.get()
@@ -192,12 +197,12 @@ class _MeasuringQuantizer(HfQuantizer):
             replace_experts(model, site.module, measured)
 
     def is_serializable(self) -> bool:
-        """The model lives for one measurement."""
+        """No: the model is used for one measurement only."""
         return False
 
     @property
     def is_trainable(self) -> bool:
-        """Inference only."""
+        """No: inference only."""
         return False
 
 
@@ -206,14 +211,14 @@ if _METHOD not in AUTO_QUANTIZER_MAPPING:
 
 
 def _load_measured(source: SourceCheckpoint) -> PreTrainedModel:
-    """The source model with measuring experts, its other weights mapped from their files."""
+    """Load the source model with measuring experts; other weights are mapped from their files."""
     config = copy.deepcopy(source.config)
-    # Float8 weights arrive dequantised.
+    # `_other_tensors` dequantises float8 weights.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     token = _source.set(source)
     try:
-        # The tensors rather than the folder, whose experts' it would report as unexpected.
+        # A state dict instead of the folder: its expert tensors would be reported as unexpected.
         model, found = model_class(config).from_pretrained(
             None,
             config=config,
@@ -225,46 +230,49 @@ def _load_measured(source: SourceCheckpoint) -> PreTrainedModel:
         )
     finally:
         _source.reset(token)
-    # transformers fills what a checkpoint lacks with random values.
+    # Refuse what transformers would fill with random values.
     mismatched = (str(entry[0]) for entry in found["mismatched_keys"])
     if wrong := sorted({*found["missing_keys"], *mismatched}):
         raise UserError(
-            f"{source.folder}: tensor {wrong[0]!r} is missing or of another shape than config.json "
-            "asks for; fetch the model again"
+            f"{source.folder}: tensor {wrong[0]!r} is missing or its shape differs from "
+            "config.json; fetch the model again"
         )
     return model.eval()
 
 
 def _other_tensors(source: SourceCheckpoint) -> dict[str, Tensor]:
-    """All tensors that are no expert's, by name."""
-    names_in: dict[str, list[str]] = defaultdict(list)
+    """Return all tensors outside the experts, by name."""
+    names_by_file: dict[str, list[str]] = defaultdict(list)
     for name in source.other_names:
-        names_in[source.files.locations[name]].append(name)
+        names_by_file[source.files.locations[name]].append(name)
     tensors = {}
-    for file_name, names in names_in.items():
+    for file_name, names in names_by_file.items():
         file = source.files.file(file_name)
-        # `TensorFile` copies what it reads; what safetensors reads for torch stays mapped.
+        # safetensors maps tensors from the file; `TensorFile` would copy them.
         with safe_open(str(file.path), framework="pt") as mapped:
             for name in names:
-                scaled = file.dtype(name).startswith("F8")
-                tensors[name] = source.read_other(name) if scaled else mapped.get_tensor(name)
+                is_float8 = file.dtype(name).startswith("F8")
+                tensors[name] = source.read_other(name) if is_float8 else mapped.get_tensor(name)
     return tensors
 
 
 def _run_without_head(model: PreTrainedModel, ids_BS: Tensor) -> None:
-    """A forward pass up to the last hidden states: logits would take tokens x vocabulary."""
+    """Run a forward pass up to the last hidden states: logits would take [B, S, vocabulary]."""
     decoder = model.get_decoder()
     if not model.config.is_encoder_decoder:
         decoder(input_ids=ids_BS, use_cache=False)
         return
     half = ids_BS.shape[1] // 2
     encoded = model.get_encoder()(input_ids=ids_BS[:, :half]).last_hidden_state
-    # The decoder is to predict the second half: its input is that, shifted by a start token.
+    # To predict the second half, the decoder reads a start token, then all but the last token.
     decoder_ids_BS = ids_BS[:, half - 1 : -1].clone()
     decoder_ids_BS[:, 0] = model.config.decoder_start_token_id
     decoder(input_ids=decoder_ids_BS, encoder_hidden_states=encoded, use_cache=False)
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
-    """Of each column, in float64."""
-    return sum(block.double().square().sum(0) for block in x.split(_ROWS_PER_SUM))
+    """Return the sum of squares of each column, in float64."""
+    total = x.new_zeros(x.shape[1], dtype=torch.float64)
+    for block in x.split(_ROWS_PER_SUM):
+        total += block.double().square().sum(0)
+    return total

@@ -20,10 +20,12 @@ from resmoe_dist.compression.activations import LayerActivations
 from resmoe_dist.compression.blocks import CPU
 from resmoe_dist.compression.clustering import cluster_experts
 from resmoe_dist.compression.encoding import GroupCodecs
+from resmoe_dist.compression.heap import return_freed_memory
 from resmoe_dist.compression.losses import Loss
+from resmoe_dist.compression.stages import stage
 from resmoe_dist.compression.stored_size import StoredSize
 from resmoe_dist.errors import UserError
-from resmoe_dist.jobs.memory_budget import ExpertStore, GroupMemory, return_freed_memory
+from resmoe_dist.jobs.memory_budget import ExpertStore, GroupMemory
 from resmoe_dist.methods import Dense, GroupPlan, Method, SourceGroup, method_of
 
 
@@ -111,7 +113,8 @@ class GroupCompressor:
         codecs = self.codecs(layer)
         keep = codecs.residual.keep if plan is None else plan.keep
         group, biases = self._read(layer, experts, keep)
-        encoded = self.method(layer).encode(group, codecs, plan)
+        with stage("encode"):
+            encoded = self.method(layer).encode(group, codecs, plan)
         losses = encoded.losses
         if not all(math.isfinite(loss.squared_error) for loss in losses):
             raise UserError(
@@ -140,6 +143,7 @@ class GroupCompressor:
     def _is_compressed(self, layer: int) -> bool:
         return layer in self.settings.layers
 
+    @stage("read")
     def _read(
         self, layer: int, experts: Sequence[int], keep: float | None
     ) -> tuple[SourceGroup, dict[int, Tensor]]:
@@ -148,15 +152,15 @@ class GroupCompressor:
         keep: the budget that it will be encoded with, for which there must be memory too.
         """
         shape, dtype = self.source.sites[layer].shape, self.source.dtype(layer)
-        need = GroupMemory.of(
+        need = GroupMemory.estimate(
             len(experts),
             shape.rows,
             shape.columns,
             dtype.itemsize,
-            stored=self.size(layer, len(experts)).bytes_at(keep),
-            solves=self.method(layer).aligns_rows and len(experts) > 1,
+            stored_bytes=self.size(layer, len(experts)).bytes_at(keep),
+            aligns=self.method(layer).aligns_rows and len(experts) > 1,
         )
-        experts_EID = self.store.room(need, (len(experts), shape.rows, shape.columns), dtype)
+        experts_EID = self.store.allocate(need, (len(experts), shape.rows, shape.columns), dtype)
         biases = {}
         for k, matrix_ID in zip(experts, experts_EID, strict=True):
             bias_H = self.source.read_expert_into(layer, k, matrix_ID)

@@ -1,15 +1,13 @@
-"""What compressing a group takes in memory, and keeping that under a bound.
+"""How much memory the compression of a group takes, and how it stays within `--max-memory`.
 
-Legend: N experts of the group, I rows, D columns.
+Legend: E experts of the group, I intermediate rows, D design-matrix columns.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import uuid
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,90 +18,99 @@ from resmoe_dist.checkpoints.tensor_files import FULL_DISK
 from resmoe_dist.errors import UserError
 
 # Blocks of entries, a sample of them, and what the allocator keeps in reserve.
-_SCRATCH = 400 * 1024**2
-# Of each row, for blocks of products.
-_SCRATCH_PER_ROW = 16 * 1024
+_SCRATCH_BYTES = 400 * 1024**2
+# Blocks of products between rows.
+_SCRATCH_BYTES_PER_ROW = 16 * 1024
 
 
 def resident_bytes() -> int:
-    """Anonymous memory of this process: what it cannot give back as page cache."""
+    """Return this process's anonymous memory: all that the system cannot drop as page cache."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
-    raise AssertionError("Linux tells RssAnon")
-
-
-def return_freed_memory() -> None:
-    """Give the system back what the allocator keeps of freed memory, where it can be told to."""
-    with suppress(AttributeError):  # only glibc has it
-        ctypes.CDLL(None).malloc_trim(0)
+    raise AssertionError("/proc/self/status has no RssAnon")
 
 
 @dataclass(frozen=True)
 class GroupMemory:
-    """Bytes that compressing one group takes: its experts as read, and everything beside them."""
+    """Bytes of memory that the compression of one group takes.
 
-    experts: int
-    beside: int
+    expert_bytes: the experts as read. working_bytes: everything else.
+    """
+
+    expert_bytes: int
+    working_bytes: int
 
     @classmethod
-    def of(
-        cls, count: int, rows: int, columns: int, itemsize: int, *, stored: int, solves: bool
+    def estimate(
+        cls, count: int, rows: int, columns: int, itemsize: int, *, stored_bytes: int, aligns: bool
     ) -> GroupMemory:
-        """Of `count` experts [rows, columns] read in `itemsize` bytes.
+        """Estimate the memory for `count` experts [I, D] whose values take `itemsize` bytes.
 
-        stored: bytes of the compressed group. solves: rows are aligned, with the sum of the experts
-        in float32, and two matrices of 8-bit integers or one I × I matrix for the solver.
+        stored_bytes: bytes of the compressed group. aligns: whether rows are aligned. That takes
+        the sum of the experts in float32, and either two matrices [I, D] of 8-bit integers or one
+        matrix [I, I] in float64 for the solver.
         """
         matrix = rows * columns
-        align = solves * (4 * matrix + max(2 * matrix, 8 * rows * rows) + rows * _SCRATCH_PER_ROW)
-        # One expert more than is stored: its parts, then the whole.
-        encode = stored + stored // count
-        return cls(count * matrix * itemsize, max(align, encode) + _SCRATCH)
+        align = 0
+        if aligns:
+            products = max(2 * matrix, 8 * rows * rows)
+            align = 4 * matrix + products + rows * _SCRATCH_BYTES_PER_ROW
+        # All of the compressed group, and the parts of one expert before they are joined.
+        encode = stored_bytes + stored_bytes // count
+        return cls(count * matrix * itemsize, max(align, encode) + _SCRATCH_BYTES)
 
 
 class ExpertStore:
-    """Room for a group's experts [N, I, D]: in memory, or in a file where a bound asks for it.
+    """Allocates the tensor [E, I, D] for the experts of a group: in memory, or in a mapped file.
 
-    at_most: bytes of anonymous memory that this process may hold; None for no bound. folder: where
-    the file is made; it has no name there any more once it is open.
+    folder: where the file is made. It is unlinked as soon as it is mapped.
+    max_bytes: the anonymous memory that this process may use; None for no bound.
     """
 
-    def __init__(self, folder: Path, at_most: int | None) -> None:
-        self._folder, self._at_most = folder, at_most
+    def __init__(self, folder: Path, max_bytes: int | None) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
 
-    def room(self, need: GroupMemory, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor. Raises UserError where even a file does not help."""
-        if self._at_most is None:
+    def allocate(
+        self, need: GroupMemory, shape: tuple[int, int, int], dtype: torch.dtype
+    ) -> Tensor:
+        """Return an uninitialised tensor. It is mapped from a file if memory would not suffice.
+
+        Raises UserError if the rest of the work exceeds the bound, or if the disk is full.
+        """
+        if self.max_bytes is None:
             return torch.empty(shape, dtype=dtype)
-        left = self._at_most - resident_bytes() - need.beside
-        if left >= need.experts:
+        available = self.max_bytes - resident_bytes() - need.working_bytes
+        if available >= need.expert_bytes:
             return torch.empty(shape, dtype=dtype)
-        if left < 0:
-            least = math.ceil((self._at_most - left) / 1024**3 * 10) / 10
+        if available < 0:
+            needed_gib = math.ceil((self.max_bytes - available) / 1024**3 * 10) / 10
             raise UserError(
-                f"--max-memory: a group of {shape[0]} experts takes {least:.1f} GiB on each rank; "
-                "allow as much, start fewer ranks, or use smaller groups (a larger --ep)"
+                f"--max-memory: a group of {shape[0]} experts takes {needed_gib:.1f} GiB on each "
+                "rank; allow as much, start fewer ranks, or use smaller groups (a larger --ep)"
             )
-        # Hidden, as all that a resumed run clears away if this one is killed just now.
-        path = self._folder / f".experts-{uuid.uuid4().hex}"
-        size = shape[0] * shape[1] * shape[2]
+        # A hidden name: a resumed run deletes such files if this process is killed just now.
+        path = self.folder / f".experts-{uuid.uuid4().hex}"
+        size = math.prod(shape)
         try:
-            self._reserve(path, size * dtype.itemsize)
-            # The mapping outlives the name.
+            _reserve(path, size * dtype.itemsize)
+            # The mapping stays valid after the file is unlinked.
             return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
         finally:
             path.unlink(missing_ok=True)
 
-    @staticmethod
-    def _reserve(path: Path, size: int) -> None:
-        """Make a file of `size` bytes. In one with holes, a full disk would end the process."""
-        try:
-            with open(path, "wb") as file:
-                os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            reason = "the disk is full" if error.errno in FULL_DISK else error.strerror
-            raise UserError(
-                f"{path.parent}: no room for a group's experts ({reason}); free some space "
-                "or allow more --max-memory"
-            ) from error
+
+def _reserve(path: Path, size: int) -> None:
+    """Make a file of `size` bytes and reserve its disk blocks.
+
+    Without the blocks, a write to the mapping would kill the process when the disk is full.
+    """
+    try:
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        reason = "the disk is full" if error.errno in FULL_DISK else error.strerror
+        raise UserError(
+            f"{path.parent}: no room for a group's experts ({reason}); free some space "
+            "or allow more --max-memory"
+        ) from error

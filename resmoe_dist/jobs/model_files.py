@@ -1,4 +1,4 @@
-"""What a compressed folder holds besides its experts: copied tensors, config, companions, index."""
+"""The files of a compressed checkpoint other than its experts: copied tensors, config, index."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 from resmoe_dist.checkpoints.format import (
     INDEX_FILE,
-    QUANT_METHOD,
     CheckpointIndex,
     CompressionSettings,
     FileEntry,
@@ -23,16 +22,18 @@ from resmoe_dist.checkpoints.model_folder import (
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.checkpoints.tensor_files import copy_file, read_json, sha256_of, write_json
 from resmoe_dist.checkpoints.upgrade import FORMAT_VERSION
+from resmoe_dist.compression.stages import stage
+from resmoe_dist.registration import QUANT_METHOD
 from resmoe_dist.version import __version__
 
 PRODUCER = f"resmoe-dist {__version__}"
-# What a model folder holds besides weights and config: tokenizer, templates, generation defaults.
+# Tokenizer, chat templates and generation defaults.
 _COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Tensors of one source file that are no expert's, to become shard `number` of `count`."""
+    """Shard `number` of `count`: the tensors of one source file that belong to no expert."""
 
     names: tuple[str, ...]
     number: int
@@ -40,12 +41,12 @@ class Shard:
 
     @property
     def file(self) -> str:
-        """Name of the shard's file."""
+        """File name of the shard."""
         return shard_name(self.number, self.count)
 
 
 def shards_of(source: SourceCheckpoint) -> list[Shard]:
-    """What has to be copied, sharded as the source is."""
+    """Return the shards to copy: one for each file of the source that has such tensors."""
     by_file: dict[str, list[str]] = {}
     for name in source.other_names:
         by_file.setdefault(source.files.locations[name], []).append(name)
@@ -53,8 +54,9 @@ def shards_of(source: SourceCheckpoint) -> list[Shard]:
     return [Shard(names, i, len(contents)) for i, names in enumerate(contents)]
 
 
+@stage("digest")
 def file_entry(path: Path) -> FileEntry:
-    """Name, size and digest of a file."""
+    """Return the index entry of a file: name, size and digest."""
     return FileEntry(file=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
@@ -65,20 +67,23 @@ def write_model_files(
     layers: Sequence[LayerEntry],
     shards: Mapping[Shard, FileEntry],
 ) -> None:
-    """Write shard index, config, companions and, last, the index that accounts for all files."""
+    """Write shard index, config and companion files, and last the index of the checkpoint.
+
+    Companion files are copied from the source: tokenizer, chat templates, generation defaults.
+    """
     write_shard_index(folder, {name: shard.file for shard in shards for name in shard.names})
     _write_config(folder, source, settings)
-    ours = ("config.json", SHARD_INDEX)
+    written_here = (SHARD_INDEX, "config.json")
     for path in sorted(source.folder.iterdir()):
-        if path.is_file() and path.suffix in _COMPANION_SUFFIXES and path.name not in ours:
+        if path.is_file() and path.suffix in _COMPANION_SUFFIXES and path.name not in written_here:
             copy_file(path, folder / path.name)
-    named = [file_entry(folder / name) for name in (SHARD_INDEX, "config.json")]
+    written = [file_entry(folder / name) for name in written_here]
     index = CheckpointIndex(
         format_version=FORMAT_VERSION,
         producer=PRODUCER,
         settings=settings,
         layers=list(layers),
-        other_files=[*shards.values(), *named],
+        other_files=[*shards.values(), *written],
     )
     write_json(folder / INDEX_FILE, index.model_dump())
 

@@ -12,6 +12,7 @@ whichever rank makes it. A resumed run keeps finished files.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from resmoe_dist.checkpoints.format import (
     FileEntry,
     GroupEntry,
     LayerEntry,
+    dtype_name,
     read_index,
 )
 from resmoe_dist.checkpoints.source import SourceCheckpoint
@@ -38,6 +40,7 @@ from resmoe_dist.compression.activations import (
 from resmoe_dist.compression.blocks import CPU
 from resmoe_dist.compression.budget import allocate_over_model
 from resmoe_dist.errors import UserError
+from resmoe_dist.jobs.claims import Claims
 from resmoe_dist.jobs.group import GroupCompressor
 from resmoe_dist.jobs.memory_budget import ExpertStore
 from resmoe_dist.jobs.model_files import (
@@ -47,16 +50,11 @@ from resmoe_dist.jobs.model_files import (
     shards_of,
     write_model_files,
 )
-from resmoe_dist.jobs.scheduling import (
-    HindranceError,
-    Schedule,
-    SingleWorker,
-    Workers,
-    together,
-)
+from resmoe_dist.jobs.scheduling import Schedule
 from resmoe_dist.jobs.settings import check_settings, keep_for_target
-from resmoe_dist.jobs.staging import Claims, StagingFolder
+from resmoe_dist.jobs.staging import StagingFolder
 from resmoe_dist.jobs.tasks import GroupTask, TaskFiles, is_whole
+from resmoe_dist.jobs.workers import RetryableError, SingleWorker, Workers, gather_or_raise
 from resmoe_dist.methods import GroupPlan, method_of
 
 _ACTIVATIONS = "activations.safetensors"
@@ -110,7 +108,9 @@ class Compression:
         """
         schedule = None
         try:
-            claims = together(self.workers, lambda: self._is_first and self._begin(resume))[0]
+            claims = gather_or_raise(
+                self.workers, lambda: self._begin(resume) if self._is_first else None
+            )[0]
             if claims is not None:
                 schedule = Schedule(self.workers, claims)
                 self._compress(schedule, resume)
@@ -187,19 +187,24 @@ class Compression:
                 return self.compress_group(task, keeps)
 
             # Copies are short, so they come last: ranks then finish at about the same time.
-            everything = [*tasks, *shards_of(self.source)]
+            everything: list[GroupTask | Shard] = [*tasks, *shards_of(self.source)]
             entries = schedule.run_phase(
                 "compressing", everything, compress, self._files.is_finished
             )
-            together(self.workers, lambda: self._is_first and self._finish(entries))
+
+            def finish() -> None:
+                if self._is_first:
+                    self._finish(entries)
+
+            gather_or_raise(self.workers, finish)
         except UserError as error:
             # After invalid input a second run fails too; after a full disk it may succeed.
-            hindered = isinstance(error, HindranceError)
-            keep = hindered or resume
-            kept = together(
+            retryable = isinstance(error, RetryableError)
+            keep = retryable or resume
+            kept = gather_or_raise(
                 self.workers, lambda: self._is_first and self._staging.give_up(keep=keep)
             )[0]
-            if kept and hindered:
+            if kept and retryable:
                 raise UserError(
                     f"{error}; finished work is kept, run again with --resume"
                 ) from error
@@ -272,15 +277,19 @@ class Compression:
 
     def _finish(self, entries: dict[GroupTask | Shard, GroupEntry | FileEntry]) -> None:
         """Write index, config and companions; then give the folder its name."""
-        groups = sorted(
-            (task for task in entries if isinstance(task, GroupTask)),
-            key=lambda task: (task.layer, task.group),
-        )
+        groups: dict[int, list[tuple[int, GroupEntry]]] = defaultdict(list)
+        shards: dict[Shard, FileEntry] = {}
+        for task, entry in entries.items():
+            if isinstance(task, GroupTask):
+                assert isinstance(entry, GroupEntry)
+                groups[task.layer].append((task.group, entry))
+            else:
+                assert isinstance(entry, FileEntry)
+                shards[task] = entry
         layers = [
-            self._layer_entry(layer, [entries[task] for task in groups if task.layer == layer])
+            self._layer_entry(layer, _in_order(groups[layer]))
             for layer in range(len(self.source.sites))
         ]
-        shards = {shard: entries[shard] for shard in shards_of(self.source)}
         write_model_files(self._staging.model, self.source, self.settings, layers, shards)
         self._staging.finish()
 
@@ -297,7 +306,12 @@ class Compression:
             method=self._compressor.method(layer).name,
             center_codec=None if codecs.center is None else codecs.center.name,
             residual_codec=codecs.residual.name,
-            dtype=str(codecs.dtype).removeprefix("torch."),
+            dtype=dtype_name(codecs.dtype),
             storage=self.source.storages[layer],
             groups=groups,
         )
+
+
+def _in_order(groups: list[tuple[int, GroupEntry]]) -> list[GroupEntry]:
+    """Entries of a layer's groups, sorted by the number of the group."""
+    return [entry for _, entry in sorted(groups, key=lambda numbered: numbered[0])]

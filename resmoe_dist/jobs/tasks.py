@@ -9,6 +9,7 @@ from typing import Any
 
 from resmoe_dist.checkpoints.format import group_file_name
 from resmoe_dist.checkpoints.tensor_files import TensorFile, write_tensors
+from resmoe_dist.compression.stages import stage
 from resmoe_dist.errors import UserError
 from resmoe_dist.jobs.group import CompressedGroup
 from resmoe_dist.jobs.model_files import Shard
@@ -52,6 +53,7 @@ class TaskFiles:
         except (UserError, KeyError, ValueError):
             return None
 
+    @stage("write")
     def write_group(self, task: GroupTask, made: CompressedGroup) -> None:
         """Write a group file with its record in the header, atomically."""
         write_tensors(self.path(task), made.tensors, {_RECORD: json.dumps(made.record)})

@@ -20,7 +20,7 @@ from torch import Tensor
 from resmoe_dist.kernels.interface import Backend
 from resmoe_dist.kernels.layer import LayerWeights
 from resmoe_dist.kernels.sharing import CenterCopies
-from resmoe_dist.routing import RoutedTokens
+from resmoe_dist.routing import Copies, RoutedTokens
 
 # Which weights a product uses, hence what its jobs are: experts' residuals, experts' centre plus
 # residual, or the shared centres.
@@ -45,31 +45,22 @@ class HalfProductBackend(Backend):
         self._product_bytes = product_bytes
 
     @abstractmethod
-    def project_in(
-        self, part: Part, x_TH: Tensor, token_N: Tensor, offsets_J: Tensor, rows: slice
-    ) -> Tensor:
+    def project_in(self, part: Part, x_TH: Tensor, copies: Copies, rows: slice) -> Tensor:
         """Products of copies with the input columns of some rows of their job.
 
-        Copies [offsets[j], offsets[j + 1]) belong to job j. Returns [N, inputs·S] in float32; zeros
-        for copies after the last offset.
+        Returns [N, inputs·S] in float32; zeros for copies without a job.
         """
 
     @abstractmethod
     def project_out(
-        self,
-        part: Part,
-        h_NS: Tensor,
-        token_N: Tensor,
-        offsets_J: Tensor,
-        rows: slice,
-        num_tokens: int,
+        self, part: Part, h_NS: Tensor, copies: Copies, rows: slice, num_tokens: int
     ) -> Tensor:
         """Products of activations with the output columns, summed per token: [T, H] in float32."""
 
-    def sum_for_centers(self, h_NS: Tensor, shared: CenterCopies, offsets_L: Tensor) -> Tensor:
+    def sum_for_centers(self, h_NS: Tensor, shared: CenterCopies, copies: Copies) -> Tensor:
         """Sum of the activations over the routed copies that share a centre copy: [C, S].
 
-        Copies after the last offset may be left out: their weight is 0.
+        copies: the routed ones. Those without a job may be left out: their weight is 0.
         """
         return shared.sum_of(h_NS)
 
@@ -78,24 +69,23 @@ class HalfProductBackend(Backend):
         layer, x_RH = self.layer, routed.x_RH
         shared = CenterCopies.of(routed, layer) if share_center else None
         part: Part = "whole" if shared is None else "residual"
-        copies = (routed.token_N, routed.offsets_L)
+        copies = routed.copies
         y_RH = torch.zeros(x_RH.shape, dtype=torch.float32, device=x_RH.device)
         for rows in self._row_blocks(len(routed.token_N)):
             # 1. Products with the hidden state: per copy, and once per token for shared centres.
-            in_NC = self.project_in(part, x_RH, *copies, rows)
+            in_NC = self.project_in(part, x_RH, copies, rows)
             if shared is not None:
-                center_copies = (shared.token_C, shared.offsets_G)
-                shared.add_to(in_NC, self.project_in("center", x_RH, *center_copies, rows))
+                shared.add_to(in_NC, self.project_in("center", x_RH, shared.copies, rows))
             if layer.shape.row_bias:
                 bias_LC = self.row_bias[:, :, rows].flatten(1)
                 in_NC += bias_LC[routed.expert_N.clamp(max=layer.num_experts - 1)]
             # 2. The activation, weighted.
             h_NS = layer.activation(*in_NC.chunk(layer.inputs, 1)) * routed.weight_N.unsqueeze(1)
             # 3. Products back: per copy, and for shared centres once per token with the sum.
-            y_RH += self.project_out(part, h_NS.to(x_RH.dtype), *copies, rows, len(x_RH))
+            y_RH += self.project_out(part, h_NS.to(x_RH.dtype), copies, rows, len(x_RH))
             if shared is not None:
-                h_CS = self.sum_for_centers(h_NS, shared, routed.offsets_L).to(x_RH.dtype)
-                y_RH += self.project_out("center", h_CS, *center_copies, rows, len(x_RH))
+                h_CS = self.sum_for_centers(h_NS, shared, copies).to(x_RH.dtype)
+                y_RH += self.project_out("center", h_CS, shared.copies, rows, len(x_RH))
         return y_RH
 
     def _row_blocks(self, copies: int) -> Iterator[slice]:

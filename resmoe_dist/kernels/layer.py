@@ -82,6 +82,12 @@ class LayerWeights:
         """Whether the experts are stored as they are multiplied: nothing to restore or share."""
         return not self.centers and all(residual.is_dense for residual in self.residuals)
 
+    def is_stored_as(self, residual: type[EncodedMatrix], center: type[EncodedMatrix]) -> bool:
+        """Whether all residuals and all centres are of these codecs."""
+        return all(isinstance(matrix, residual) for matrix in self.residuals) and all(
+            isinstance(matrix, center) for matrix in self.centers
+        )
+
     @cached_property
     def shares_one_center(self) -> bool:
         """Whether all local experts have the same centre."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from resmoe_dist.codecs import DenseMatrix, EncodedMatrix
 from resmoe_dist.kernels.half_products import HalfProductBackend, Part
 from resmoe_dist.kernels.layer import LayerWeights
+from resmoe_dist.routing import Copies
 
 # The activations that fused kernels support, and what they compute.
 FUSED_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -45,38 +46,32 @@ class ReferenceBackend(HalfProductBackend):
             self.layer.centers[center].slice_rows(first_row, end_row).add_to(out_RC, first_column)
         self.layer.residuals[expert].slice_rows(first_row, end_row).add_to(out_RC, first_column)
 
-    def project_in(
-        self, part: Part, x_TH: Tensor, token_N: Tensor, offsets_J: Tensor, rows: slice
-    ) -> Tensor:
+    def project_in(self, part: Part, x_TH: Tensor, copies: Copies, rows: slice) -> Tensor:
         H, S = x_TH.shape[1], rows.stop - rows.start
         inputs = self.layer.inputs
-        out_NC = torch.zeros(len(token_N), inputs * S, dtype=torch.float32, device=x_TH.device)
-        for matrix, n in self._jobs(part, offsets_J, rows):
-            x_nH = x_TH[token_N[n]]
+        out_NC = torch.zeros(len(copies), inputs * S, dtype=torch.float32, device=x_TH.device)
+        for matrix, n in self._jobs(part, copies, rows):
+            x_nH = x_TH[copies.token_N[n]]
             for i in range(inputs):
                 out_NC[n, i * S : (i + 1) * S] = matrix.multiply(x_nH, i * H)
         return out_NC
 
     def project_out(
-        self,
-        part: Part,
-        h_NS: Tensor,
-        token_N: Tensor,
-        offsets_J: Tensor,
-        rows: slice,
-        num_tokens: int,
+        self, part: Part, h_NS: Tensor, copies: Copies, rows: slice, num_tokens: int
     ) -> Tensor:
         hidden, first_column = self.layer.hidden, self.layer.inputs * self.layer.hidden
         out_TH = torch.zeros(num_tokens, hidden, dtype=torch.float32, device=h_NS.device)
-        for matrix, n in self._jobs(part, offsets_J, rows):
-            out_TH.index_add_(0, token_N[n], matrix.multiply_back(h_NS[n], first_column, hidden))
+        for matrix, n in self._jobs(part, copies, rows):
+            out_TH.index_add_(
+                0, copies.token_N[n], matrix.multiply_back(h_NS[n], first_column, hidden)
+            )
         return out_TH
 
     def _jobs(
-        self, part: Part, offsets_J: Tensor, rows: slice
+        self, part: Part, copies: Copies, rows: slice
     ) -> Iterator[tuple[EncodedMatrix, slice]]:
         """Some rows of each job that has copies, and which copies those are."""
-        offsets = offsets_J.tolist()
+        offsets = copies.offsets_J.tolist()
         for job, (begin, end) in enumerate(pairwise(offsets)):
             if begin < end:
                 yield self._rows_of(part, job, rows), slice(begin, end)

@@ -27,8 +27,8 @@ from resmoe_dist.evaluation.perplexity import check_vocabulary, load_tokenizer
 from resmoe_dist.evaluation.report import describe, layer_table
 from resmoe_dist.jobs.calibration import calibration_sequences, measure_activations
 from resmoe_dist.jobs.pipeline import Compression
-from resmoe_dist.jobs.scheduling import SingleWorker, Workers, find_workers
 from resmoe_dist.jobs.settings import parse_layers, with_budget
+from resmoe_dist.jobs.workers import SingleWorker, Workers, find_workers
 from resmoe_dist.methods import method_named
 from resmoe_dist.parallel.entry_point import quiet_libraries, run_entry_point
 
@@ -39,13 +39,13 @@ def main() -> None:
 
 
 def _main() -> int:
-    config = parse(CompressConfig, CompressConfig.__doc__ or "")
-    quiet_libraries()
-    return run_compress(config)
+    """Check the options and compress."""
+    return run_compress(parse(CompressConfig, CompressConfig.__doc__ or ""))
 
 
 def run_compress(config: CompressConfig) -> int:
     """Compress on every rank that was started; rank 0 prints the table. Exit code 0."""
+    quiet_libraries()
     workers = find_workers()
     compress(config, workers)
     if workers.rank == 0:

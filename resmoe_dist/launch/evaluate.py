@@ -30,37 +30,42 @@ def main() -> None:
 
 
 def _main() -> None:
+    """Check the options, join the grid, evaluate; rank 0 reports."""
     config = parse(GridEvaluateConfig, GridEvaluateConfig.__doc__ or "")
     quiet_libraries()
-    # Before ranks are started.
+    # Mistakes are found here, before ranks are started.
     execution_of(config)
     check_grid(config.model, config.ep, config.tp)
+    sequences = read_sequences(config)
     topology = start_grid(config.ep, config.tp)
-    result = run_evaluate(config, topology)
+    result = run_evaluate(config, sequences, topology)
     if topology.lane == topology.tp_rank == 0:
         report(result, config)
 
 
 def run_alone(config: EvaluateConfig) -> int:
     """`resmoe-dist evaluate`, in one process; exit code 0."""
-    report(run_evaluate(config), config)
+    quiet_libraries()
+    report(run_evaluate(config, read_sequences(config)), config)
     return 0
 
 
-def run_evaluate(config: EvaluateConfig, topology: Topology = SINGLE_PROCESS) -> Evaluation:
-    """Evaluate on a grid; the result is the same on every rank."""
-    execution = execution_of(config)
-    # Before the model is loaded, which may take minutes.
+def read_sequences(config: EvaluateConfig) -> list[list[int]]:
+    """Token ids of the sequences to score. Raises UserError for a file that cannot be used."""
     if config.text:
-        data = config.text
-        sequences = sequences_from_text(data, load_tokenizer(config.model), config.context)
-    else:
-        assert config.token_ids is not None
-        data = config.token_ids
-        sequences = sequences_from_json(data)
+        return sequences_from_text(config.text, load_tokenizer(config.model), config.context)
+    return sequences_from_json(config.data)
+
+
+def run_evaluate(
+    config: EvaluateConfig, sequences: list[list[int]], topology: Topology = SINGLE_PROCESS
+) -> Evaluation:
+    """Score sequences on a grid; the result is the same on every rank."""
+    execution = execution_of(config)
     dtype = STORED_DTYPES[config.dtype] if config.dtype else None
     model = load_model(config.model, dtype=dtype, topology=topology, execution=execution)
-    check_vocabulary(data, sequences, model.get_input_embeddings().weight.shape[0])
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    check_vocabulary(config.data, sequences, vocabulary)
     return evaluate(model, sequences, topology)
 
 

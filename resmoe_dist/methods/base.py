@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from resmoe_dist.checkpoints.format import MethodSpec
@@ -27,6 +27,7 @@ from resmoe_dist.compression.losses import Loss
 from resmoe_dist.compression.weighting import entry_weights
 from resmoe_dist.design_matrix import ExpertShape
 from resmoe_dist.methods.plan import GroupPlan
+from resmoe_dist.registry import Registry
 
 
 class MethodConfig(BaseModel):
@@ -117,30 +118,11 @@ class Method(ABC):
         """Encode a group by `plan`; None makes one."""
 
 
-METHODS: dict[str, type[Method]] = {}
-
-MethodClass = TypeVar("MethodClass", bound=type[Method])
-
-
-def register_method(method: MethodClass) -> MethodClass:
-    """Class decorator: make a method available under its name, everywhere."""
-    METHODS[method.name] = method
-    return method
-
-
-def method_named(name: str) -> type[Method]:
-    """The method called `name`. Raises ValueError for an unknown name."""
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
-    return METHODS[name]
+METHODS: Registry[Method] = Registry("method")
+register_method = METHODS.register
+method_named = METHODS.named
 
 
 def method_of(spec: MethodSpec) -> Method:
     """The method that a spec describes. Raises ValueError for an unknown name, option or value."""
-    method = method_named(spec.name)
-    try:
-        return method(method.config.model_validate(spec.options))
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = ".".join(map(str, first["loc"])) or "options"
-        raise ValueError(f"method {spec.name}: {option}: {first['msg'].lower()}") from error
+    return METHODS.named(spec.name)(METHODS.options(spec.name, spec.options))

@@ -20,6 +20,7 @@ from resmoe_dist.compression.budget import PriceCurve, center_pays, centerless_k
 from resmoe_dist.compression.encoding import GroupCodecs, encode_group
 from resmoe_dist.compression.masks import BALANCED_RUN
 from resmoe_dist.compression.permutations import identity_permutations
+from resmoe_dist.compression.stages import stage
 from resmoe_dist.errors import UserError
 from resmoe_dist.methods.base import (
     EncodedGroup,
@@ -113,6 +114,7 @@ class ResMoE(Method):
         plan = GroupPlan(alignment.permutations_EI, alignment.objective, center, keep, curve)
         return plan, aligned
 
+    @stage("center")
     def _choose_center(
         self, group: SourceGroup, aligned: AlignedExperts, codecs: GroupCodecs
     ) -> tuple[str, float | None]:

@@ -1,6 +1,7 @@
 """Running a program as one rank, and failing well: one line for invalid input, every rank down.
 
-Entry points are wrapped in `run_entry_point`.
+Entry points are wrapped in `run_entry_point`. This module imports torch, transformers and DeepSpeed
+only inside functions: they take seconds, and options are checked before.
 """
 
 from __future__ import annotations
@@ -16,11 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
-
-import deepspeed
-import torch
-import transformers
-from torch.distributed.distributed_c10d import _get_default_store
 
 from resmoe_dist.errors import UserError
 
@@ -60,7 +56,9 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
         except Exception:
             # Ranks that lose a peer fail as well; only the first failure explains anything.
             _fail(f"rank {launched_rank()} failed\n{traceback.format_exc()}", 1)
-    if torch.distributed.is_initialized():
+    if _is_joined():
+        import torch
+
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     sys.exit(code)
@@ -68,6 +66,9 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
 
 def quiet_libraries() -> None:
     """Let libraries log only warnings, and show progress bars only on rank 0's terminal."""
+    import deepspeed
+    import transformers
+
     deepspeed.utils.logger.setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
     if launched_rank() or not sys.stderr.isatty():
@@ -83,6 +84,12 @@ def launched_rank() -> int:
     return int(next((rank for rank in found if rank), "0"))
 
 
+def _is_joined() -> bool:
+    """Whether this process has joined other ranks through torch."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
+
+
 def _fail(text: str, code: int) -> None:
     """Print to standard error and leave. A rank that is not the first to fail waits first.
 
@@ -91,7 +98,9 @@ def _fail(text: str, code: int) -> None:
     leaves too.
     """
     first = launched_rank() == 0
-    if torch.distributed.is_initialized():
+    if _is_joined():
+        from torch.distributed.distributed_c10d import _get_default_store
+
         # Rank 0 hosts the store: if it is gone, rank 0 has already explained why.
         first = False
         with suppress(Exception), _muted_standard_error():

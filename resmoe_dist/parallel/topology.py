@@ -1,8 +1,8 @@
 """The grid of ranks: world = dp · ep · tp, rank = (dp_rank · ep + ep_rank) · tp + tp_rank.
 
 Tensor-parallel ranks are neighbours and hold row ranges of the same experts. The ranks of one
-expert-parallel group own different experts of a layer. A *lane* is a tensor-parallel group seen as
-a place where sequences run: lanes carry different sequences, the ranks of a lane the same ones.
+expert-parallel group own different experts of a layer. A *lane* is the ranks that carry one batch
+together, here a tensor-parallel group: lanes carry different sequences.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from resmoe_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Topology:
-    """This rank's place in the grid. The groups are None where there is nobody to talk to."""
+    """This rank's place in the grid. A group of a single rank is None."""
 
     ep: int = 1
     tp: int = 1
@@ -31,7 +31,7 @@ class Topology:
 
     @property
     def lanes(self) -> int:
-        """How many lanes carry sequences of their own."""
+        """Number of lanes."""
         return self.dp * self.ep
 
     @property
@@ -55,9 +55,9 @@ def grid_position(rank: int, ep: int, tp: int) -> tuple[int, int, int]:
 
 
 def owned_experts(num_experts: int, ep_rank: int, ep: int) -> range:
-    """Experts [ep_rank · E/ep, (ep_rank + 1) · E/ep), as DeepSpeed-MoE deals them out.
+    """Experts [ep_rank · E/ep, (ep_rank + 1) · E/ep), as DeepSpeed-MoE assigns them.
 
-    Raises UserError when ep does not divide the number of experts.
+    Raises UserError if ep does not divide the number of experts.
     """
     if num_experts % ep:
         divisors = [str(d) for d in range(1, num_experts + 1) if num_experts % d == 0]
@@ -72,16 +72,16 @@ def owned_experts(num_experts: int, ep_rank: int, ep: int) -> range:
 def build_topology(ep: int, tp: int) -> Topology:
     """Build the grid's process groups through DeepSpeed; collective over the world.
 
-    `deepspeed.init_distributed` must have run. Groups that a model-parallel unit of the caller's
-    (`deepspeed.utils.groups.mpu`) already defines are used as they are.
+    `deepspeed.init_distributed` must have run. Groups of an existing model-parallel unit
+    (`deepspeed.utils.groups.mpu`) are used as they are.
 
-    Raises UserError when the world is no multiple of ep·tp, or DeepSpeed already holds groups of
-    another grid in this process (it caches them by name alone, with and without TP).
+    Raises UserError if the world is not a multiple of ep·tp, or if DeepSpeed already has groups of
+    another grid in this process (it caches them by name, which does not include TP).
     """
     world = dist.get_world_size()
     if world % (ep * tp):
         raise UserError(
-            f"--ep {ep} --tp {tp}: {world} ranks are no multiple of ep·tp = {ep * tp}; start "
+            f"--ep {ep} --tp {tp}: {world} ranks are not a multiple of ep·tp = {ep * tp}; start "
             f"{ep * tp} of them"
         )
     if groups.mpu is None:
@@ -89,7 +89,7 @@ def build_topology(ep: int, tp: int) -> Topology:
         groups.mpu = groups
     rank = dist.get_rank()
     dp_rank, ep_rank, tp_rank = grid_position(rank, ep, tp)
-    # Before DeepSpeed builds on it, which fails in its own way where the two do not fit.
+    # Checked before DeepSpeed builds on it: its own error does not say what is wrong.
     tp_group = bwc.bwc_tensor_model_parallel_group(groups.mpu)
     _check_ranks("tensor", tp_group, [rank - tp_rank + i for i in range(tp)])
     group_name = f"ep_size_{ep}"
@@ -114,6 +114,6 @@ def _check_ranks(kind: str, group: torch.distributed.ProcessGroup, expected: lis
     found = torch.distributed.get_process_group_ranks(group)
     if found != expected:
         raise UserError(
-            f"DeepSpeed already holds a {kind}-parallel group of ranks {found} in this process, "
+            f"DeepSpeed already has a {kind}-parallel group of ranks {found} in this process, "
             f"this grid needs {expected}; load one grid per process, or tear the groups down first"
         )

@@ -80,8 +80,9 @@ class CompressedExperts(nn.Module):
             for k in experts:
                 residuals[k] = file.read_residual(k, start, stop)
                 center_of[k] = -1 if center is None else len(centers) - 1
-                if topology.tp_rank == 0 and entry.output_bias:
-                    biases[k] = file.read_output_bias(k)
+                bias_H = file.read_output_bias(k) if topology.tp_rank == 0 else None
+                if bias_H is not None:
+                    biases[k] = bias_H
         layer = LayerWeights(
             entry.shape,
             tuple(residuals[k] for k in owned),

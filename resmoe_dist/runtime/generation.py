@@ -1,4 +1,7 @@
-"""Text from prompts on a grid: each lane generates its share, all lanes in step."""
+"""Generates text from prompts on a grid: each lane completes its share, all lanes in step.
+
+Legend: B batch, S sequence.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,11 @@ from resmoe_dist.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """max_new_tokens per prompt. temperature None: greedy. seed: of the sampling, per lane."""
+    """How to continue prompts.
+
+    max_new_tokens: per prompt. temperature: None for greedy decoding. top_p: nucleus sampling, with
+    a temperature. seed: of the sampling; each lane derives a different one from it.
+    """
 
     max_new_tokens: int = 64
     temperature: float | None = None
@@ -23,7 +30,10 @@ class GenerationOptions:
 
 @dataclass(frozen=True)
 class LaneOutput:
-    """What one rank generated: prompt number -> completion, tokens of them all, seconds."""
+    """What one rank generated.
+
+    completions: by the prompt's number. new_tokens: of all completions. seconds: of generating.
+    """
 
     completions: dict[int, str]
     new_tokens: int
@@ -31,7 +41,7 @@ class LaneOutput:
 
 
 def lane_share(count: int, topology: Topology) -> range:
-    """The numbers of the prompts that this rank's lane works on; empty for a lane with none."""
+    """The numbers of the prompts that this rank's lane completes; may be empty."""
     return range(topology.lane, count, topology.lanes)
 
 
@@ -43,11 +53,11 @@ def generate_on_lane(
     topology: Topology,
     options: GenerationOptions,
 ) -> LaneOutput:
-    """Complete this lane's prompts; collective over the grid.
+    """Complete this lane's prompts. Collective over the grid.
 
-    Every forward exchanges tokens between lanes, so all must run equally many: transformers'
-    `synced_gpus` keeps finished lanes in step, and a lane without prompts generates from a lone
-    token and discards it.
+    Every forward pass exchanges tokens between lanes, so all lanes must run the same number of
+    passes. transformers' `synced_gpus` keeps finished lanes in step. A lane without prompts
+    generates from a single token and discards the result.
     """
     mine = lane_share(len(prompts), topology)
     texts = [prompts[i] for i in mine]
@@ -59,7 +69,7 @@ def generate_on_lane(
         torch.manual_seed(options.seed * topology.lanes + topology.lane)
         sampling |= {"temperature": options.temperature, "top_p": options.top_p or 1.0}
     if torch.distributed.is_initialized():
-        # The time is of generating, not of waiting for a rank that loads more slowly.
+        # The measured time must not include waiting for ranks that load more slowly.
         torch.distributed.barrier()
     began = time.perf_counter()
     output_BS = model.generate(
@@ -82,7 +92,7 @@ def generate_on_lane(
 def _encode(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """A left-padded batch; a single token where there is nothing to encode."""
+    """A left-padded batch of token ids [B, S]; one single token if there are no texts."""
     if not texts:
         known = (tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
         token = next(token for token in known if token is not None)

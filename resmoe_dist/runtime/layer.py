@@ -93,6 +93,8 @@ class ResMoE(MoE):
     for calls without routing. Inference only.
     """
 
+    deepspeed_moe: _RoutedExperts
+
     def __init__(
         self,
         hidden_size: int,
@@ -115,7 +117,8 @@ class ResMoE(MoE):
             enable_expert_tensor_parallelism=topology.tp > 1,
             **gate_options,
         )
-        self.adapter = adapter
+        # Fused experts are called with the routing as it is.
+        self._routing_of_call = None if adapter is FusedExperts else adapter.routing
         gate = self.deepspeed_moe.gate if own_gate else None
         self.deepspeed_moe = _RoutedExperts(
             gate, experts, num_experts, topology, self.expert_group_name, expert_map
@@ -181,9 +184,11 @@ class ResMoE(MoE):
         Without, as DeepSpeed calls an MoE layer: hidden_states [B, S, H] -> (output of the same
         shape, l_aux, exp_counts [E]), routed by DeepSpeed's gate.
         """
-        if top_k_index is not None:
-            routing = self.adapter.routing(hidden_states, top_k_index, top_k_weights)
-            return self.deepspeed_moe.run(*routing)
+        if top_k_index is not None and top_k_weights is not None:
+            call = (hidden_states, top_k_index, top_k_weights)
+            if self._routing_of_call is not None:
+                call = self._routing_of_call(*call)
+            return self.deepspeed_moe.run(*call)
         if self.deepspeed_moe.gate is None:
             raise ValueError("this layer has no gate; call it with routing")
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])

@@ -29,12 +29,12 @@ def load_model(
 ) -> PreTrainedModel:
     """The transformers model of a folder, its experts compressed and sharded ep x tp.
 
-    path: a compressed checkpoint, or (for comparison, ep = tp = 1 only) a plain model folder.
-    dtype: to compute in; None takes the checkpoint's. topology: an existing grid instead of ep, tp.
+    path: a compressed checkpoint, or a plain model folder (for comparison, only ep = tp = 1).
+    dtype: to compute in; None keeps the checkpoint's. topology: an existing grid instead of ep, tp.
     execution: how compressed experts are run (`execution_for`); None is `auto`.
 
     With ep·tp > 1 `deepspeed.init_distributed` must have run, and all ranks call this together.
-    The model is in eval mode on this rank's device. Raises UserError for a folder that is none,
+    The model is in eval mode on this rank's device. Raises UserError for a folder without a model,
     damaged or incomplete files, or a grid that the experts do not divide over.
     """
     folder = Path(path)
@@ -44,7 +44,7 @@ def load_model(
     if topology is None:
         topology = build_topology(ep, tp) if ep * tp > 1 else SINGLE_PROCESS
     config = load_config(str(folder))
-    # transformers' grouped products refuse experts of odd sizes; its plain loop takes them all.
+    # transformers' grouped products refuse odd expert sizes; its plain loop takes all sizes.
     options = {} if is_compressed(folder) else {"experts_implementation": "eager"}
     try:
         with loading_on(topology, execution):
@@ -69,7 +69,7 @@ def load_model(
 
 
 def _refuse_incomplete(folder: Path, found: dict[str, Any]) -> None:
-    """transformers fills what a checkpoint lacks with random values: here that is an error."""
+    """Raise UserError for missing tensors, which transformers would fill with random values."""
     missing = sorted(found["missing_keys"])
     wrong = sorted(str(entry[0]) for entry in found["mismatched_keys"])
     for names, what in (
@@ -82,9 +82,9 @@ def _refuse_incomplete(folder: Path, found: dict[str, Any]) -> None:
 
 
 def check_grid(folder: Path, ep: int, tp: int) -> None:
-    """Raise UserError unless a model folder can be loaded on an ep x tp grid, by its index alone.
+    """Raise UserError if a model folder cannot be loaded on an ep x tp grid.
 
-    Cheap, so that a launch can be refused before any rank is started.
+    Reads only the index, so that a launch can be refused before ranks are started.
     """
     if ep < 1 or tp < 1:
         raise UserError(f"--ep {ep} --tp {tp}: both must be 1 or more")

@@ -19,10 +19,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
-from resmoe_dist.checkpoints.format import QUANT_METHOD, LayerEntry
+from resmoe_dist.checkpoints.format import LayerEntry
 from resmoe_dist.errors import UserError
 from resmoe_dist.families.sites import ExpertsAdapter, adapter_for, replace_experts
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
+from resmoe_dist.registration import QUANT_METHOD
 from resmoe_dist.runtime.execution import Execution
 from resmoe_dist.runtime.experts import CompressedExperts
 from resmoe_dist.runtime.layer import ResMoE
@@ -52,7 +53,7 @@ class ResMoEQuantizationConfig(QuantizationConfigMixin):
 
     def __init__(self, **values: Any) -> None:
         self.quant_method = values.pop("quant_method", QUANT_METHOD)
-        vars(self).update(values)
+        self.__dict__.update(values)
 
 
 class _Placeholder(nn.Module):

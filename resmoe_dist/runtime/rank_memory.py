@@ -14,8 +14,8 @@ from resmoe_dist.runtime.layer import ResMoE
 class RankMemory:
     """center_bytes, residual_bytes (values, indices, output biases) and other_bytes of one rank.
 
-    groups: those it holds experts of, over all layers. num_experts: of a layer, over all ranks.
-    dense_expert_bytes: what all experts of the model would take dense, in the model's dtype.
+    groups: that the rank has experts of, over all layers. num_experts: of a layer, over all ranks.
+    dense_expert_bytes: of all experts of the model, if they were dense in the model's dtype.
     """
 
     center_bytes: int
@@ -32,7 +32,7 @@ class RankMemory:
 
 
 def rank_memory(model: PreTrainedModel) -> RankMemory:
-    """Measure a model: each storage once, however many tensors view it."""
+    """Measure a model. Tensors that share storage are counted once."""
     layers = [module for module in model.modules() if isinstance(module, ResMoE)]
     tensors = chain(model.parameters(), model.buffers())
     storages = {

@@ -1,4 +1,4 @@
-"""This user's copies of the tiny models, trained on first use."""
+"""The user's cached copies of the tiny models, trained on first use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 def cached_tiny_model(family: str = "mixtral", seed: int = 0) -> Path:
     """The folder of the family's tiny model in the user's cache, trained there on first use.
 
-    Processes may call this at the same time: each trains, the first to finish is kept.
+    Processes may call this at the same time: each trains, and the first to finish is kept.
     """
     directory = cache_root() / f"tiny-{family}-seed{seed}-v{RECIPE_VERSION}"
     if not (directory / "training.json").exists():

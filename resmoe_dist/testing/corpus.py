@@ -1,6 +1,6 @@
 """Python's standard library as bytes, and the tokenizer that reads them.
 
-A byte is its own token id; the special tokens come after the 256 bytes.
+The token id of a byte is its value. The special tokens come after the 256 bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from resmoe_dist.errors import UserError
 BOS_ID, EOS_ID, PAD_ID = 256, 257, 258
 VOCABULARY_SIZE = 259
 
-# Left out of the corpus: tests, tables of numbers, and packages that are not everywhere.
+# Not in the corpus: tests, tables of numbers, and packages that some systems lack.
 _SKIPPED_FOLDERS = frozenset(
     [
         "__pycache__",
@@ -37,13 +37,13 @@ _SKIPPED_FOLDERS = frozenset(
         "ensurepip",
     ]
 )
-_HELD_OUT_EVERY = 20  # one file in so many is held out
+_HELD_OUT_EVERY = 20  # one file in this many is held out
 
 
 def read_corpus() -> tuple[Tensor, Tensor]:
     """The standard library's source as token ids: (training files, held-out files), each [tokens].
 
-    A file's bytes are followed by EOS_ID. Raises UserError where Python has no .py source.
+    A file's bytes are followed by EOS_ID. Raises UserError if this Python has no .py sources.
     """
     root = Path(sysconfig.get_path("stdlib"))
     files = [
@@ -66,7 +66,7 @@ def read_corpus() -> tuple[Tensor, Tensor]:
 
 
 def byte_tokenizer(padding_side: str) -> PreTrainedTokenizerFast:
-    """A tokenizer whose ids are the bytes of the text's UTF-8, after one BOS_ID."""
+    """A tokenizer whose ids are BOS_ID and the bytes of the text's UTF-8."""
     vocabulary = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -82,6 +82,6 @@ def byte_tokenizer(padding_side: str) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         padding_side=padding_side,
         clean_up_tokenization_spaces=False,
-        split_special_tokens=True,  # "</s>" in a text is four characters of it
+        split_special_tokens=True,  # "</s>" in a text is four characters, not a special token
         model_input_names=["input_ids", "attention_mask"],
     )

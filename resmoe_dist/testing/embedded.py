@@ -1,4 +1,4 @@
-"""The embedded model, compressed: what `launch/infer.py` serves when it is given no model."""
+"""The embedded model, compressed: `launch/infer.py` serves it if --model is left out."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ DEMO_PROMPTS = [
 def embedded_checkpoint(groups: int) -> Path:
     """The embedded Mixtral, compressed at keep 0.25 with `groups` groups, in the user's cache.
 
-    Made on first use. Raises UserError when its experts do not divide into that many groups.
+    Trained and compressed on first use. Raises UserError if its experts do not divide into that
+    many groups.
     """
-    # Compression needs POT and SciPy's optimisers, which serving a given model does not.
+    # Imported here: serving a model from --model needs neither POT nor SciPy's optimisers.
     from resmoe_dist.jobs.pipeline import Compression
 
     source_folder = cached_tiny_model()
@@ -46,11 +47,11 @@ def embedded_checkpoint(groups: int) -> Path:
             residual_codec=CodecSpec(name="pruned", options={"keep": 0.25}),
             layers=list(range(len(source.sites))),
         )
-        # Another process may be at it too: each works in a folder of its own, the first to finish
-        # gives it the name.
-        own = folder.with_name(f"{folder.name}.{os.getpid()}")
-        Compression(source, own, settings).run()
+        # Processes may do this at the same time: each writes a separate folder, and the first to
+        # finish renames it.
+        written = folder.with_name(f"{folder.name}.{os.getpid()}")
+        Compression(source, written, settings).run()
         with suppress(OSError):
-            own.rename(folder)
-        shutil.rmtree(own, ignore_errors=True)
+            written.rename(folder)
+        shutil.rmtree(written, ignore_errors=True)
     return folder

@@ -1,7 +1,7 @@
-"""What each family's tiny model looks like, and how long and how fast it is trained.
+"""Architecture and training schedule of each family's tiny model.
 
-The dense model that is upcycled is the family's own architecture with a single expert, so one way
-of training serves all.
+The dense model that is upcycled has the family's architecture with a single expert, so all families
+are trained the same way.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from transformers import (
 
 from resmoe_dist.testing.corpus import BOS_ID, EOS_ID, PAD_ID, VOCABULARY_SIZE
 
-# Part of the cache key: raise it whenever a change alters the trained model.
+# Part of the cache key: increase it when a change alters the trained model.
 RECIPE_VERSION = 4
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One family's architecture and how long and how fast it is trained."""
+    """One family's architecture and training schedule."""
 
     config: dict[str, Any]  # of the MoE model, as the family's config class names its fields
     one_expert: dict[str, Any]  # what to change in `config` for the dense model
@@ -130,13 +130,13 @@ RECIPES = {
         muon_lr=0.0025,  # T5's attention does not scale its scores, so its queries start tiny
     ),
 }
-_MODEL_TYPES = {"switch": "switch_transformers"}  # where transformers' name is not the family's
+_MODEL_TYPES = {"switch": "switch_transformers"}  # if transformers' name differs from the family's
 
 FAMILIES = ("mixtral", "deepseek_v3", "qwen3_moe", "switch")
 
 
 def build_model(family: str, config: dict[str, Any]) -> PreTrainedModel:
     """A freshly initialised float32 model of the family."""
-    config = AutoConfig.for_model(_MODEL_TYPES.get(family, family), **config)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return auto.from_config(config, dtype=torch.float32)
+    made = AutoConfig.for_model(_MODEL_TYPES.get(family, family), **config)
+    auto = AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM
+    return auto.from_config(made, dtype=torch.float32)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,10 +32,10 @@ HELD_OUT_FILE = "held-out.json"
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What training cost and what it reached. `held_out_nll` and `unigram_nll` are in nats/byte.
+    """Cost and result of training. `held_out_nll` and `unigram_nll` are in nats per byte.
 
-    Both are measured on whole files that training never saw; `unigram_nll` is that of the best
-    model without context, the byte frequencies of the training files.
+    Both are measured on whole files that are not in the training data. `unigram_nll` is the loss of
+    the best model without context: the byte frequencies of the training files.
     """
 
     family: str
@@ -59,11 +60,10 @@ def train_tiny_model(
 ) -> TrainingReport:
     """Train a tiny MoE model and write it to `directory` as a Hugging Face model folder.
 
-    Beside the usual files there are `training.json`, the report, and `held-out.json`, the token ids
-    that its held-out loss was measured on. The folder appears whole or not at all: it is written
-    under a temporary name next to its own and renamed. `dense_steps` and `moe_steps` default to the
-    family's recipe. The same seed gives the same model on the same machine; the caller's random
-    state is left as it was.
+    The folder also gets `training.json`, the report, and `held-out.json`, the token ids that the
+    held-out loss was measured on. It is written under a temporary name and renamed at the end.
+    `dense_steps` and `moe_steps` default to the family's recipe. The same seed gives the same model
+    on the same machine. The caller's random state is not changed.
 
     Raises UserError if the family is unknown, if `directory` exists and is not empty, or if
     this Python came without the source of its standard library.
@@ -79,7 +79,7 @@ def train_tiny_model(
     moe_steps = recipe.moe_steps if moe_steps is None else moe_steps
     started = time.perf_counter()
     train_tokens, held_out_tokens = read_corpus()
-    quiet = None if progress else True  # tqdm's None: quiet unless stderr is a terminal
+    quiet = None if progress else True  # None: tqdm shows a bar only on a terminal
     with (
         _whole_or_nothing(directory) as partial,
         torch.random.fork_rng(devices=[]),
@@ -116,7 +116,7 @@ def train_tiny_model(
 
 @contextmanager
 def _whole_or_nothing(directory: Path) -> Iterator[Path]:
-    """A folder to write to that becomes `directory` at the end, or vanishes on an error."""
+    """A folder to write to: renamed to `directory` at the end, removed on an error."""
     partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         partial.mkdir(parents=True)
@@ -125,7 +125,7 @@ def _whole_or_nothing(directory: Path) -> Iterator[Path]:
     try:
         yield partial
         try:
-            partial.rename(directory)  # over an empty folder at most
+            partial.rename(directory)  # replaces an empty folder only
         except OSError as error:
             raise UserError(f"{directory} was filled meanwhile: choose another one") from error
     finally:
@@ -181,16 +181,16 @@ def _model_inputs(recipe: Recipe, corpus: Tensor, starts: Tensor, context_length
     return dict(input_ids=tokens, labels=tokens, use_cache=False)
 
 
-# Tables looked up by row, and routers, are no maps between hidden spaces: no matter for Muon.
+# Embeddings and routers are not hidden-to-hidden maps, so AdamW trains them, not Muon.
 _TABLES = re.compile(
     r"(embed_tokens|shared|lm_head|relative_attention_bias|gate|classifier)\.weight$"
 )
 
 
 def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices between hidden spaces, AdamW for all else; stacks of experts included.
+    """Muon for hidden-to-hidden matrices, AdamW for everything else, including experts.
 
-    Muon takes matrices only, and experts are stacked; AdamW also leaves them closer together.
+    Muon takes matrices only, and experts are stacked. AdamW also keeps them closer together.
     """
     matrices, experts, others = [], [], []
     for name, parameter in model.named_parameters():
@@ -200,7 +200,10 @@ def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Opti
             matrices.append(parameter)
         else:
             others.append(parameter)
-    adamw = [{"params": experts, "lr": recipe.expert_lr}, {"params": others}]
+    adamw: list[dict[str, Any]] = [
+        {"params": experts, "lr": recipe.expert_lr},
+        {"params": others},
+    ]
     return [
         torch.optim.Muon(
             matrices, lr=recipe.muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
@@ -210,7 +213,7 @@ def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Opti
 
 
 def _held_out_starts(recipe: Recipe, corpus: Tensor, crops: int = 64) -> Tensor:
-    """Where evenly spaced crops of `corpus` start."""
+    """Start positions of evenly spaced crops of `corpus`."""
     return torch.linspace(0, len(corpus) - recipe.crop_length, crops).long()
 
 

@@ -1,24 +1,25 @@
-"""From a dense model to an MoE model, and keeping all its experts in use."""
+"""Turns a dense model into an MoE model, and keeps all its experts in use."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 
 @torch.no_grad()
 def upcycle(dense: PreTrainedModel, moe: PreTrainedModel) -> PreTrainedModel:
-    """Copy `dense` into `moe`, its first expert into every expert; the routers begin afresh."""
+    """Copy `dense` into `moe`, its one expert into every expert; routers are initialised anew."""
     source = dense.state_dict()
     for name, target in moe.state_dict().items():
         if name.endswith("gate.e_score_correction_bias"):
             continue
         if name.endswith(("gate.weight", "classifier.weight")):
-            target.normal_(std=0.02)  # small, so that every expert gets its share of tokens
+            target.normal_(std=0.02)  # small, so that tokens spread over all experts
             continue
         value = source[re.sub(r"experts\.expert_\d+", "experts.expert_0", name)]
         fused = name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
@@ -27,7 +28,7 @@ def upcycle(dense: PreTrainedModel, moe: PreTrainedModel) -> PreTrainedModel:
 
 
 def choose_first_expert(dense: PreTrainedModel) -> None:
-    """Let routers with a selection bias (DeepSeek's) choose no expert but the first."""
+    """Make routers with a selection bias (DeepSeek's) choose only the first expert."""
     for module in dense.modules():
         if hasattr(module, "e_score_correction_bias"):
             module.e_score_correction_bias[1:] = float("-inf")
@@ -36,7 +37,7 @@ def choose_first_expert(dense: PreTrainedModel) -> None:
 def balance_by_bias(moe: PreTrainedModel, rate: float = 0.005) -> None:
     """Balance routers with a selection bias during training (arXiv:2408.15664, algorithm 1)."""
 
-    def nudge(router: nn.Module, _inputs: tuple, outputs: tuple) -> None:
+    def nudge(router: Any, _inputs: tuple, outputs: tuple) -> None:
         if router.training:
             load = torch.bincount(outputs[2].flatten(), minlength=router.num_experts).float()
             router.e_score_correction_bias += rate * torch.sign(load.mean() - load)
@@ -49,7 +50,7 @@ def balance_by_bias(moe: PreTrainedModel, rate: float = 0.005) -> None:
 def imbalance(outputs: ModelOutput, top_k: int) -> Tensor:
     """The load-balancing loss of Switch (arXiv:2101.03961, eq. 4), a mean over layers; least 1.
 
-    Transformers' own pools the layers first, so a layer may starve experts that others feed.
+    transformers pools the layers first, so a layer may ignore experts that other layers use.
     """
     if "router_logits" in outputs:
         layers = outputs.router_logits

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from resmoe_dist.checkpoints import restore
+from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.checkpoints.restore import restore_checkpoint
 from resmoe_dist.errors import UserError
 from tests.checkpoints.damage import (
@@ -59,13 +60,6 @@ def _expert_functions(model):
 
 
 @pytest.fixture(scope="module")
-def compressed(family_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("compressed") / "c"
-    compress(family_folder("mixtral"), folder, groups=2)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def restored(family_folder, tmp_path_factory):
     """restored(name, fused): the folder of a family's model after compress with keep = 1."""
     made = {}
@@ -82,18 +76,18 @@ def restored(family_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("name", "fused"), LAYOUTS)
-def test_names_dtypes_and_shapes_are_the_sources(family_folder, restored, name, fused):
+def test_names_dtypes_and_shapes_equal_the_sources(family_folder, restored, name, fused):
     assert _outlines(restored(name, fused)) == _outlines(family_folder(name, fused))
 
 
 @pytest.mark.parametrize(("name", "fused"), LAYOUTS)
-def test_config_is_the_sources(family_folder, restored, name, fused):
+def test_config_equals_the_sources(family_folder, restored, name, fused):
     config = json.loads((family_folder(name, fused) / "config.json").read_text())
     assert json.loads((restored(name, fused) / "config.json").read_text()) == config
 
 
 @pytest.mark.parametrize(("name", "fused"), LAYOUTS)
-def test_shard_index_says_where_each_tensor_lies(restored, name, fused):
+def test_shard_index_names_the_file_of_each_tensor(restored, name, fused):
     folder = restored(name, fused)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
 
@@ -125,7 +119,7 @@ def test_sharded_model_comes_back_whole(family_folder, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "fused"), LAYOUTS)
-def test_every_tensor_that_is_no_experts_is_the_sources(family_folder, restored, name, fused):
+def test_tensors_that_are_not_experts_equal_the_sources(family_folder, restored, name, fused):
     found, source = _tensors(restored(name, fused)), _tensors(family_folder(name, fused))
     others = {n: tensor for n, tensor in source.items() if ".experts." not in n}
     assert others
@@ -168,7 +162,7 @@ def test_keeping_everything_restores_each_expert_up_to_the_order_of_its_rows(
             moved += not torch.allclose(mine, want, atol=1e-6)
             in_order = (matrix[matrix[:, 0].argsort()] for matrix in (mine, want))
             torch.testing.assert_close(*in_order, rtol=1e-6, atol=1e-6)
-    assert moved  # or order would have been no question
+    assert moved  # otherwise the test would not depend on the order
 
 
 @pytest.mark.parametrize(("name", "fused"), LAYOUTS)
@@ -185,16 +179,67 @@ def test_experts_are_written_by_number_whatever_their_groups(family_folder, tmp_
         torch.testing.assert_close(after[tensor_name], tensor, rtol=1e-6, atol=1e-6)
 
 
-def test_experts_can_be_written_in_another_dtype(compressed, tmp_path):
-    restore_checkpoint(compressed, tmp_path / "d", torch.bfloat16)
+@pytest.mark.parametrize(("name", "fused"), LAYOUTS)
+def test_merged_experts_are_each_written_from_the_stored_one(family_folder, tmp_path, name, fused):
+    compress(family_folder(name, fused), tmp_path / "c", align="none", keep=1.0)
+    expert_map = [0, 1, 1, 0]
+    merged = regroup(
+        tmp_path / "c", tmp_path / "r", [[0], [1]], codec="empty", expert_map=expert_map
+    )
+
+    assert CompressedCheckpoint(merged).faults() == []
+    restore_checkpoint(merged, tmp_path / "d")
+
+    assert _outlines(tmp_path / "d") == _outlines(family_folder(name, fused))
+    x_TH = torch.randn(5, 20)
+    with torch.no_grad():
+        found = [expert(x_TH) for expert in _expert_functions(dense_model(tmp_path / "d"))]
+    for layer in range(0, len(found), 4):
+        outputs = found[layer : layer + 4]
+        for k, stored in enumerate(expert_map):
+            twin = expert_map.index(stored)
+            assert torch.equal(outputs[k], outputs[twin])
+        assert not torch.allclose(outputs[0], outputs[1])
+
+
+def test_merged_expert_is_the_mean_that_was_stored(family_folder, tmp_path):
+    source = family_folder("mixtral")
+    compress(source, tmp_path / "c", align="none", keep=1.0)
+    regroup(tmp_path / "c", tmp_path / "r", [[0, 1], [2]], expert_map=[2, 0, 1, 2])
+
+    restore_checkpoint(tmp_path / "r", tmp_path / "d")
+
+    before, after = _tensors(source), _tensors(tmp_path / "d")
+    block = "model.layers.1.block_sparse_moe.experts"
+    for name in ("w1.weight", "w2.weight", "w3.weight"):
+        mean = (before[f"{block}.0.{name}"] + before[f"{block}.3.{name}"]) / 2
+        for expert in (0, 3):
+            torch.testing.assert_close(after[f"{block}.{expert}.{name}"], mean, atol=1e-5, rtol=0)
+        for expert in (1, 2):
+            expected = before[f"{block}.{expert}.{name}"]
+            found = after[f"{block}.{expert}.{name}"]
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_dropped_expert_cannot_be_restored(pristine, tmp_path):
+    regroup(pristine, tmp_path / "r", [[0, 1]], codec="empty", expert_map=[0, -1, 1, 1])
+
+    assert CompressedCheckpoint(tmp_path / "r").faults() == []
+    with mistake("model.layers.0.mlp.experts: expert 1 was dropped .* no dense model"):
+        restore_checkpoint(tmp_path / "r", tmp_path / "d")
+    assert names_in(tmp_path) == {"r"}
+
+
+def test_experts_can_be_written_in_another_dtype(pristine, tmp_path):
+    restore_checkpoint(pristine, tmp_path / "d", torch.bfloat16)
 
     dtypes = {n: tensor.dtype for n, tensor in _tensors(tmp_path / "d").items()}
     assert {d for n, d in dtypes.items() if ".experts." in n} == {torch.bfloat16}
     assert dense_model(tmp_path / "d").dtype == torch.bfloat16
 
 
-def test_companion_files_come_along(compressed, tmp_path):
-    folder = copy_of(compressed, tmp_path / "c")
+def test_companion_files_come_along(pristine, tmp_path):
+    folder = copy_of(pristine, tmp_path / "c")
     edit_text(folder / "tokenizer.json", '{"a": 1}')
 
     restore_checkpoint(folder, tmp_path / "d")
@@ -205,22 +250,22 @@ def test_companion_files_come_along(compressed, tmp_path):
 
 
 @pytest.mark.parametrize("taken", ["d", "d.partial"])
-def test_output_that_exists_is_left_alone(compressed, tmp_path, taken):
+def test_output_that_exists_is_left_alone(pristine, tmp_path, taken):
     (tmp_path / taken).mkdir()
     (tmp_path / taken / "precious").touch()
     with mistake(f"{tmp_path / taken}: exists already"):
-        restore_checkpoint(compressed, tmp_path / "d")
+        restore_checkpoint(pristine, tmp_path / "d")
     assert names_in(tmp_path) == {taken}
     assert names_in(tmp_path / taken) == {"precious"}
 
 
-def test_output_below_a_file(compressed, tmp_path):
+def test_output_below_a_file_is_refused(pristine, tmp_path):
     (tmp_path / "file").touch()
     with mistake(f"{tmp_path}/file/d.partial: cannot be made"):
-        restore_checkpoint(compressed, tmp_path / "file" / "d")
+        restore_checkpoint(pristine, tmp_path / "file" / "d")
 
 
-def test_folder_that_is_not_compressed(family_folder, tmp_path):
+def test_folder_that_is_not_compressed_is_refused(family_folder, tmp_path):
     with mistake("no resmoe.json here; give a folder made by resmoe-dist compress"):
         restore_checkpoint(family_folder("mixtral"), tmp_path / "d")
     assert names_in(tmp_path) == set()
@@ -251,19 +296,19 @@ def _break_config(folder):
         (_break_config, "config.json"),
     ],
 )
-def test_damaged_file_is_named_and_nothing_is_left(compressed, tmp_path, harm, named):
-    harm(copy_of(compressed, tmp_path / "c"))
+def test_damaged_file_is_named_and_nothing_is_left(pristine, tmp_path, harm, named):
+    harm(copy_of(pristine, tmp_path / "c"))
     with mistake(f"{tmp_path}/c/{named}: "):
         restore_checkpoint(tmp_path / "c", tmp_path / "d")
     assert names_in(tmp_path) == {"c"}
 
 
 @pytest.mark.parametrize("problem", [KeyboardInterrupt, UserError("no"), RuntimeError])
-def test_nothing_is_left_of_a_restore_that_is_cut_short(compressed, tmp_path, monkeypatch, problem):
+def test_nothing_is_left_of_a_restore_that_is_cut_short(pristine, tmp_path, monkeypatch, problem):
     def fail(*args, **kwargs):
         raise problem
 
     monkeypatch.setattr(restore, "write_json", fail)
     with pytest.raises(problem if isinstance(problem, type) else UserError):
-        restore_checkpoint(compressed, tmp_path / "d")
+        restore_checkpoint(pristine, tmp_path / "d")
     assert names_in(tmp_path) == set()

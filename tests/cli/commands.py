@@ -1,4 +1,4 @@
-"""Running the installed command, and what its outcomes have in common."""
+"""Running the installed command, and checking outcomes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GROUP = "resmoe-00001-of-00002-group-000.safetensors"
 
 
 class Outcome(NamedTuple):
-    """What a command left behind."""
+    """Exit code, standard output and standard error of a command."""
 
     code: int
     out: str

@@ -26,17 +26,17 @@ def test_inspect_writes_json_that_adds_up(run, compressed, tmp_path):
     assert found["other_bytes"] + experts == found["total_bytes"] == sum(files.values())
 
 
-def test_inspect_of_what_is_not_compressed(run, family_folder):
+def test_inspect_refuses_a_dense_model(run, family_folder):
     assert_mistake(run("inspect", family_folder("mixtral")), "no resmoe.json here")
 
 
-def test_inspect_of_a_damaged_folder(run, compressed, tmp_path):
+def test_inspect_names_a_missing_file(run, compressed, tmp_path):
     folder = copy_of(compressed, tmp_path / "c")
     (folder / GROUP).unlink()
     assert_mistake(run("inspect", folder), f"{folder / GROUP}: this file is missing")
 
 
-def test_inspect_json_where_nothing_can_be_written(run, compressed, tmp_path):
+def test_inspect_names_a_json_file_that_cannot_be_written(run, compressed, tmp_path):
     code, _, err = run("inspect", compressed, "--json", tmp_path / "none" / "i.json")
     assert code == 2
     assert err == f"error: {tmp_path}/none/i.json: cannot be written (No such file or directory)\n"
@@ -54,13 +54,13 @@ def test_verify_names_every_bad_file_and_exits_1(run, compressed, tmp_path):
     assert [line.split(":")[0] for line in out.splitlines()] == [GROUP, second]
 
 
-def test_verify_of_a_newer_format(run, compressed, tmp_path):
+def test_verify_refuses_a_newer_format(run, compressed, tmp_path):
     folder = copy_of(compressed, tmp_path / "c")
     edit_text(folder / "resmoe.json", '{"format_version": 99}')
     assert_mistake(run("verify", folder), "upgrade resmoe-dist")
 
 
-def test_restore_to_a_folder_that_exists(run, compressed, tmp_path):
+def test_restore_refuses_an_existing_folder(run, compressed, tmp_path):
     assert_mistake(run("restore", compressed, tmp_path), f"{tmp_path}: exists already")
     assert names_in(tmp_path) == set()
 

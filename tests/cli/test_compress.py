@@ -27,7 +27,7 @@ def test_compress_verify_and_restore_as_a_user_starts_them(family_folder, tmp_pa
 
 
 @pytest.mark.slow
-def test_mistake_as_a_user_meets_it(family_folder, tmp_path):
+def test_a_mistake_in_the_installed_command_is_one_line(family_folder, tmp_path):
     source = copy_of(family_folder("mixtral"), tmp_path / "source")
     edit_tensors(source / "model.safetensors", lambda t: t[EXPERT][0, 0].fill_(math.nan))
 
@@ -82,7 +82,7 @@ def test_options_become_settings(family_folder, run, tmp_path, arguments, expect
 
 
 @pytest.mark.slow
-def test_compress_weighs_errors_by_what_a_text_activates(embedded_source, run, tmp_path):
+def test_calibration_weights_errors_by_activations(embedded_source, run, tmp_path):
     text = tmp_path / "text.py"
     text.write_text("def compress(source, output):\n    return source.read()\n" * 20)
 
@@ -120,29 +120,29 @@ def test_compress_weighs_errors_by_what_a_text_activates(embedded_source, run, t
         (("--ep", 2, "--center", "mean", "--align", "loo"), "drop --align loo"),
     ],
 )
-def test_compress_options_that_cannot_be(family_folder, run, tmp_path, arguments, text):
+def test_invalid_options_are_refused(family_folder, run, tmp_path, arguments, text):
     outcome = run("compress", family_folder("mixtral"), tmp_path / "c", *arguments)
     assert_mistake(outcome, text)
     assert names_in(tmp_path) == set()
 
 
-def test_compress_from_nowhere(run, tmp_path):
+def test_a_missing_source_is_refused(run, tmp_path):
     outcome = run("compress", tmp_path / "none", tmp_path / "c", "--ep", 2)
     assert_mistake(outcome, f"{tmp_path}/none: no such folder")
     assert names_in(tmp_path) == set()
 
 
-def test_compress_to_a_folder_that_exists(family_folder, run, compressed):
+def test_an_existing_output_folder_is_refused(family_folder, run, compressed):
     outcome = run("compress", family_folder("mixtral"), compressed, "--ep", 2)
     assert_mistake(outcome, f"{compressed}: exists already")
 
 
-def test_compress_what_is_compressed(run, compressed, tmp_path):
+def test_a_compressed_source_is_refused(run, compressed, tmp_path):
     outcome = run("compress", compressed, tmp_path / "c", "--ep", 2)
     assert_mistake(outcome, f"{compressed}: compressed already")
 
 
-def test_compress_resume(family_folder, run, tmp_path):
+def test_resume_needs_the_same_options(family_folder, run, tmp_path):
     source = family_folder("mixtral")
     (tmp_path / "c.partial").mkdir()
     assert_mistake(

@@ -35,7 +35,9 @@ def test_evaluate_prints_and_writes_the_same(run, compressed, tmp_path):
         ("--text", "some text", "no tokenizer could be loaded"),
     ],
 )
-def test_evaluate_of_what_cannot_be_scored(run, compressed, tmp_path, option, content, text):
+def test_evaluate_refuses_unusable_text_and_tokens(
+    run, compressed, tmp_path, option, content, text
+):
     if content is not None:
         edit_text(tmp_path / "input", content)
     assert_mistake(run("evaluate", compressed, option, tmp_path / "input"), text)
@@ -49,12 +51,12 @@ def test_evaluate_reads_its_input_before_it_loads_the_model(run, compressed, tmp
     assert_mistake(outcome, "not a readable JSON file")
 
 
-def test_evaluate_context_of_one(run, compressed, tmp_path):
+def test_evaluate_refuses_a_context_of_one_token(run, compressed, tmp_path):
     outcome = run("evaluate", compressed, "--text", tmp_path / "text", "--context", 1)
     assert_mistake(outcome, "--context 1: must be 2 or more")
 
 
-def test_evaluate_of_nothing(run, tmp_path):
+def test_evaluate_refuses_a_missing_model(run, tmp_path):
     edit_text(tmp_path / "ids.json", "[[3, 4]]")
     outcome = run("evaluate", tmp_path / "none", "--token-ids", tmp_path / "ids.json")
     assert_mistake(outcome, f"{tmp_path}/none: no such folder")

@@ -8,10 +8,12 @@ Legend: I rows, R rows held here, D columns.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from resmoe_dist.codecs import CodecConfig, EncodedMatrix, StoredTensor, register_codec
+from resmoe_dist.codecs import EncodedMatrix, StoredTensor, register_codec
 
 _LARGEST = 127
 
@@ -31,11 +33,7 @@ class RoundedMatrix(EncodedMatrix):
 
     @classmethod
     def encode(
-        cls,
-        matrix_ID: Tensor,
-        config: CodecConfig,
-        dtype: torch.dtype,
-        mask_ID: Tensor | None = None,
+        cls, matrix_ID: Tensor, config: Any, dtype: torch.dtype, mask_ID: Tensor | None = None
     ) -> RoundedMatrix:
         scale_I = matrix_ID.abs().amax(1) / _LARGEST
         steps_ID = matrix_ID / scale_I.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
@@ -48,7 +46,7 @@ class RoundedMatrix(EncodedMatrix):
         return {"values": (rows, columns), "scales": (rows,)}
 
     @classmethod
-    def stored_bytes(cls, rows: int, columns: int, config: CodecConfig, itemsize: int) -> int:
+    def stored_bytes(cls, rows: int, columns: int, config: Any, itemsize: int) -> int:
         return rows * columns + 4 * rows
 
     def decode(self) -> Tensor:

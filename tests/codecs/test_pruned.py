@@ -8,10 +8,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resmoe_dist.codecs import PrunedResidual
-from resmoe_dist.codecs.pruned import _row_offsets, largest_entries
+from resmoe_dist.codecs import PrunedConfig, PrunedMatrix
+from resmoe_dist.codecs.pruned import largest_entries, row_offsets_of
 
 EIGHTHS = st.integers(0, 8).map(lambda n: n / 8)  # exact in binary: ⌊keep·I·D⌋ has no rounding
+
+
+def _encode(
+    matrix: torch.Tensor,
+    keep: float,
+    dtype: torch.dtype = torch.float32,
+    mask: torch.Tensor | None = None,
+) -> PrunedMatrix:
+    return PrunedMatrix.encode(matrix, PrunedConfig(keep=keep), dtype, mask)
 
 
 @st.composite
@@ -34,23 +43,23 @@ def _naive_top_k(residual: torch.Tensor, keep: float) -> torch.Tensor:
 @given(residual=residuals(), keep=EIGHTHS)
 @settings(deadline=None)
 def test_decoding_gives_the_entries_of_largest_magnitude_and_zeros(residual, keep):
-    encoded = PrunedResidual.encode(residual, keep=keep, dtype=torch.float32)
+    encoded = _encode(residual, keep)
 
     assert torch.equal(encoded.decode(), _naive_top_k(residual, keep))
 
 
 @given(residual=residuals(), keep=EIGHTHS)
 @settings(deadline=None)
-def test_exactly_the_share_is_kept_of_equal_magnitudes_too(residual, keep):
+def test_share_is_exact_for_equal_magnitudes(residual, keep):
     equal = residual.sign()
 
-    encoded = PrunedResidual.encode(equal, keep=keep, dtype=torch.float32)
+    encoded = _encode(equal, keep)
 
     assert encoded.values.numel() == int(encoded.decode().count_nonzero())
     assert encoded.values.numel() == residual.numel() * round(8 * keep) // 8
 
 
-def test_of_equal_magnitudes_none_is_kept_before_a_larger_one():
+def test_larger_entries_are_kept_before_equal_ones():
     residual = torch.randint(-3, 4, (9, 11)).float()
 
     for kept_share in (0.1, 0.4, 0.7):
@@ -60,17 +69,17 @@ def test_of_equal_magnitudes_none_is_kept_before_a_larger_one():
 
 @given(residual=residuals(), seed=st.integers(0, 2**32 - 1), share=st.sampled_from([0, 0.3, 1]))
 @settings(deadline=None)
-def test_a_mask_that_is_given_decides_alone(residual, seed, share):
+def test_given_mask_replaces_the_budget(residual, seed, share):
     mask = torch.from_numpy(np.random.default_rng(seed).random(residual.shape) < share)
 
-    encoded = PrunedResidual.encode(residual, keep=0.5, dtype=torch.float32, mask_ID=mask)
+    encoded = _encode(residual, 0.5, mask=mask)
 
     expected = np.where(mask.numpy(), residual.numpy(), 0)
     np.testing.assert_array_equal(encoded.decode().numpy(), expected)
 
 
 def test_nothing_kept_stores_no_values():
-    encoded = PrunedResidual.encode(torch.randn(5, 11), keep=0.0, dtype=torch.float32)
+    encoded = _encode(torch.randn(5, 11), 0.0)
 
     assert encoded.values.numel() == 0
     assert torch.equal(encoded.decode(), torch.zeros(5, 11))
@@ -79,7 +88,7 @@ def test_nothing_kept_stores_no_values():
 def test_everything_kept_is_the_residual_itself():
     residual = torch.randn(5, 11)
 
-    encoded = PrunedResidual.encode(residual, keep=1.0, dtype=torch.float32)
+    encoded = _encode(residual, 1.0)
 
     assert torch.equal(encoded.decode(), residual)
 
@@ -88,36 +97,36 @@ def test_rows_with_no_kept_entry_decode_to_zeros_between_others():
     residual = torch.zeros(6, 9)
     residual[1, 8], residual[4, 0] = 3.0, -2.0  # rows 0, 2, 3 and 5 are empty
 
-    encoded = PrunedResidual.encode(residual, keep=2 / 54, dtype=torch.float32)
+    encoded = _encode(residual, 2 / 54)
 
     assert torch.equal(encoded.decode(), residual)
     assert encoded.row_offsets.tolist() == [0, 0, 1, 1, 1, 2, 2]
 
 
-def test_values_are_stored_in_the_dtype_asked_for_and_rounded_to_it():
+def test_values_are_rounded_to_the_stored_dtype():
     residual = torch.randn(7, 13)
 
-    encoded = PrunedResidual.encode(residual, keep=1.0, dtype=torch.bfloat16)
+    encoded = _encode(residual, 1.0, torch.bfloat16)
 
     assert encoded.values.dtype == encoded.decode().dtype == torch.bfloat16
     assert torch.equal(encoded.decode(), residual.bfloat16())
 
 
-def test_the_choice_is_made_before_values_are_rounded():
+def test_entries_are_chosen_before_rounding():
     residual = torch.tensor([[1.0, 1.0001, 1.0002, -1.0003]])  # all 1 in bfloat16
 
-    encoded = PrunedResidual.encode(residual, keep=0.5, dtype=torch.bfloat16)
+    encoded = _encode(residual, 0.5, torch.bfloat16)
 
     assert encoded.decode().tolist() == [[0, 0, 1, -1]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "columns", "kept"), [(7, 13, 22), (1, 1, 0), (3, 8, 6)])
-def test_bytes_are_those_of_bitmap_values_and_offsets(rows, columns, kept, dtype):
+def test_bytes_are_the_sum_of_bitmap_values_and_offsets(rows, columns, kept, dtype):
     residual = torch.randn(rows, columns)
     share = (kept + 0.5) / residual.numel()
 
-    encoded = PrunedResidual.encode(residual, keep=share, dtype=dtype)
+    encoded = _encode(residual, share, dtype)
 
     bitmap_bytes = rows * ((columns + 7) // 8)
     value_bytes = kept * (4 if dtype is torch.float32 else 2)
@@ -130,19 +139,19 @@ def _reader(tensors: dict[str, torch.Tensor]):
 
 
 def _stored(keep: float = 0.4) -> dict[str, torch.Tensor]:
-    encoded = PrunedResidual.encode(torch.randn(6, 13), keep=keep, dtype=torch.float32)
+    encoded = _encode(torch.randn(6, 13), keep)
     return {name: tensor.clone() for name, tensor in encoded.tensors().items()}
 
 
-def test_any_flipped_bit_of_the_bitmap_is_noticed_by_the_reader_of_its_row():
+def test_reader_notices_any_flipped_bit_of_its_rows():
     tensors = _stored()
     for row, byte in np.ndindex(*tensors["bitmap"].shape):
         for bit in range(8):
             tensors["bitmap"][row, byte] ^= 1 << bit
             with pytest.raises(ValueError, match="bitmap"):
-                PrunedResidual.read(_reader(tensors), 13, row, row + 1)
+                PrunedMatrix.read(_reader(tensors), 13, row, row + 1, torch.float32)
             tensors["bitmap"][row, byte] ^= 1 << bit
-    PrunedResidual.read(_reader(tensors), 13, 0, 6)
+    PrunedMatrix.read(_reader(tensors), 13, 0, 6, torch.float32)
 
 
 def test_a_bit_moved_past_the_last_column_is_noticed():
@@ -151,7 +160,7 @@ def test_a_bit_moved_past_the_last_column_is_noticed():
     tensors["bitmap"][2, 1] = 0b10001111  # as many bits as before
 
     with pytest.raises(ValueError, match="past column 13"):
-        PrunedResidual.read(_reader(tensors), 13, 0, 6)
+        PrunedMatrix.read(_reader(tensors), 13, 0, 6, torch.float32)
 
 
 @pytest.mark.parametrize("row", range(7))
@@ -161,16 +170,16 @@ def test_a_wrong_offset_is_noticed(row, change):
     tensors["row_offsets"][row] += change
 
     with pytest.raises(ValueError, match="offsets"):
-        PrunedResidual.read(_reader(tensors), 13, 0, 6)
+        PrunedMatrix.read(_reader(tensors), 13, 0, 6, torch.float32)
 
 
 @pytest.mark.parametrize("change", [-1, 1])
-def test_offsets_that_are_all_shifted_are_noticed_by_a_reader_of_all_rows(change):
+def test_reader_of_all_rows_notices_shifted_offsets(change):
     tensors = _stored()
     tensors["row_offsets"] += change
 
     with pytest.raises(ValueError, match="offsets"):
-        PrunedResidual.read(_reader(tensors), 13, 0, 6)
+        PrunedMatrix.read(_reader(tensors), 13, 0, 6, torch.float32)
 
 
 def test_missing_values_are_noticed():
@@ -178,10 +187,10 @@ def test_missing_values_are_noticed():
     tensors["values"] = tensors["values"][:-1]
 
     with pytest.raises(ValueError, match="values"):
-        PrunedResidual.read(_reader(tensors), 13, 0, 6)
+        PrunedMatrix.read(_reader(tensors), 13, 0, 6, torch.float32)
 
 
-def test_a_reader_asks_for_the_rows_and_values_of_its_range_alone():
+def test_reader_reads_only_the_rows_and_values_of_its_range():
     tensors = _stored()
     asked = {}
 
@@ -189,7 +198,7 @@ def test_a_reader_asks_for_the_rows_and_values_of_its_range_alone():
         asked[name] = (start, stop)
         return tensors[name][start:stop]
 
-    PrunedResidual.read(read, 13, 2, 5)
+    PrunedMatrix.read(read, 13, 2, 5, torch.float32)
 
     first, last = tensors["row_offsets"][[2, 5]].tolist()
     assert asked == {"row_offsets": (2, 6), "bitmap": (2, 5), "values": (first, last)}
@@ -198,13 +207,13 @@ def test_a_reader_asks_for_the_rows_and_values_of_its_range_alone():
 @given(residual=residuals(), keep=EIGHTHS, data=st.data())
 @settings(deadline=None)
 def test_joining_slices_gives_the_tensors_of_the_whole(residual, keep, data):
-    encoded = PrunedResidual.encode(residual, keep=keep, dtype=torch.bfloat16)
+    encoded = _encode(residual, keep, torch.bfloat16)
     rows = residual.shape[0]
     # Also none, and parts of no rows.
     cuts = sorted(data.draw(st.lists(st.integers(0, rows), max_size=4)))
     bounds = zip([0, *cuts], [*cuts, rows], strict=True)
 
-    joined = PrunedResidual.join_rows([encoded.slice_rows(*bound) for bound in bounds])
+    joined = PrunedMatrix.join_rows([encoded.slice_rows(*bound) for bound in bounds])
 
     assert joined.columns == encoded.columns
     for name, tensor in encoded.tensors().items():
@@ -215,24 +224,22 @@ def test_joining_slices_gives_the_tensors_of_the_whole(residual, keep, data):
 
 @given(residual=residuals(), seed=st.integers(0, 2**32 - 1))
 @settings(deadline=None)
-def test_parts_that_were_encoded_on_their_own_join_to_what_the_whole_encodes_to(residual, seed):
+def test_joining_encoded_parts_equals_encoding_the_whole(residual, seed):
     mask = torch.from_numpy(np.random.default_rng(seed).random(residual.shape) < 0.4)
 
-    def encode(rows: slice) -> PrunedResidual:
-        return PrunedResidual.encode(
-            residual[rows], keep=0.4, dtype=torch.float32, mask_ID=mask[rows]
-        )
+    def encode(rows: slice) -> PrunedMatrix:
+        return _encode(residual[rows], 0.4, mask=mask[rows])
 
-    joined = PrunedResidual.join_rows([encode(slice(0, 2)), encode(slice(2, None))])
+    joined = PrunedMatrix.join_rows([encode(slice(0, 2)), encode(slice(2, None))])
 
     for name, tensor in encode(slice(None)).tensors().items():
         assert torch.equal(joined.tensors()[name], tensor), name
 
 
-def test_offsets_have_64_bits_where_there_are_more_values_than_32_bits_count():
+def test_offsets_have_64_bits_from_2_to_the_31_values_on():
     largest = 2**31 - 1
 
-    few, many = (_row_offsets(torch.tensor([largest - 5, last])) for last in (5, 6))
+    few, many = (row_offsets_of(torch.tensor([largest - 5, last])) for last in (5, 6))
 
     assert (few.dtype, few.tolist()) == (torch.int32, [0, largest - 5, largest])
     assert (many.dtype, many.tolist()) == (torch.int64, [0, largest - 5, largest + 1])
@@ -241,17 +248,20 @@ def test_offsets_have_64_bits_where_there_are_more_values_than_32_bits_count():
 @given(residual=residuals(), keep=st.floats(0, 1))
 @settings(deadline=None)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_told_before_encoding_are_reached_up_to_one_value(residual, keep, dtype):
-    encoded = PrunedResidual.encode(residual, keep=keep, dtype=dtype)
+def test_predicted_bytes_exceed_the_stored_ones_by_at_most_one_value(residual, keep, dtype):
+    encoded = _encode(residual, keep, dtype)
 
-    told = PrunedResidual.stored_bytes(*residual.shape, keep, dtype.itemsize)
-    assert encoded.nbytes <= told <= encoded.nbytes + dtype.itemsize
+    predicted = PrunedMatrix.stored_bytes(*residual.shape, PrunedConfig(keep=keep), dtype.itemsize)
+    assert encoded.nbytes <= predicted <= encoded.nbytes + dtype.itemsize
 
 
-def test_bytes_told_of_more_values_than_32_bits_count_are_with_offsets_of_64():
+def test_predicted_bytes_include_64_bit_offsets():
     rows, columns = 2**16, 2**16
 
-    half, less = (PrunedResidual.stored_bytes(rows, columns, k, 2) for k in (0.5, 0.5 - 2**-32))
+    half, less = (
+        PrunedMatrix.stored_bytes(rows, columns, PrunedConfig(keep=keep), 2)
+        for keep in (0.5, 0.5 - 2**-32)
+    )
 
     assert less == rows * columns // 8 + (2**31 - 1) * 2 + (rows + 1) * 4
     assert half == rows * columns // 8 + 2**31 * 2 + (rows + 1) * 8

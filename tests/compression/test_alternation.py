@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from resmoe_dist.codecs import CODECS, DenseMatrix
+from resmoe_dist.codecs import DenseMatrix, register_codec
 from tests.compression.encoding_cases import encode, weights_and_matrix
 
 
@@ -28,10 +28,11 @@ def test_alternation_never_ends_above_the_barycentre(dtype, weighted):
             assert joint.squared_error <= barycenter.squared_error
 
 
-def test_round_that_raises_the_error_is_not_returned(monkeypatch):
+def test_round_that_raises_the_error_is_not_returned():
     experts = torch.randn(4, 5, 6)
     shares = [0.9] * 4 + [0.1] * 4
 
+    @register_codec
     class Shrinking(DenseMatrix):
         """Keeps a share of every entry, less in the second round."""
 
@@ -42,8 +43,6 @@ def test_round_that_raises_the_error_is_not_returned(monkeypatch):
             cls, matrix_ID: Tensor, config: Any, dtype: torch.dtype, mask_ID: Tensor | None = None
         ) -> DenseMatrix:
             return DenseMatrix.of(shares.pop(0) * matrix_ID)
-
-    monkeypatch.setitem(CODECS, "shrinking", Shrinking)
 
     encoded = encode(experts, "shrinking")
 

@@ -149,19 +149,24 @@ def _groups() -> list[AlignedExperts]:
     ]
 
 
+def _groups_and_shares(center: str, keep: float) -> tuple[list[AlignedExperts], list[float]]:
+    """Groups, and their shares of a budget of `keep` of all their entries."""
+    groups = _groups()
+    budgets = [keep * group.experts_EID.numel() for group in groups]
+    return groups, allocate_over_model([PriceCurve.of(g, center) for g in groups], budgets)
+
+
 @every_center
 @pytest.mark.parametrize("keep", [0.1, 0.25, 0.5])
 def test_shared_budget_lowers_the_error_and_keeps_no_more(center, keep):
-    groups = _groups()
-    budgets = [keep * group.experts_EID.numel() for group in groups]
-
-    shares = allocate_over_model([PriceCurve.of(g, center) for g in groups], budgets)
+    groups, shares = _groups_and_shares(center, keep)
 
     shared = [_encode(g, center, share) for g, share in zip(groups, shares, strict=True)]
     alone = [_encode(g, center, keep) for g in groups]
     assert all(0 <= share <= 1 for share in shares)
+    budget = keep * sum(group.experts_EID.numel() for group in groups)
     # Each group's share is rounded down.
-    assert sum(map(_kept, alone)) - 8 <= sum(map(_kept, shared)) <= sum(budgets) + 1e-6
+    assert sum(map(_kept, alone)) - 8 <= sum(map(_kept, shared)) <= budget + 1e-6
     lost, lost_alone = (sum(e.squared_error for e in found) for found in (shared, alone))
     assert lost < 0.95 * lost_alone
 
@@ -169,10 +174,7 @@ def test_shared_budget_lowers_the_error_and_keeps_no_more(center, keep):
 @every_center
 @pytest.mark.parametrize("keep", [0.1, 0.25, 0.5])
 def test_no_dropped_value_costs_more_than_a_kept_one_of_another_group(center, keep):
-    groups = _groups()
-    budgets = [keep * group.experts_EID.numel() for group in groups]
-
-    shares = allocate_over_model([PriceCurve.of(g, center) for g in groups], budgets)
+    groups, shares = _groups_and_shares(center, keep)
 
     dearest_dropped, cheapest_kept = [], []
     for group, share in zip(groups, shares, strict=True):
@@ -246,3 +248,10 @@ def test_budget_of_nothing_or_everything_is_the_same_for_all_groups(keep):
     shares = allocate_over_model([PriceCurve.of(g, "none") for g in groups], budgets)
 
     assert shares == pytest.approx([keep] * 4, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("center_share", "expected"), [(1.0, 0.5), (0.25, 0.3125), (0.0, 0.25), (4.0, 1.0)]
+)
+def test_budget_without_a_centre_grows_by_the_bytes_of_the_centre(center_share, expected):
+    assert centerless_keep(0.25, 4, center_share) == pytest.approx(expected)

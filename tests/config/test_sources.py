@@ -1,4 +1,4 @@
-"""Configurations from the command line, files and presets, and mistakes in them."""
+"""Configurations from files and presets below the command line, and mistakes in files."""
 
 from __future__ import annotations
 
@@ -8,13 +8,7 @@ import pytest
 import yaml
 
 from resmoe_dist.config.arguments import parse
-from resmoe_dist.config.commands import (
-    CompressConfig,
-    EvaluateConfig,
-    GridEvaluateConfig,
-    InferConfig,
-)
-from resmoe_dist.config.options import option_of
+from resmoe_dist.config.commands import CompressConfig, GridEvaluateConfig, InferConfig
 from resmoe_dist.config.sources import build_config, presets
 from resmoe_dist.errors import UserError
 from tests.checkpoints.damage import mistake
@@ -31,18 +25,6 @@ def written(folder: Path, text: str) -> Path:
     path = folder / "options.yaml"
     path.write_text(text)
     return path
-
-
-def test_values_of_the_command_line_are_typed():
-    config = compress_from("--ep", "2", "--target-bytes", "35%", "--max-memory", "8GB", "--resume")
-
-    assert (config.ep, config.target_bytes, config.max_memory) == (2, 0.35, 8 * 10**9)
-    assert config.resume is True
-    assert config.source == Path("s")
-
-
-def test_the_launchers_local_rank_is_accepted():
-    assert parse(InferConfig, "", ["--local_rank=3", "--ep", "2"]).ep == 2
 
 
 def test_a_file_gives_options_and_the_command_line_wins(tmp_path):
@@ -97,14 +79,20 @@ def test_the_default_preset_changes_nothing():
     assert compress_from("--ep", "2", "--preset", "default") == compress_from("--ep", "2")
 
 
+def test_a_file_may_name_a_preset(tmp_path):
+    file = written(tmp_path, "ep: 2\npreset: paper\nalign: none\n")
+
+    below = compress_from("--config", str(file))
+    replaced = compress_from("--config", str(file), "--preset", "default")
+
+    assert (below.align, below.center, below.allocate) == ("none", "barycenter", "expert")
+    assert (replaced.align, replaced.center, replaced.allocate) == ("none", "auto", "group")
+
+
 def test_center_mean_drops_the_alignment_of_a_preset():
     config = compress_from("--ep", "2", "--preset", "paper", "--center", "mean")
 
     assert (config.center, config.align) == ("mean", "none")
-
-
-def test_prompts_are_collected():
-    assert parse(InferConfig, "", ["--prompt", "a", "--prompt", "b"]).prompt == ["a", "b"]
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -130,69 +118,42 @@ def test_every_preset_loads():
         build_config(CompressConfig, SOURCE, preset=name)
 
 
-def test_every_field_has_a_help_text():
-    for kind in (CompressConfig, InferConfig, GridEvaluateConfig):
-        for name, field in kind.model_fields.items():
-            assert field.description, name
-            assert option_of(field) is not None
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [("2", "2"), ("[0, 2]", "0,2"), ("0,2", "0,2"), ("8-31", "8-31"), ("last:24", "last:24")],
+)
+def test_layers_in_a_file_may_be_numbers(tmp_path, text, layers):
+    file = written(tmp_path, f"ep: 2\nlayers: {text}\n")
+
+    assert compress_from("--config", str(file)).layers == layers
 
 
-MISTAKES = {
-    "missing argument": (CompressConfig, ["--ep", "2"], "SOURCE is missing"),
-    "missing option": (CompressConfig, ["s", "o"], "--ep is missing"),
-    "not a number": (CompressConfig, ["s", "o", "--ep", "x"], "--ep x: not a whole number"),
-    "unknown choice": (
-        CompressConfig,
-        ["s", "o", "--ep", "1", "--align", "best"],
-        "--align best: choose one of loo, pot or none",
-    ),
-    "not a size": (
-        CompressConfig,
-        ["s", "o", "--ep", "1", "--max-memory", "much"],
-        "--max-memory much: not a size; write 8GB or 7500MiB",
-    ),
-    "not a share": (
-        CompressConfig,
-        ["s", "o", "--ep", "1", "--target-bytes", "half"],
-        "--target-bytes half: not a share",
-    ),
-    "excluded pair": (
-        CompressConfig,
-        ["s", "o", "--ep", "1", "--keep", "1", "--target-bytes", "1"],
-        "--keep and --target-bytes exclude each other",
-    ),
-    "no data": (EvaluateConfig, ["m"], "give --text or --token-ids"),
-    "context of one": (
-        EvaluateConfig,
-        ["m", "--text", "t", "--context", "1"],
-        "--context 1: must be 2 or more",
-    ),
-    "temperature of zero": (InferConfig, ["--temperature", "0"], "--temperature 0: must be above"),
-    "top-p alone": (InferConfig, ["--top-p", "0.9"], "--top-p 0.9: needs --temperature"),
-    "no new tokens": (InferConfig, ["--max-new-tokens", "0"], "--max-new-tokens 0: must be 1"),
-    "empty prompt": (InferConfig, ["--prompt", ""], "a prompt is empty"),
-    "empty grid": (InferConfig, ["--ep", "0"], "--ep 0 --tp 1: both must be 1 or more"),
-    "cache without size": (InferConfig, ["--execution", "cached"], "--cache-size SIZE need each"),
-    "size without cache": (InferConfig, ["--cache-size", "1GB"], "--cache-size SIZE need each"),
-    "unknown preset": (
-        CompressConfig,
-        ["s", "o", "--ep", "1", "--preset", "best"],
-        "--preset best: choose one of default, paper",
-    ),
-}
+@pytest.mark.parametrize(
+    ("text", "prompts"), [("The lighthouse", ["The lighthouse"]), ("[a, b]", ["a", "b"])]
+)
+def test_a_file_gives_one_prompt_or_a_list(tmp_path, text, prompts):
+    file = written(tmp_path, f"prompt: {text}\n")
+
+    assert parse(InferConfig, "", ["--config", str(file)]).prompt == prompts
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_one_line(name):
-    kind, arguments, text = MISTAKES[name]
+def test_a_file_of_comments_gives_nothing(tmp_path):
+    file = written(tmp_path, "# keep: 0.5\n")
 
-    with mistake(text):
-        parse(kind, "", arguments)
+    assert compress_from("--ep", "2", "--config", str(file)) == compress_from("--ep", "2")
 
 
 FILES = {
     "unknown key": ("ep: 2\nepp: 3\n", "options.yaml: unknown key 'epp'; choose from"),
-    "wrong type": ("ep: [1]\n", "options.yaml: ep: "),
+    "wrong type": ("ep: [1]\n", "options.yaml: ep: not a whole number"),
+    "fraction": ("ep: 2.5\n", "options.yaml: ep 2.5: not a whole number"),
+    "truth value as a number": ("ep: yes\n", "options.yaml: ep: YAML reads this value as true"),
+    "truth value as a choice": ("align: off\n", "options.yaml: align: YAML reads this value as f"),
+    "no truth value": ("ep: 2\nresume: maybe\n", "options.yaml: resume maybe: write true or false"),
+    "number as a path": ("ep: 2\ncalibration: 3\n", "options.yaml: calibration 3: not a path"),
+    "number as a name": ("ep: 2\ncodec: 3\n", "options.yaml: codec 3: not text; put it in quotes"),
+    "two spellings": ("max_memory: 1GB\nmax-memory: 2GB\n", "options.yaml: max-memory is given t"),
+    "unknown preset": ("preset: best\n", "options.yaml: preset best: choose one of default, p"),
     "wrong value": ("ep: 2\nalign: best\n", "options.yaml: align best: choose one of"),
     "excluded pair": ("ep: 2\nkeep: 1\ntarget-bytes: 1\n", "options.yaml: --keep and"),
     "not YAML": ("ep: [2\n", "not a readable YAML file"),

@@ -1,4 +1,4 @@
-"""What `inspect` says adds up, and is what lies in the files and in the tensors."""
+"""What `inspect` shows adds up, and agrees with the files and tensors."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from safetensors.torch import load_file
 
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.checkpoints.restore import restore_checkpoint
-from resmoe_dist.evaluation.report import describe, human_bytes, layer_table
-from tests.checkpoints.damage import bytes_by_tensor, copy_of, edit_json, edit_tensors
-from tests.checkpoints.regrouping import regroup
+from resmoe_dist.evaluation.report import describe, human_bytes, layer_table, settings_line
+from tests.checkpoints.damage import bytes_by_tensor, copy_of, edit_tensors
 from tests.models import compress
 
 CASES = [
@@ -56,21 +55,27 @@ def test_bytes_are_those_in_the_files(case):
     assert total["stored_bytes"] == sum(experts.values())
     assert found["other_bytes"] == sum(sizes.values()) - sum(experts.values())
     assert found["total_bytes"] == sum(sizes.values())
-    assert total["center_bytes"] == sum(s for (_, name), s in experts.items() if name == "center")
+    assert total["center_bytes"] == sum(
+        s for (_, name), s in experts.items() if name == "center.weight"
+    )
     indices = ("bitmap", "row_offsets")
-    assert total["index_bytes"] == sum(
+    assert total["residual_bytes"]["indices"] == sum(
         s for (_, name), s in experts.items() if name.rpartition(".")[2] in indices
     )
 
 
 def test_bytes_of_the_kinds_and_of_the_layers_add_up(case):
     _, _, found = case
-    for part in [*found["layers"], found["experts"]]:
-        kinds = ("center_bytes", "value_bytes", "index_bytes")
-        assert part["stored_bytes"] == sum(part[kind] for kind in kinds)
+    layers, total = found["layers"], found["experts"]
+    for part in [*layers, total]:
+        kinds = part["residual_bytes"]
+        assert set(kinds) == {"values", "indices", "scales"}
+        assert part["stored_bytes"] == part["center_bytes"] + sum(kinds.values())
         assert part["ratio"] == part["stored_bytes"] / part["source_bytes"]
-    for key in ("source_bytes", "center_bytes", "value_bytes", "index_bytes", "stored_bytes"):
-        assert found["experts"][key] == sum(layer[key] for layer in found["layers"])
+    for key in ("source_bytes", "center_bytes", "stored_bytes"):
+        assert total[key] == sum(layer[key] for layer in layers)
+    for kind, size in total["residual_bytes"].items():
+        assert size == sum(layer["residual_bytes"][kind] for layer in layers)
 
 
 def test_bytes_recorded_in_the_index_are_those_described(case):
@@ -79,8 +84,9 @@ def test_bytes_recorded_in_the_index_are_those_described(case):
         CompressedCheckpoint(folder).index.layers, found["layers"], strict=True
     ):
         assert described["stored_bytes"] == sum(group.stored_bytes for group in layer.groups)
-        for key in ("center_bytes", "value_bytes", "index_bytes"):
-            assert described[key] == sum(getattr(group, key) for group in layer.groups)
+        assert described["center_bytes"] == sum(group.center_bytes for group in layer.groups)
+        for kind, size in described["residual_bytes"].items():
+            assert size == sum(group.residual_bytes.get(kind, 0) for group in layer.groups)
 
 
 def test_source_bytes_are_those_of_the_sources_experts(case):
@@ -99,7 +105,7 @@ def test_bits_per_entry_count_everything_stored(case):
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("codec", ["pruned", "low_rank"])
 def test_errors_are_the_distance_from_the_source(family_folder, tmp_path, codec, fused):
-    # Without alignment the rows keep their order, and tensors can be compared as they lie.
+    # Without alignment the rows keep their order, so tensors can be compared directly.
     source = family_folder("mixtral", fused)
     compress(source, tmp_path / "c", groups=2, align="none", codec=codec)
     restore_checkpoint(tmp_path / "c", tmp_path / "d")
@@ -136,7 +142,7 @@ def test_layers_left_dense_count_as_they_are_and_not_into_the_error(family_folde
 
 
 @pytest.mark.parametrize("layers", [[], [0]])
-def test_nothing_to_take_an_error_of(family_folder, tmp_path, layers):
+def test_error_without_compressed_or_nonzero_experts_is_zero(family_folder, tmp_path, layers):
     # No layer is compressed, or the one that is consists of zeros.
     source = copy_of(family_folder("mixtral"), tmp_path / "source")
 
@@ -182,7 +188,7 @@ def test_bytes_for_people(count, text):
     assert human_bytes(count) == text
 
 
-def test_half_precision_source_counts_two_bytes_an_entry(family_folder, tmp_path):
+def test_half_precision_source_counts_two_bytes_per_entry(family_folder, tmp_path):
     source = copy_of(family_folder("mixtral"), tmp_path / "source")
 
     def halve(tensors):
@@ -194,7 +200,7 @@ def test_half_precision_source_counts_two_bytes_an_entry(family_folder, tmp_path
     assert found["experts"]["source_bytes"] == 2 * 4 * 27 * 60 * 2  # layers, experts, I, D, bytes
 
 
-def test_a_narrower_dtype_is_not_counted_as_compression(family_folder, tmp_path):
+def test_narrower_dtype_is_not_counted_as_compression(family_folder, tmp_path):
     compress(family_folder("mixtral"), tmp_path / "c", dtype="bfloat16")
     description = describe(CompressedCheckpoint(tmp_path / "c"))
 
@@ -206,15 +212,15 @@ def test_a_narrower_dtype_is_not_counted_as_compression(family_folder, tmp_path)
     )
 
 
-def test_the_stored_dtype_is_not_mentioned_where_it_is_the_sources(family_folder, tmp_path):
+def test_stored_dtype_is_mentioned_only_if_it_differs_from_the_source(family_folder, tmp_path):
     compress(family_folder("mixtral"), tmp_path / "c")
 
     assert "stored dtype" not in layer_table(describe(CompressedCheckpoint(tmp_path / "c")))
 
 
 @pytest.mark.parametrize(("groups", "keep", "said"), [(4, 0.25, True), (1, 0.25, False)])
-def test_a_checkpoint_no_smaller_than_dense_is_told_so(family_folder, tmp_path, groups, keep, said):
-    # A centre of its own for every expert is a whole dense model, before any residual.
+def test_checkpoint_no_smaller_than_dense_says_so(family_folder, tmp_path, groups, keep, said):
+    # With one centre per expert, the centres alone are as large as the dense model.
     compress(family_folder("mixtral"), tmp_path / "c", groups=groups, keep=keep)
 
     assert (
@@ -222,117 +228,19 @@ def test_a_checkpoint_no_smaller_than_dense_is_told_so(family_folder, tmp_path, 
     ) is said
 
 
-@pytest.fixture(scope="module")
-def regrouped(family_folder, tmp_path_factory):
-    """Two layers of three groups: [0, 3] and [1] with a centre, [2] without."""
-    folder = tmp_path_factory.mktemp("regrouped")
-    compress(family_folder("mixtral"), folder / "c")
-    return regroup(folder / "c", folder / "r", [[0, 3], [2], [1]], centerless=[1])
+def test_codecs_of_centre_and_residuals_are_named(case):
+    _, _, found = case
+    lines = layer_table(found).splitlines()[2:]
+    for line, layer in zip(lines, found["layers"], strict=False):
+        codec = layer["residual_codec"]
+        expected = codec if layer["center_codec"] is None else f"dense + {codec}"
+        assert line.removeprefix(layer["module"]).strip().startswith(f"{expected}  ")
 
 
-def _described(folder):
-    return describe(CompressedCheckpoint(folder))
+def test_settings_are_shown_in_one_line(family_folder, tmp_path):
+    compress(family_folder("mixtral"), tmp_path / "c", groups=2, keep=0.5)
 
-
-def test_groups_without_a_centre_are_counted(regrouped):
-    found = _described(regrouped)
-
-    assert [layer["groups"] for layer in found["layers"]] == [3, 3]
-    assert [layer["groups_without_center"] for layer in found["layers"]] == [1, 1]
-    assert found["experts"]["groups_without_center"] == 2
-    assert found["experts"]["center_bytes"] == 2 * 2 * 27 * 60 * 4  # layers, centres, I, D, bytes
-    assert "\nno centre in 2 of 6 groups: there it would not pay" in layer_table(found)
-
-
-def test_a_checkpoint_that_was_to_have_no_centres_is_not_excused_for_it(regrouped, tmp_path):
-    folder = copy_of(regrouped, tmp_path / "r")
-    edit_json(folder / "resmoe.json", lambda index: index["settings"].update(center="none"))
-
-    assert "no centre in 2 of 6 groups: as --center none asks" in layer_table(_described(folder))
-
-
-def test_layers_left_dense_are_no_groups_that_lack_a_centre(family_folder, tmp_path):
-    compress(family_folder("mixtral"), tmp_path / "c", layers=[1])
-    found = _described(tmp_path / "c")
-
-    assert found["experts"]["groups_without_center"] == 0
-    assert "no centre" not in layer_table(found)
-
-
-def _set_per_group(folder, **values):
-    """Values of new fields for each group in turn; each layer gets the same."""
-
-    def change(index):
-        for layer in index["layers"]:
-            for i, group in enumerate(layer["groups"]):
-                group.update({key: per_group[i] for key, per_group in values.items()})
-
-    edit_json(folder / "resmoe.json", change)
-
-
-def _columns(table):
-    return table.splitlines()[0].split()
-
-
-def test_kept_share_counts_each_group_by_its_experts(regrouped, tmp_path):
-    folder = copy_of(regrouped, tmp_path / "r")
-    _set_per_group(folder, keep=[0.5, 0.1, 0.3])
-    found = _described(folder)
-
-    kept = pytest.approx((2 * 0.5 + 0.1 + 0.3) / 4)
-    assert [layer["keep"] for layer in found["layers"]] == [kept, kept]
-    assert found["experts"]["keep"] == kept
-    assert "keep" in _columns(layer_table(found))
-    assert all("  0.350  " in line for line in layer_table(found).splitlines()[2:5])
-
-
-def test_weighted_error_is_taken_over_all_experts(regrouped, tmp_path):
-    folder = copy_of(regrouped, tmp_path / "r")
-    _set_per_group(
-        folder,
-        weighted_squared_errors=[[1.0, 2.0], [0.0], [3.0]],
-        weighted_squared_norms=[[10.0, 10.0], [5.0], [23.0]],
+    assert settings_line(describe(CompressedCheckpoint(tmp_path / "c"))["settings"]) == (
+        "groups 2, groups_per_rank 1, method resmoe (align loo, solver scipy, center joint, "
+        "allocate group), center_codec dense, residual_codec pruned (keep 0.5)"
     )
-    found = _described(folder)
-
-    for part in (*found["layers"], found["experts"]):
-        assert part["weighted_relative_error"] == pytest.approx(6 / 48)
-    assert "weighted" in _columns(layer_table(found))
-    assert all("  0.1250  " in line for line in layer_table(found).splitlines()[2:5])
-
-
-def test_columns_that_no_layer_has_anything_for_are_left_out(regrouped):
-    found = _described(regrouped)
-
-    for part in (*found["layers"], found["experts"]):
-        assert part["keep"] is None
-        assert part["weighted_relative_error"] is None
-    assert not {"keep", "weighted"} & set(_columns(layer_table(found)))
-
-
-def test_what_one_group_does_not_say_is_not_guessed_for_its_layer(regrouped, tmp_path):
-    folder = copy_of(regrouped, tmp_path / "r")
-    _set_per_group(
-        folder,
-        keep=[0.5, None, 0.5],
-        weighted_squared_errors=[[1.0, 1.0], None, [1.0]],
-        weighted_squared_norms=[[2.0, 2.0], [2.0], [2.0]],
-    )
-    found = _described(folder)
-
-    assert [layer["keep"] for layer in found["layers"]] == [None, None]
-    assert found["experts"]["weighted_relative_error"] is None
-
-
-def test_dense_layers_are_left_out_of_what_is_said_of_all_compressed_ones(family_folder, tmp_path):
-    compress(family_folder("mixtral"), tmp_path / "c", layers=[1])
-
-    def change(index):
-        (group,) = index["layers"][1]["groups"]
-        group.update(keep=0.25, weighted_squared_errors=[1.0] * 4, weighted_squared_norms=[4.0] * 4)
-
-    edit_json(tmp_path / "c" / "resmoe.json", change)
-    found = _described(tmp_path / "c")
-
-    assert found["experts"]["keep"] == 0.25
-    assert found["experts"]["weighted_relative_error"] == 0.25

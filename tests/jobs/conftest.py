@@ -1,4 +1,4 @@
-"""What the tests of whole compress runs share: a source of two shards, and what becomes of it."""
+"""Fixtures for tests of whole compress runs: a source of two shards, and its expected output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.jobs.runs import contents, run
 
 @pytest.fixture
 def one_thread():
-    """Threads that share matrices this small, or a busy machine, only wait for each other."""
+    """Set torch to one thread: on matrices this small, more threads only slow a test down."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -29,7 +29,7 @@ def sharded_source(family_folder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def expected(sharded_source, tmp_path_factory):
-    """The content of every file of an uninterrupted run on `sharded_source`."""
+    """Name -> content of all files that an uninterrupted run on `sharded_source` writes."""
     folder = tmp_path_factory.mktemp("expected") / "c"
     run(sharded_source, folder)
     return contents(folder)

@@ -1,4 +1,4 @@
-"""Compress runs for tests: their defaults, what they leave, and ranks that are slow on purpose."""
+"""Compress runs for tests: default settings, the files they leave, and how to interrupt them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,11 @@ import pytest
 
 from resmoe_dist.checkpoints.format import CheckpointIndex, CompressionSettings
 from resmoe_dist.checkpoints.source import SourceCheckpoint
+from resmoe_dist.jobs.claims import Claims
 from resmoe_dist.jobs.pipeline import Compression
-from resmoe_dist.jobs.scheduling import Workers
+from resmoe_dist.jobs.scheduling import Schedule
+from resmoe_dist.jobs.staging import StagingFolder
+from resmoe_dist.jobs.workers import Workers
 from tests.compress_settings import compression_settings
 
 REPOSITORY = Path(__file__).parents[2]
@@ -27,7 +30,9 @@ REPOSITORY = Path(__file__).parents[2]
 SLOW_COMPRESS = Path(__file__).parent / "slow_compress.py"
 # `settings()`, for the command.
 COMMAND_OPTIONS = ("--ep", 2, "--center", "joint")
-# What a source of two layers becomes.
+# What identifies a run, for tests of the staging folder alone.
+IDENTITY = {"keep": 0.25, "source": "this", "producer": "us"}
+# The group files of a source of two layers.
 GROUP_FILES = [
     f"resmoe-{layer:05d}-of-00002-group-{group:03d}.safetensors"
     for layer in (1, 2)
@@ -36,7 +41,7 @@ GROUP_FILES = [
 
 
 def settings(**changes: Any) -> CompressionSettings:
-    """Both layers, two groups, a quarter kept; and `changes`."""
+    """Settings with both layers, two groups and a quarter kept, overridden by `changes`."""
     return compression_settings(**({"groups": 2, "layers": [0, 1]} | changes))
 
 
@@ -48,52 +53,78 @@ def run(
     resume: bool = False,
     **changes: Any,
 ) -> CheckpointIndex:
-    """One run with `settings(**changes)`."""
+    """Run one compression with `settings(**changes)`."""
     compression = Compression(SourceCheckpoint(source), output, settings(**changes), workers)
     return compression.run(resume=resume)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
+    """Relative path -> content of all files below a folder."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def staging_of(output: Path) -> Path:
-    """Where a run works on `output`."""
+    """The folder in which a run works before it makes `output`."""
     return output.with_name(f"{output.name}.partial")
 
 
 def finished_in(output: Path) -> set[str]:
-    """Tensor files that an unfinished run has made."""
+    """Names of the tensor files that an unfinished run has finished."""
     return {path.name for path in (staging_of(output) / "model").glob("[!.]*.safetensors")}
 
 
-def before_each_task(patch: pytest.MonkeyPatch, action: Callable[[Compression], Any]) -> None:
-    """Have `action(compression)` called before every task of the last phase."""
-    for name in ("compress_group", "copy_shard"):
-        patch.setattr(Compression, name, _after(action, getattr(Compression, name)))
+def before_each_task(patch: pytest.MonkeyPatch, action: Callable[[Workers], Any]) -> None:
+    """Call `action(workers)` before each task of the last phase, which writes the files."""
+    run_phase = Schedule.run_phase
+
+    def run_phase_with_action(
+        self: Schedule, name: str, tasks: Sequence[Any], run_task: Callable[[Any], Any], *args: Any
+    ) -> dict[Any, Any]:
+        def act_and_run(task: Any) -> Any:
+            action(self.workers)
+            return run_task(task)
+
+        run = act_and_run if name == "compressing" else run_task
+        return run_phase(self, name, tasks, run, *args)
+
+    patch.setattr(Schedule, "run_phase", run_phase_with_action)
 
 
-def _after(action: Callable[[Compression], Any], do: Callable[..., Any]) -> Callable[..., Any]:
-    def act_and_do(self: Compression, *args: Any) -> Any:
-        action(self)
-        return do(self, *args)
+def interrupt_run(source: Path, output: Path, patch: pytest.MonkeyPatch, tasks: int = 3) -> Path:
+    """Run until Ctrl-C after `tasks` of four groups and two copies; return the staging folder."""
+    started = []
 
-    return act_and_do
+    def interrupt(workers: Workers) -> None:
+        if len(started) == tasks:
+            raise KeyboardInterrupt
+        started.append(workers)
+
+    with patch.context() as context:
+        before_each_task(context, interrupt)
+        with pytest.raises(KeyboardInterrupt, match=r"^interrupted; continue with --resume$"):
+            run(source, output)
+    return staging_of(output)
+
+
+def acquire_staging(output: Path, *, resume: bool = False) -> tuple[StagingFolder, Claims | None]:
+    """Acquire the staging folder of a run of `IDENTITY`; return it and the run's claims."""
+    folder = StagingFolder(output)
+    return folder, folder.acquire(IDENTITY, resume=resume)
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 120) -> None:
-    """Return as soon as `condition()` holds; fail when it does not in time."""
+    """Poll until `condition()` holds; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, f"condition did not hold within {seconds} s"
         time.sleep(0.02)
 
 
 def start_process(function: Callable[..., Any], *args: Any) -> multiprocessing.process.BaseProcess:
-    """`function(*args)` in a process of its own, which starts in no time."""
-    import tests.ranks  # noqa: F401  (has the fork server import what is heavy, once)
+    """Run `function(*args)` in a new process."""
+    # tests.ranks lets the fork server import the heavy libraries once, so processes start fast.
+    import tests.ranks  # noqa: F401
 
     process = multiprocessing.get_context("forkserver").Process(target=function, args=args)
     process.start()
@@ -101,7 +132,7 @@ def start_process(function: Callable[..., Any], *args: Any) -> multiprocessing.p
 
 
 def start_command(*command: object) -> subprocess.Popen[str]:
-    """Start a command with this Python's environment first in the path; skip if there is none."""
+    """Start a command, found first beside this Python; skip the test if it is not installed."""
     tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     if shutil.which(str(command[0]), path=tools) is None:
         pytest.skip(f"{command[0]} is not installed")
@@ -124,7 +155,7 @@ def start_command(*command: object) -> subprocess.Popen[str]:
 
 
 def finish_command(process: subprocess.Popen[str], timeout: float = 200) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a started command."""
+    """Wait for a command; return its exit code, standard output and standard error."""
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
@@ -133,7 +164,7 @@ def finish_command(process: subprocess.Popen[str], timeout: float = 200) -> tupl
 
 
 def end_command(process: subprocess.Popen[str]) -> None:
-    """End a started command and whatever it started in its own process group."""
+    """Kill a command and the processes that it started in its process group."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

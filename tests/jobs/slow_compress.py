@@ -1,6 +1,7 @@
-"""launch/compress.py with a pause before each task, in compiled code that no signal ends.
+"""launch/compress.py with a pause of RESMOE_TEST_PAUSE milliseconds before each task.
 
-Each rank notes its process id in the folder that RESMOE_TEST_PIDS names, when its first task comes.
+The pause runs in compiled code, which no signal handler in Python can interrupt. Each rank writes
+its process id to a file in the folder RESMOE_TEST_PIDS first.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from tests.jobs.runs import before_each_task
 pause = int(os.environ["RESMOE_TEST_PAUSE"])
 
 
-def _wait(_):
+def _pause(_):
     (Path(os.environ["RESMOE_TEST_PIDS"]) / str(launched_rank())).write_text(str(os.getpid()))
     ctypes.CDLL(None).usleep(pause * 1000)
 
 
-before_each_task(pytest.MonkeyPatch(), _wait)
+before_each_task(pytest.MonkeyPatch(), _pause)
 runpy.run_path(str(Path(__file__).parents[2] / "launch" / "compress.py"), run_name="__main__")

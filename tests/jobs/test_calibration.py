@@ -1,4 +1,4 @@
-"""Activation statistics equal those of the plain model, measured with one expert in memory."""
+"""Measured activation statistics equal those of the plain model in memory."""
 
 from __future__ import annotations
 
@@ -7,25 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from resmoe_dist.checkpoints.source import SourceCheckpoint
-from resmoe_dist.compression.activations import (
-    LayerActivations,
-    load_activations,
-    save_activations,
-)
-from resmoe_dist.evaluation.perplexity import load_tokenizer
-from resmoe_dist.jobs.calibration import calibration_sequences, measure_activations
+from resmoe_dist.compression.activations import LayerActivations, save_activations
+from resmoe_dist.jobs.calibration import measure_activations
 from tests.checkpoints.damage import copy_of, edit_json, edit_tensors, mistake
-from tests.models import FAMILIES, VOCABULARY, dense_model, save_family
+from tests.models import FAMILIES, dense_model, random_sequences, save_family
 
 LENGTHS = (9, 4, 9, 9, 12)
-
-
-def _sequences(*lengths: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
 
 
 def _gated(experts, expert, x):
@@ -47,17 +36,17 @@ NEURONS = {"gpt_oss": _gpt_oss, "switch": _switch}
 
 
 def _selected(family: str, routing: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Which token goes to which expert, as booleans [T, E]."""
+    """Return which token goes to which expert: booleans [T, E]."""
     if family == "switch":
         return routing[:, 0].bool()
     return F.one_hot(routing, num_experts).any(1)
 
 
 @torch.no_grad()
-def _of_the_plain_model(
+def _plain_statistics(
     folder: Path, family: str, sequences: list[list[int]]
 ) -> list[LayerActivations]:
-    """The same statistics from the whole model in memory, one sequence at a time."""
+    """Compute the statistics with the whole model in memory, one sequence at a time."""
     sites = SourceCheckpoint(folder).sites
     model = dense_model(folder)
     seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {site.module: [] for site in sites}
@@ -110,42 +99,40 @@ def _assert_same(found: list[LayerActivations], expected: list[LayerActivations]
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_statistics_are_those_of_the_plain_model(family_folder, family, fused):
+def test_statistics_equal_those_of_the_plain_model(family_folder, family, fused):
     folder = family_folder(family, fused)
-    sequences = _sequences(*LENGTHS)
+    sequences = random_sequences(*LENGTHS)
 
     found = measure_activations(SourceCheckpoint(folder), sequences)
 
-    _assert_same(found, _of_the_plain_model(folder, family, sequences))
+    _assert_same(found, _plain_statistics(folder, family, sequences))
 
 
-def test_tokens_that_switch_drops_over_capacity_count_for_no_expert(tmp_path):
+def test_tokens_over_the_capacity_of_switch_are_not_counted(tmp_path):
     save_family(FAMILIES["switch"], tmp_path, expert_capacity=1)
-    sequences = _sequences(*LENGTHS)
+    sequences = random_sequences(*LENGTHS)
 
     found = measure_activations(SourceCheckpoint(tmp_path), sequences)
 
-    _assert_same(found, _of_the_plain_model(tmp_path, "switch", sequences))
+    _assert_same(found, _plain_statistics(tmp_path, "switch", sequences))
     assert all(int(layer.tokens_E.sum()) < sum(LENGTHS) // 2 for layer in found)
 
 
-def test_the_model_runs_in_the_dtype_of_its_checkpoint(family_folder, tmp_path):
+def test_model_runs_in_the_dtype_of_its_checkpoint(family_folder, tmp_path):
     dense_model(family_folder("mixtral")).bfloat16().save_pretrained(tmp_path)
-    sequences = _sequences(8, 8)
+    sequences = random_sequences(8, 8)
 
     found = measure_activations(SourceCheckpoint(tmp_path), sequences)[0]
 
     def input_error(expected: LayerActivations) -> float:
         return float((found.input_rms_H / expected.input_rms_H - 1).abs().max())
 
-    # The first layer's input comes from attention, run as transformers runs it.
-    assert input_error(_of_the_plain_model(tmp_path, "mixtral", sequences)[0]) < 1e-6
-    assert (
-        input_error(_of_the_plain_model(family_folder("mixtral"), "mixtral", sequences)[0]) > 1e-4
-    )
+    # The first layer's input is attention output, computed in the checkpoint's dtype.
+    assert input_error(_plain_statistics(tmp_path, "mixtral", sequences)[0]) < 1e-6
+    assert input_error(_plain_statistics(family_folder("mixtral"), "mixtral", sequences)[0]) > 1e-4
 
 
-def test_a_float8_model_runs_as_its_dequantised_copy(family_folder, tmp_path):
+def test_float8_model_runs_like_its_dequantised_copy(family_folder, tmp_path):
     plain, quantized = tmp_path / "plain", tmp_path / "quantized"
     dense_model(family_folder("qwen3_moe")).bfloat16().save_pretrained(plain)
     copy_of(plain, quantized)
@@ -156,28 +143,28 @@ def test_a_float8_model_runs_as_its_dequantised_copy(family_folder, tmp_path):
             tensors[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
             tensors[f"{name}_scale_inv"] = scale.reshape(1, 1)
 
-    def back(tensors: dict[str, torch.Tensor]) -> None:
+    def to_float8_and_back(tensors: dict[str, torch.Tensor]) -> None:
         to_float8(tensors)
         for name in [name for name in tensors if name.endswith("_scale_inv")]:
             weight = name.removesuffix("_scale_inv")
             tensors[weight] = (tensors[weight].float() * tensors.pop(name)).bfloat16()
 
     edit_tensors(quantized / "model.safetensors", to_float8)
-    edit_tensors(plain / "model.safetensors", back)
+    edit_tensors(plain / "model.safetensors", to_float8_and_back)
     quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     edit_json(
         quantized / "config.json", lambda config: config.update(quantization_config=quantization)
     )
 
-    found = measure_activations(SourceCheckpoint(quantized), _sequences(*LENGTHS))
+    found = measure_activations(SourceCheckpoint(quantized), random_sequences(*LENGTHS))
 
-    expected = measure_activations(SourceCheckpoint(plain), _sequences(*LENGTHS))
+    expected = measure_activations(SourceCheckpoint(plain), random_sequences(*LENGTHS))
     for mine, theirs in zip(found, expected, strict=True):
         assert torch.equal(mine.input_rms_H, theirs.input_rms_H)
         assert torch.equal(mine.neuron_rms_EI, theirs.neuron_rms_EI)
 
 
-def test_an_expert_without_tokens_gets_the_mean_of_the_others(family_folder, tmp_path):
+def test_expert_without_tokens_gets_the_mean_of_the_others(family_folder, tmp_path):
     folder = copy_of(family_folder("gpt_oss"), tmp_path / "source")
 
     def never_choose_2(tensors: dict[str, torch.Tensor]) -> None:
@@ -185,7 +172,7 @@ def test_an_expert_without_tokens_gets_the_mean_of_the_others(family_folder, tmp
 
     edit_tensors(folder / "model.safetensors", never_choose_2)
 
-    found = measure_activations(SourceCheckpoint(folder), _sequences(30))[1]
+    found = measure_activations(SourceCheckpoint(folder), random_sequences(30))[1]
 
     assert found.tokens_E[2] == 0 and found.tokens_E[[0, 1, 3]].min() > 0
     others_EI = found.neuron_rms_EI[[0, 1, 3]]
@@ -193,10 +180,10 @@ def test_an_expert_without_tokens_gets_the_mean_of_the_others(family_folder, tmp
     assert others_EI.std(0).min() > 0
 
 
-def test_where_no_expert_has_tokens_neurons_count_as_equal(tmp_path):
+def test_neurons_are_equal_if_no_expert_has_tokens(tmp_path):
     save_family(FAMILIES["switch"], tmp_path, expert_capacity=0)
 
-    found = measure_activations(SourceCheckpoint(tmp_path), _sequences(10))
+    found = measure_activations(SourceCheckpoint(tmp_path), random_sequences(10))
 
     for layer in found:
         assert layer.tokens_E.sum() == 0
@@ -204,108 +191,23 @@ def test_where_no_expert_has_tokens_neurons_count_as_equal(tmp_path):
         assert layer.input_rms_H.max() > 0 and not (layer.input_rms_H == 1).all()
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "switch"])
-def test_never_more_than_one_expert_is_in_memory(family_folder, monkeypatch, family):
-    source = SourceCheckpoint(family_folder(family))
-    read_expert = source.read_expert
-    reads: list[tuple[int, int]] = []
-    alive: list[StorageWeakRef] = []
-
-    def watched(layer: int, expert: int):
-        assert all(storage.expired() for storage in alive)
-        reads.append((layer, expert))
-        matrix_ID, bias_H = read_expert(layer, expert)
-        alive.append(StorageWeakRef(matrix_ID.untyped_storage()))
-        return matrix_ID, bias_H
-
-    monkeypatch.setattr(source, "read_expert", watched)
-    found = measure_activations(source, _sequences(16, 16, 16, 16))
-
-    # All sequences go through together, so an expert that has any tokens is read once.
-    used = [(i, k) for i, layer in enumerate(found) for k in range(4) if layer.tokens_E[k]]
-    assert sorted(reads) == used and len(used) > 4
-    assert all(storage.expired() for storage in alive)
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mappings")
-def test_weights_that_are_no_experts_stay_mapped_from_the_file(family_folder):
-    folder = family_folder("mixtral")
-    mapped: dict[str, bool] = {}
-
-    def look(module, _args):
-        mappings = [
-            [int(end, 16) for end in line.split()[0].split("-")]
-            for line in Path("/proc/self/maps").read_text().splitlines()
-            if line.endswith(str(folder / "model.safetensors"))
-        ]
-        for name, parameter in module.named_parameters():
-            address = parameter.data_ptr()
-            mapped[name] = any(begin <= address < end for begin, end in mappings)
-
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(look)
-    try:
-        measure_activations(SourceCheckpoint(folder), _sequences(8))
-    finally:
-        hook.remove()
-
-    assert mapped["embed_tokens.weight"] and all(mapped.values())
-    assert not any("experts" in name for name in mapped)
-
-
-def test_the_same_sequences_give_the_same_bytes(family_folder, tmp_path):
-    source = SourceCheckpoint(family_folder("qwen3_moe"))
-    for name in ("a", "b"):
-        layers = measure_activations(source, _sequences(*LENGTHS))
-        save_activations(tmp_path / name, source.sites, layers)
-
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
-def test_statistics_come_back_from_their_file(family_folder, tmp_path):
-    source = SourceCheckpoint(family_folder("switch"))
-    layers = measure_activations(source, _sequences(*LENGTHS))
-
-    save_activations(tmp_path / "activations.safetensors", source.sites, layers)
-    found = load_activations(tmp_path / "activations.safetensors", source.sites)
-
-    assert len(found) == len(layers) == 2
-    for mine, theirs in zip(found, layers, strict=True):
-        assert vars(mine).keys() == vars(theirs).keys()
-        assert all(torch.equal(vars(mine)[part], vars(theirs)[part]) for part in vars(mine))
-
-
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [("qwen3_moe", "another model's statistics"), ("switch", "encoder.*is missing")],
-)
-def test_statistics_of_another_model_are_refused(family_folder, tmp_path, other, message):
-    source = SourceCheckpoint(family_folder("mixtral"))
-    layers = measure_activations(source, _sequences(8))
-    save_activations(tmp_path / "activations.safetensors", source.sites, layers)
-
-    with mistake(message):
-        load_activations(
-            tmp_path / "activations.safetensors", SourceCheckpoint(family_folder(other)).sites
-        )
-
-
 @pytest.mark.parametrize("wrong", ["absent", "short"])
-def test_a_damaged_weight_is_refused_not_filled_with_noise(family_folder, tmp_path, wrong):
+def test_damaged_weight_is_refused(family_folder, tmp_path, wrong):
     folder = copy_of(family_folder("mixtral"), tmp_path / "source")
     name = "model.layers.1.self_attn.q_proj.weight"
 
-    def harm(tensors: dict[str, torch.Tensor]) -> None:
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
         tensor = tensors.pop(name)
         if wrong == "short":
             tensors[name] = tensor[:-1].clone()
 
-    edit_tensors(folder / "model.safetensors", harm)
+    edit_tensors(folder / "model.safetensors", damage)
 
-    with mistake(f"{name}' is missing or of another shape"):
-        measure_activations(SourceCheckpoint(folder), _sequences(8))
+    with mistake(f"{name}' is missing or its shape differs from config.json"):
+        measure_activations(SourceCheckpoint(folder), random_sequences(8))
 
 
-def test_activations_that_overflow_are_refused(family_folder, tmp_path):
+def test_overflowing_activations_are_refused(family_folder, tmp_path):
     folder = copy_of(family_folder("mixtral"), tmp_path / "source")
 
     def enlarge(tensors: dict[str, torch.Tensor]) -> None:
@@ -315,52 +217,13 @@ def test_activations_that_overflow_are_refused(family_folder, tmp_path):
     edit_tensors(folder / "model.safetensors", enlarge)
 
     with mistake("activations at model.layers.1.mlp.experts are NaN or infinite"):
-        measure_activations(SourceCheckpoint(folder), _sequences(8))
+        measure_activations(SourceCheckpoint(folder), random_sequences(8))
 
 
-@pytest.fixture
-def text(embedded_source, tmp_path):
-    """A text file, the embedded model's tokenizer and the text's token ids."""
-    path, tokenizer = tmp_path / "text", load_tokenizer(embedded_source)
-    path.write_text("def value(self):\n    return self.value\n" * 50, encoding="utf-8")
-    return path, tokenizer, tokenizer(path.read_text(encoding="utf-8"))["input_ids"]
+def test_same_sequences_give_the_same_bytes(family_folder, tmp_path):
+    source = SourceCheckpoint(family_folder("qwen3_moe"))
+    for name in ("a", "b"):
+        layers = measure_activations(source, random_sequences(*LENGTHS))
+        save_activations(tmp_path / name, source.sites, layers)
 
-
-@pytest.mark.parametrize(
-    ("tokens", "context", "expected"),
-    [(64, 16, [16] * 4), (70, 16, [16] * 4), (10, 16, [10])],
-)
-def test_calibration_text_is_cut_to_whole_windows(text, tokens, context, expected):
-    path, tokenizer, ids = text
-
-    windows = calibration_sequences(path, tokenizer, tokens=tokens, context=context)
-
-    assert [len(window) for window in windows] == expected
-    assert [token for window in windows for token in window] == ids[: sum(expected)]
-
-
-def test_a_rest_of_the_text_that_fills_no_window_is_left_out(text):
-    path, tokenizer, ids = text
-    context = len(ids) // 2 - 1
-
-    assert calibration_sequences(path, tokenizer, context=context) == [
-        ids[:context],
-        ids[context : 2 * context],
-    ]
-
-
-def test_a_text_shorter_than_a_window_is_used_whole(text):
-    path, tokenizer, ids = text
-
-    assert calibration_sequences(path, tokenizer, context=len(ids) + 1) == [ids]
-
-
-def test_every_token_of_the_embedded_model_reaches_all_its_experts(embedded_source, text):
-    source = SourceCheckpoint(embedded_source)
-    path, tokenizer, _ = text
-
-    found = measure_activations(source, calibration_sequences(path, tokenizer, 256, 64))
-
-    assert len(found) == len(source.sites)
-    routed = 4 * 64 * source.config.num_experts_per_tok
-    assert all(int(layer.tokens_E.sum()) == routed for layer in found)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()

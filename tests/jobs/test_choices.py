@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from resmoe_dist import load_model
-from resmoe_dist.checkpoints.compressed import CompressedCheckpoint, CompressionSettings
+from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.checkpoints.restore import restored_expert
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.checkpoints.tensor_files import tensor_bytes
@@ -17,8 +17,9 @@ from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.report import describe
 from resmoe_dist.jobs import memory_budget as memory
 from resmoe_dist.jobs.group import GroupCompressor
+from resmoe_dist.jobs.memory_budget import ExpertStore, GroupMemory
 from resmoe_dist.jobs.pipeline import Compression
-from resmoe_dist.jobs.scheduling import DeepSpeedWorkers
+from resmoe_dist.jobs.workers import DeepSpeedWorkers
 from resmoe_dist.sizes import parse_size
 from tests.checkpoints.damage import edit_tensors, mistake
 from tests.jobs.runs import contents, run, settings, staging_of
@@ -52,7 +53,7 @@ def _stored(folder, index):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_rank_with_several_centres_shares_out_its_own_experts(source, tmp_path, ranks):
+def test_groups_of_a_rank_partition_its_experts(source, tmp_path, ranks):
     index = run(source, tmp_path / "c", groups=ranks, groups_per_rank=2)
 
     owned = EXPERTS // ranks
@@ -71,7 +72,7 @@ def test_with_everything_kept_several_centres_serve_what_the_source_does(source,
     assert relative_difference(found, expected) <= 1e-4
 
 
-def test_one_budget_for_the_model_goes_where_it_saves_most(source, tmp_path):
+def test_shared_budget_goes_to_the_larger_experts(source, tmp_path):
     apart = run(source, tmp_path / "apart", groups=1)
     shared = run(source, tmp_path / "shared", groups=1, allocate="model")
 
@@ -91,34 +92,34 @@ def test_one_budget_for_the_model_goes_where_it_saves_most(source, tmp_path):
 @pytest.mark.parametrize(
     "choices", [{}, {"center": "auto"}, {"groups_per_rank": 2}, {"layers": [1]}]
 )
-def test_bytes_meet_their_target(source, tmp_path, codec, share, choices):
+def test_stored_bytes_meet_their_target(source, tmp_path, codec, share, choices):
     choices = {"groups": 1, "codec": codec, "target_bytes": share} | choices
     dense = 2 * EXPERTS * 27 * 60 * 4
     try:
         index = run(source, tmp_path / "c", **choices)
     except UserError as error:
-        # A dense layer, or two centres, alone take more.
+        # A dense layer or two centres alone exceed the target.
         assert "--target-bytes" in str(error)
         assert share < 0.6 or (share == 0.6 and "layers" in choices)
         return
 
     found = _stored(tmp_path / "c", index) / dense
     assert found <= share
-    # A rank more of a low-rank residual is a step of a few percent at this size; an expert that has
-    # a centre to itself needs nothing else.
+    # One rank more of a low-rank residual is a few percent at this size. An expert that is alone in
+    # its group equals its centre and needs nothing else.
     if "groups_per_rank" not in choices:
         assert found >= share - (0.02 if codec == "pruned" else 0.12)
     assert index.settings.target_bytes == share
     assert describe(CompressedCheckpoint(tmp_path / "c"))["experts"]["ratio"] <= share
 
 
-def test_target_that_centres_alone_exceed_is_a_mistake(source, tmp_path):
+def test_target_that_centres_alone_exceed_is_refused(source, tmp_path):
     with mistake("--target-bytes 0.2: centres, indices and layers left dense alone take 0.2"):
         run(source, tmp_path / "c", groups=1, target_bytes=0.2)
     assert not (tmp_path / "c").exists()
 
 
-def test_unrelated_experts_get_no_centre_and_related_ones_do(source, tmp_path, embedded_source):
+def test_only_related_experts_get_a_centre(source, tmp_path, embedded_source):
     unrelated = run(source, tmp_path / "u", groups=3, center="auto")
     joint = run(source, tmp_path / "j", groups=3)
 
@@ -130,7 +131,7 @@ def test_unrelated_experts_get_no_centre_and_related_ones_do(source, tmp_path, e
 
     trained = SourceCheckpoint(embedded_source)
     layers = list(range(len(trained.sites)))
-    chosen = CompressionSettings(**settings(center="auto", layers=layers).model_dump())
+    chosen = settings(center="auto", layers=layers)
     related = Compression(trained, tmp_path / "r", chosen).run()
     assert all(group.has_center for group in _groups(related))
 
@@ -165,7 +166,7 @@ def _activations(source):
     ]
 
 
-def test_weighing_by_activations_lowers_the_weighted_error_and_reports_it(source, tmp_path):
+def test_activations_lower_the_weighted_error_that_is_reported(source, tmp_path):
     checkpoint = SourceCheckpoint(source)
     measured = _activations(checkpoint)
     calls = []
@@ -219,24 +220,26 @@ def _weighted_errors(folder, checkpoint, layer, measured):
 
 
 @pytest.mark.parametrize("in_file", [False, True])
-def test_a_memory_bound_changes_no_byte(source, tmp_path, monkeypatch, in_file):
+def test_memory_bound_does_not_change_what_is_written(source, tmp_path, monkeypatch, in_file):
     run(source, tmp_path / "free", groups=1)
+    checkpoint, chosen = SourceCheckpoint(source), settings(groups=1)
+    bound, mapped = parse_size("30GB"), []
     if in_file:
-        need = []
-        room = memory.ExpertStore.room
-
-        def tight(store, wanted, *rest):
-            need.append(1)
-            store._at_most = memory.resident_bytes() + wanted.beside + wanted.experts // 2
-            return room(store, wanted, *rest)
-
-        monkeypatch.setattr(memory.ExpertStore, "room", tight)
-    checkpoint = SourceCheckpoint(source)
-    run_ = Compression(
-        checkpoint, tmp_path / "bound", settings(groups=1), max_memory=parse_size("30GB")
+        resident = 10**9
+        monkeypatch.setattr(memory, "resident_bytes", lambda: resident)
+        size = GroupCompressor(checkpoint, chosen, ExpertStore(tmp_path, None)).size(0, EXPERTS)
+        need = GroupMemory.estimate(
+            EXPERTS, 27, 60, 4, stored_bytes=size.bytes_at(0.25), aligns=True
+        )
+        bound = resident + need.working_bytes + need.expert_bytes // 2
+    from_file = torch.from_file
+    monkeypatch.setattr(
+        torch, "from_file", lambda *args, **kw: mapped.append(1) or from_file(*args, **kw)
     )
-    run_.run()
 
+    Compression(checkpoint, tmp_path / "bound", chosen, max_memory=bound).run()
+
+    assert len(mapped) == (2 if in_file else 0)
     assert contents(tmp_path / "bound") == contents(tmp_path / "free")
 
 
@@ -257,7 +260,7 @@ def _on_a_rank(source, output):
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_any_number_of_ranks_chooses_alike(source, tmp_path, ranks):
+def test_number_of_ranks_does_not_change_the_choices(source, tmp_path, ranks):
     _all_choices(source, tmp_path / "one")
     run_on_ranks(ranks, _on_a_rank, source, tmp_path / "many")
 
@@ -283,4 +286,9 @@ def test_a_resumed_run_keeps_measurements_and_plans(source, tmp_path, monkeypatc
     _all_choices(source, tmp_path / "c", resume=True)
 
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
-    assert json.loads((tmp_path / "c" / "resmoe.json").read_text())["settings"]["allocate"]
+    assert (
+        json.loads((tmp_path / "c" / "resmoe.json").read_text())["settings"]["method"]["options"][
+            "allocate"
+        ]
+        == "model"
+    )

@@ -1,4 +1,4 @@
-"""Signals to a run, its ranks and their launcher: one line, an exit code, and work that goes on."""
+"""Signals to a run, its ranks or their launcher: one line, an exit code, and a run that resumes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from tests.jobs.runs import (
 )
 
 MPIRUN = ("mpirun", "-n", 2, "python")
-LINE = "interrupted; continue with --resume"
+MESSAGE = "interrupted; continue with --resume"
 
 
 @pytest.fixture
-def slow(tmp_path, monkeypatch):
-    """slow(*launcher, pause): start a run with a pause of so many milliseconds before each task."""
+def start_slow(tmp_path, monkeypatch):
+    """start_slow(source, *launcher, pause): start a run that pauses before each task, in ms."""
     started = []
     (tmp_path / "pids").mkdir()
     monkeypatch.setenv("RESMOE_TEST_PIDS", str(tmp_path / "pids"))
@@ -53,23 +53,23 @@ def slow(tmp_path, monkeypatch):
 
 def _pid(tmp_path, rank):
     file = tmp_path / "pids" / str(rank)
-    wait_until(lambda: file.exists() and file.read_text())  # it may be being written
+    wait_until(lambda: file.exists() and file.read_text())  # may be empty while it is written
     return int(file.read_text())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_run_says_how_to_go_on_at_once(
-    sharded_source, expected, tmp_path, slow, number, code
+def test_interrupted_run_ends_at_once_and_says_how_to_resume(
+    sharded_source, expected, tmp_path, start_slow, number, code
 ):
-    process = slow(sharded_source, pause=2000)
+    process = start_slow(sharded_source, pause=2000)
     wait_until(lambda: finished_in(tmp_path / "c"))
-    # Whoever waits for compiled code to end would wait for its pause.
+    # Now the task is in its pause, which a run that waited for compiled code would sit out.
     time.sleep(0.3)
-    begun = time.monotonic()
+    start = time.monotonic()
     process.send_signal(number)
-    assert finish_command(process) == (code, "", f"{LINE}\n")
-    assert time.monotonic() - begun < 1.5
+    assert finish_command(process) == (code, "", f"{MESSAGE}\n")
+    assert time.monotonic() - start < 1.5
 
     run(sharded_source, tmp_path / "c", resume=True)
     assert contents(tmp_path / "c") == expected
@@ -79,56 +79,56 @@ def test_interrupted_run_says_how_to_go_on_at_once(
 @pytest.mark.parametrize(
     ("number", "code", "rank"), [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 0)]
 )
-def test_interrupted_rank_takes_mpiruns_others_down_and_all_resume(
-    sharded_source, expected, tmp_path, slow, number, code, rank
+def test_mpirun_ends_all_ranks_after_one_was_interrupted(
+    sharded_source, expected, tmp_path, start_slow, number, code, rank
 ):
-    process = slow(sharded_source, *MPIRUN)
+    process = start_slow(sharded_source, *MPIRUN)
     wait_until(lambda: finished_in(tmp_path / "c"))
     os.kill(_pid(tmp_path, rank), number)
 
     found, _, err = finish_command(process)
     assert found == code
-    assert err.count(LINE) == 1
+    assert err.count(MESSAGE) == 1
     assert "Traceback" not in err
     wait_until(lambda: not _alive(_pid(tmp_path, 1 - rank)), 10)
 
-    assert finish_command(slow(sharded_source, *MPIRUN, pause=0, resume=["--resume"]))[0] == 0
+    assert finish_command(start_slow(sharded_source, *MPIRUN, pause=0, resume=["--resume"]))[0] == 0
     assert contents(tmp_path / "c") == expected
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["mpirun", "deepspeed"])
-def test_interrupted_launcher_leaves_what_resumes(
-    sharded_source, expected, tmp_path, slow, launcher
+def test_run_resumes_after_its_launcher_was_interrupted(
+    sharded_source, expected, tmp_path, start_slow, launcher
 ):
     launchers = {
         "mpirun": MPIRUN,
         "deepspeed": ("deepspeed", "--num_gpus", 2, "--master_port", free_port()),
     }
-    process = slow(sharded_source, *launchers[launcher])
+    process = start_slow(sharded_source, *launchers[launcher])
     wait_until(lambda: finished_in(tmp_path / "c"))
-    # As a terminal does: to the launcher and those of its processes that share its group.
+    # A terminal sends Ctrl-C to the launcher and all processes of its group.
     os.killpg(process.pid, signal.SIGINT)
 
     code, _, err = finish_command(process)
     assert code != 0
-    # mpirun passes nothing on that its ranks say from here on.
-    assert err.count(LINE) == 1 if launcher == "deepspeed" else err == ""
+    # mpirun drops all output of its ranks from here on.
+    assert err.count(MESSAGE) == 1 if launcher == "deepspeed" else err == ""
     wait_until(lambda: not _alive(_pid(tmp_path, 0)) and not _alive(_pid(tmp_path, 1)), 10)
     run(sharded_source, tmp_path / "c", resume=True)
     assert contents(tmp_path / "c") == expected
 
 
 @pytest.mark.slow
-def test_mpirun_ranks_resume_after_one_was_killed(sharded_source, expected, tmp_path, slow):
-    process = slow(sharded_source, *MPIRUN)
+def test_mpirun_ranks_resume_after_one_was_killed(sharded_source, expected, tmp_path, start_slow):
+    process = start_slow(sharded_source, *MPIRUN)
     wait_until(lambda: len(finished_in(tmp_path / "c")) > 1)
     os.kill(_pid(tmp_path, 0), signal.SIGKILL)
     assert finish_command(process)[0] != 0
     folder = staging_of(tmp_path / "c") / "model"
     before = {name: (folder / name).stat().st_mtime_ns for name in finished_in(tmp_path / "c")}
 
-    process = slow(sharded_source, *MPIRUN, pause=0, resume=["--resume"])
+    process = start_slow(sharded_source, *MPIRUN, pause=0, resume=["--resume"])
     code, _, err = finish_command(process)
     assert code == 0, err
     assert contents(tmp_path / "c") == expected

@@ -156,13 +156,11 @@ class Problem(NamedTuple):
 
     def project_in(self, backend: HalfProductBackend, part: str = "whole") -> Tensor:
         routed = self.routed
-        return backend.project_in(part, routed.x_RH, routed.token_N, routed.offsets_L, self.rows)
+        return backend.project_in(part, routed.x_RH, routed.copies, self.rows)
 
     def project_out(self, backend: HalfProductBackend, part: str = "whole") -> Tensor:
         routed = self.routed
-        return backend.project_out(
-            part, self.h_NS, routed.token_N, routed.offsets_L, self.rows, len(routed.x_RH)
-        )
+        return backend.project_out(part, self.h_NS, routed.copies, self.rows, len(routed.x_RH))
 
     def copies(self) -> Iterator[tuple[int, slice, np.ndarray]]:
         """Each expert's number, copies and their tokens."""

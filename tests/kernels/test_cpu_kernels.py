@@ -101,8 +101,8 @@ def test_half_products_with_centres_are_exact(instruction_set, dtype):
     same = Problem(layer, routed, problem.h_NS[:5], problem.rows)
     backend, x_TH = cpu(problem), problem.routed.x_RH
 
-    found_in = backend.project_in("center", x_TH, token_C, offsets_G, problem.rows)
-    found_out = backend.project_out("center", same.h_NS, token_C, offsets_G, problem.rows, 9)
+    found_in = backend.project_in("center", x_TH, routed.copies, problem.rows)
+    found_out = backend.project_out("center", same.h_NS, routed.copies, problem.rows, 9)
 
     assert_sums(found_in, sums_in(same))
     assert_sums(found_out, sums_out(same))

@@ -7,6 +7,7 @@ copies.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -41,44 +42,33 @@ def layer_lists() -> dict[str, list[torch.Tensor]]:
     }
 
 
-def mlp(**changed: object) -> torch.Tensor:
-    arguments: dict[str, object] = {
-        "layer": layer(),
+ROUTING = {"token": torch.tensor([0, 1, 2, 0, 2]), "offsets": torch.tensor([0, 3, 5])}
+ARGUMENTS: dict[str, dict[str, object]] = {
+    "mlp": {
         "x": torch.randn(3, 20),
-        "token": torch.tensor([0, 1, 2, 0, 2]),
+        "token": ROUTING["token"],
         "weight": torch.ones(5),
-        "offsets": torch.tensor([0, 3, 5]),
+        "offsets": ROUTING["offsets"],
         "center_token": torch.arange(3),
         "center_offsets": torch.tensor([0, 3]),
         "center_index": torch.tensor([0, 1, 2, -1, -1]),
-    }
-    return torch.ops.resmoe.mlp(*(arguments | changed).values())
+    },
+    "project_in": {"part": "whole", "x": torch.randn(3, 20), **ROUTING, "first_row": 0, "rows": 4},
+    "project_out": {
+        **{"part": "whole", "h": torch.randn(5, 4)},
+        **ROUTING,
+        **{"first_row": 0, "num_tokens": 3},
+    },
+}
 
 
-def project_in(**changed: object) -> torch.Tensor:
-    arguments: dict[str, object] = {
-        "layer": layer(),
-        "part": "whole",
-        "x": torch.randn(3, 20),
-        "token": torch.tensor([0, 1, 2, 0, 2]),
-        "offsets": torch.tensor([0, 3, 5]),
-        "first_row": 0,
-        "rows": 4,
-    }
-    return torch.ops.resmoe.project_in(*(arguments | changed).values())
+def call(operation: str, **changed: object) -> torch.Tensor:
+    """An operation with its right arguments but for the changed ones."""
+    arguments = {"layer": layer(), **ARGUMENTS[operation]} | changed
+    return getattr(torch.ops.resmoe, operation)(*arguments.values())
 
 
-def project_out(**changed: object) -> torch.Tensor:
-    arguments: dict[str, object] = {
-        "layer": layer(),
-        "part": "whole",
-        "h": torch.randn(5, 4),
-        "token": torch.tensor([0, 1, 2, 0, 2]),
-        "offsets": torch.tensor([0, 3, 5]),
-        "first_row": 0,
-        "num_tokens": 3,
-    }
-    return torch.ops.resmoe.project_out(*(arguments | changed).values())
+mlp, project_in, project_out = (partial(call, operation) for operation in ARGUMENTS)
 
 
 def restore(

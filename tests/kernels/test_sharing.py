@@ -40,13 +40,13 @@ class RecordingBackend(ReferenceBackend):
         super().__init__(*args, **kwargs)
         self.calls: list[Call] = []
 
-    def project_in(self, part, x_TH, token_N, offsets_J, rows) -> Tensor:
-        self.calls.append(Call("in", part, int(offsets_J[-1])))
-        return super().project_in(part, x_TH, token_N, offsets_J, rows)
+    def project_in(self, part, x_TH, copies, rows) -> Tensor:
+        self.calls.append(Call("in", part, int(copies.offsets_J[-1])))
+        return super().project_in(part, x_TH, copies, rows)
 
-    def project_out(self, part, h_NS, token_N, offsets_J, rows, num_tokens) -> Tensor:
-        self.calls.append(Call("out", part, int(offsets_J[-1])))
-        return super().project_out(part, h_NS, token_N, offsets_J, rows, num_tokens)
+    def project_out(self, part, h_NS, copies, rows, num_tokens) -> Tensor:
+        self.calls.append(Call("out", part, int(copies.offsets_J[-1])))
+        return super().project_out(part, h_NS, copies, rows, num_tokens)
 
 
 @pytest.mark.parametrize("grouping", GROUPINGS)
@@ -94,12 +94,11 @@ def test_center_copies_are_sorted_by_centre_and_complete(grouping):
 
     found = CenterCopies.of(routed, layer)
 
-    offsets = found.offsets_G.tolist()
-    assert offsets[0] == 0 and offsets[-1] == len(found.token_C)
-    center_C = torch.searchsorted(
-        found.offsets_G[1:], torch.arange(len(found.token_C)), right=True
-    ).tolist()
-    pairs = list(zip(center_C, found.token_C.tolist(), strict=True))
+    token_C, offsets_G = found.copies.token_N, found.copies.offsets_J
+    offsets = offsets_G.tolist()
+    assert offsets[0] == 0 and offsets[-1] == len(token_C)
+    center_C = torch.searchsorted(offsets_G[1:], torch.arange(len(token_C)), right=True).tolist()
+    pairs = list(zip(center_C, token_C.tolist(), strict=True))
     assert len(set(pairs)) == len(pairs)
     for n, expert in enumerate(routed.expert_N.tolist()):
         center = layer.center_of[expert] if expert < EXPERTS else -1

@@ -1,17 +1,15 @@
-"""Joining, starting and refusing grids, without processes; and how a process ends."""
+"""Joining, starting and refusing grids, without processes."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import sys
-import time
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 
 from resmoe_dist.errors import UserError
-from resmoe_dist.parallel import entry_point, launcher
+from resmoe_dist.parallel import launcher
 from resmoe_dist.parallel.topology import SINGLE_PROCESS
 
 
@@ -55,18 +53,43 @@ def test_one_process_alone_needs_no_process_group(machine):
     assert launcher.start_grid(1, 1, ["launch/infer.py"]) == SINGLE_PROCESS
 
 
-def test_on_a_cpu_the_deepspeed_launcher_replaces_the_process(machine, monkeypatch):
+@pytest.mark.parametrize("start", [["launch/infer.py"], ["--module", "resmoe_dist.launch.infer"]])
+def test_on_a_cpu_the_deepspeed_launcher_replaces_the_process(machine, monkeypatch, start):
     machine("cpu", 1)
     replaced = []
     monkeypatch.setattr(launcher.os, "execve", lambda *call: replaced.append(call))
+    program = [*start, "--ep", "4", "--tp", "2"]
 
     with pytest.raises(UserError):  # execve does not return; here it did
-        launcher.start_grid(4, 2, ["launch/infer.py", "--ep", "4", "--tp", "2"])
+        launcher.start_grid(4, 2, program)
 
     ((_, command, environment),) = replaced
     assert "deepspeed.launcher.launch" in command
-    assert command[-5:] == ["launch/infer.py", "--ep", "4", "--tp", "2"]
+    assert command[-len(program) :] == program
     assert "WORLD_SIZE" not in environment
+
+
+def test_a_module_on_gpus_is_refused_with_the_command_for_modules(machine):
+    machine("cuda", 3)
+
+    with pytest.raises(UserError, match=r"--num_gpus 8 --module resmoe_dist\.launch\.infer …"):
+        launcher.start_grid(4, 2, ["--module", "resmoe_dist.launch.infer", "--ep", "4"])
+
+
+@pytest.mark.parametrize(
+    ("spec", "start"),
+    [
+        (None, ["launch/infer.py"]),
+        (ModuleSpec("resmoe_dist.launch.infer", None), ["--module", "resmoe_dist.launch.infer"]),
+    ],
+)
+def test_a_program_is_started_again_as_it_was_started(monkeypatch, spec, start):
+    main = ModuleType("__main__")
+    main.__spec__ = spec
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(sys, "argv", ["launch/infer.py", "--local_rank=0", "--ep", "2"])
+
+    assert launcher.this_program() == [*start, "--local_rank=0", "--ep", "2"]
 
 
 def test_ranks_that_were_started_for_another_grid_do_not_start_more(machine, monkeypatch):
@@ -83,76 +106,3 @@ def test_a_grid_has_at_least_one_rank_each_way(machine, ep, tp):
 
     with pytest.raises(UserError, match="must be 1 or more"):
         launcher.start_grid(ep, tp, ["launch/infer.py"])
-
-
-# What a process does until a signal comes: nothing, in Python and in code that no signal ends.
-WAITS = {
-    "python": "time.sleep(30)",
-    "compiled code": (
-        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM}); "
-        "ctypes.CDLL(None).usleep(30_000_000)"
-    ),
-}
-
-
-def _start(body, *, ignored=False):
-    """A process that runs `body` as an entry point, and has begun it."""
-    script = (
-        "import ctypes, signal, time\n"
-        "from resmoe_dist.parallel.entry_point import run_entry_point\n"
-        f"def main():\n    print('begun', flush=True)\n    {body}\n"
-        "run_entry_point(main)\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
-        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None,
-    )
-    assert process.stdout.readline() == "begun\n"
-    time.sleep(0.2)
-    return process
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("wait", WAITS)
-def test_signal_ends_a_process_soon_and_quietly_whatever_it_does(wait, number, code):
-    process = _start(WAITS[wait])
-    begun = time.monotonic()
-    process.send_signal(number)
-    # A launcher often sends one more to a rank that leaves, when it has noticed.
-    time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-
-    assert process.communicate(timeout=30) == ("", "")
-    assert process.returncode == code
-    assert time.monotonic() - begun < 5
-
-
-@pytest.mark.slow
-def test_interrupted_work_may_say_a_word():
-    process = _start(
-        "try: time.sleep(30)\n    except KeyboardInterrupt: raise KeyboardInterrupt('gone on at 7')"
-    )
-    process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=30) == ("", "gone on at 7\n")
-    assert process.returncode == 143
-
-
-@pytest.mark.slow
-def test_signal_that_is_ignored_stays_ignored():
-    process = _start("time.sleep(1); return 7", ignored=True)
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=30) == ("", "")
-    assert process.returncode == 7
-
-
-def test_entry_point_leaves_signals_as_they_were():
-    before = [signal.getsignal(number) for number in entry_point.INTERRUPTS]
-    with pytest.raises(SystemExit):
-        entry_point.run_entry_point(lambda: 0)
-    assert [signal.getsignal(number) for number in entry_point.INTERRUPTS] == before
-    assert signal.set_wakeup_fd(-1) == -1

@@ -1,4 +1,4 @@
-"""The claims of the method, on real trained experts: each step lowers the error."""
+"""On trained experts, each step of the method lowers the error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KEEP = 0.25
 
 @pytest.fixture(scope="module")
 def groups(embedded_source) -> list[Tensor]:
-    """All experts [N, I, D] of each layer of the embedded Mixtral: one group a layer."""
+    """All experts [E, I, D] of each layer of the embedded Mixtral: one group per layer."""
     source = SourceCheckpoint(embedded_source)
     return [
         torch.stack([source.read_expert(layer, k)[0] for k in range(site.num_experts)])
@@ -31,7 +31,7 @@ def aligned_groups(groups) -> list[AlignedExperts]:
 
 
 def _error(aligned: AlignedExperts, center: str, allocate: str) -> float:
-    """What is lost of the aligned experts, measured on what is restored."""
+    """Squared error of the restored experts."""
     encoded = encode_group(
         aligned,
         GroupCodecs(CodecSpec(name="pruned", options={"keep": KEEP}), torch.float32),
@@ -43,10 +43,10 @@ def _error(aligned: AlignedExperts, center: str, allocate: str) -> float:
     return float((exact - restored).double().square().sum())
 
 
-def _plain_pruning_error(experts_NID: Tensor) -> float:
-    """Magnitude pruning of the experts themselves, each at the same share of entries."""
+def _plain_pruning_error(experts_EID: Tensor) -> float:
+    """Squared error of magnitude pruning without a centre, each expert at the same keep."""
     error = 0.0
-    for expert_ID in experts_NID:
+    for expert_ID in experts_EID:
         magnitudes = expert_ID.abs().flatten().float().sort().values
         dropped = magnitudes[: magnitudes.numel() - int(KEEP * magnitudes.numel())]
         error += float(dropped.double().square().sum())
@@ -61,7 +61,7 @@ def test_pruning_around_a_barycentre_beats_plain_pruning(aligned_groups, allocat
 
 
 @pytest.mark.parametrize("allocate", ["expert", "group"])
-def test_the_joint_centre_is_a_fifth_below_the_barycentre(aligned_groups, allocate):
+def test_the_joint_centre_has_a_fifth_less_error_than_the_barycentre(aligned_groups, allocate):
     for aligned in aligned_groups:
         plain = _error(aligned, "barycenter", allocate)
         assert _error(aligned, "joint", allocate) <= 0.8 * plain
@@ -69,17 +69,17 @@ def test_the_joint_centre_is_a_fifth_below_the_barycentre(aligned_groups, alloca
 
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_leave_one_out_is_never_above_pot(groups, shuffled):
-    for experts_NID in groups:
+    for experts_EID in groups:
         if shuffled:
-            experts_NID = torch.stack([e[torch.randperm(len(e))] for e in experts_NID])
-        found, pots = align(experts_NID, "loo").objective, align(experts_NID, "pot").objective
-        # Sums of float32 squares: equal alignments differ by as much.
+            experts_EID = torch.stack([e[torch.randperm(len(e))] for e in experts_EID])
+        found, pots = align(experts_EID, "loo").objective, align(experts_EID, "pot").objective
+        # Objectives are sums of float32 squares, so equal alignments differ by rounding.
         assert found <= pots * (1 + 1e-6)
 
 
 def test_shuffled_experts_are_aligned_as_well_as_unshuffled_ones(groups):
-    for experts_NID in groups:
-        shuffled_NID = torch.stack([e[torch.randperm(len(e))] for e in experts_NID])
-        expected = align(experts_NID, "loo").objective
-        assert align(shuffled_NID, "loo").objective == pytest.approx(expected, rel=1e-5)
-        assert align(shuffled_NID, "none").objective > 2 * expected
+    for experts_EID in groups:
+        shuffled_EID = torch.stack([e[torch.randperm(len(e))] for e in experts_EID])
+        expected = align(experts_EID, "loo").objective
+        assert align(shuffled_EID, "loo").objective == pytest.approx(expected, rel=1e-5)
+        assert align(shuffled_EID, "none").objective > 2 * expected

@@ -1,6 +1,8 @@
-// The kernels over the primitives of an instruction set. Included once per set, after its target
-// was chosen and its `Primitives<V>` defined. All of it has internal linkage: the same code compiled
-// for two targets must never be merged by the linker.
+// The kernels of one instruction set, made from its primitives.
+//
+// Each instruction set's .cpp file includes this once, after it chose its target (target.h) and
+// defined `Primitives<Scalar>`. Everything here has internal linkage: each .cpp file compiles the
+// same code for another target, and the linker must not merge the results.
 
 #pragma once
 
@@ -11,17 +13,15 @@
 
 namespace {
 
-template <class V>
+template <class Scalar>
 constexpr Kernels kernels_of() {
-  return {restore_rows<V>,
-          project_in_rows<V>,
-          project_out_share<V>,
-          mlp_rows<V>,
-          pack_columns<V>,
-          mlp_packed_in<V>,
-          mlp_packed_out<V>,
-          add_packed_columns<V>,
-          lanes_of<V>()};
+  return {restore_rows<Scalar>,   project_in_rows<Scalar>,    project_out_share<Scalar>,
+          mlp_rows<Scalar>,       pack_columns<Scalar>,       mlp_packed_in<Scalar>,
+          mlp_packed_out<Scalar>, add_packed_columns<Scalar>, packed_lanes<Scalar>()};
+}
+
+constexpr InstructionSet instruction_set(const char* name, bool (*supported)()) {
+  return {name, supported, kernels_of<BFloat16>(), kernels_of<float>()};
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
-// Expanding with AVX-512: a bitmap word is the mask that spreads packed values over a register.
-// Included after the target was chosen.
+// What both AVX-512 instruction sets share: expanding pruned rows.
+//
+// A word of bitmap is a mask register, and one instruction (`vpexpandw`, `vexpandps`) spreads
+// packed values over its set bits. Included after the target was chosen.
 
 #pragma once
 
@@ -7,50 +9,73 @@
 
 namespace {
 
-// The values of a register in the places of the mask's bits, zeros in all others.
-inline __m512i spread(__mmask32 mask, __m512i values) {
-  // In a register first: from memory the instruction is several times as slow on some processors.
-  asm("" : "+v"(values));
-  return _mm512_maskz_expand_epi16(mask, values);
+// bfloat16 in registers of 32. Adder::add(a, b) is the sum of two such registers.
+template <class Adder>
+struct BFloat16Register {
+  using Scalar = BFloat16;
+  static constexpr int64_t kEntries = 32;
+
+  static __m512i load(const BFloat16* source, __mmask32 mask) {
+    return _mm512_maskz_loadu_epi16(mask, source);
+  }
+  static void store(__m512i entries, __mmask32 mask, BFloat16* target) {
+    _mm512_mask_storeu_epi16(target, mask, entries);
+  }
+  // Spreads packed values over the set bits of the mask; zeros elsewhere.
+  static __m512i spread(__mmask32 mask, __m512i values) {
+    // Loads the values into a register first. The instruction can read memory, but is several times
+    // as slow then on some processors.
+    asm("" : "+v"(values));
+    return _mm512_maskz_expand_epi16(mask, values);
+  }
+  // center + residual where the mask has bits, the unchanged centre elsewhere.
+  static __m512i add_where(__mmask32 mask, __m512i center, __m512i residual) {
+    return _mm512_mask_mov_epi16(center, mask, Adder::add(center, residual));
+  }
+};
+
+// The same for float, in registers of 16.
+struct FloatRegister {
+  using Scalar = float;
+  static constexpr int64_t kEntries = 16;
+
+  static __m512 load(const float* source, __mmask16 mask) {
+    return _mm512_maskz_loadu_ps(mask, source);
+  }
+  static void store(__m512 entries, __mmask16 mask, float* target) {
+    _mm512_mask_storeu_ps(target, mask, entries);
+  }
+  static __m512 spread(__mmask16 mask, __m512 values) {
+    return _mm512_maskz_expand_ps(mask, values);
+  }
+  static __m512 add_where(__mmask16 mask, __m512 center, __m512 residual) {
+    return _mm512_mask_add_ps(center, mask, center, residual);
+  }
+};
+
+// Primitives::expand for any number of columns. Masked loads read no more values than there are.
+template <class Register, bool kHasCenter>
+inline const typename Register::Scalar* expand_masked(BitReader& bits,
+                                                      const typename Register::Scalar* values,
+                                                      const typename Register::Scalar* center,
+                                                      int64_t columns,
+                                                      typename Register::Scalar* out) {
+  for (int64_t c = 0; c < columns; c += Register::kEntries) {
+    const int64_t count = columns - c < Register::kEntries ? columns - c : Register::kEntries;
+    const uint32_t mask = bits.next(count);
+    const int kept = __builtin_popcount(mask);
+    const uint32_t all = _bzhi_u32(~0u, count);
+    auto entries = Register::spread(mask, Register::load(values, _bzhi_u32(~0u, kept)));
+    if constexpr (kHasCenter) {
+      entries = Register::add_where(mask, Register::load(center + c, all), entries);
+    }
+    Register::store(entries, all, out + c);
+    values += kept;
+  }
+  return values;
 }
 
-#ifdef RESMOE_BF16
-// bfloat16 a + b, to nearest, ties to even; denormal numbers are taken for zeros. The instructions
-// for products add pairs up in fewer steps than there are in making floats of them.
-inline __m512i add_bfloat16(__m512i a, __m512i b) {
-  const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3F80);
-  const auto sums = [&](__m512i pairs) {
-    return _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)pairs, ones);
-  };
-  const __m512 low = sums(_mm512_unpacklo_epi16(a, b));
-  const __m512 high = sums(_mm512_unpackhi_epi16(a, b));
-  // Of each eight entries, the first four are in `low`.
-  const __m512i in_order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
-  return _mm512_permutexvar_epi64(in_order, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-}
-#else
-// bfloat16 a + b, to nearest, ties to even. Entries of even and odd number apart, as each is then
-// one instruction away from being a float.
-inline __m512i add_bfloat16(__m512i a, __m512i b) {
-  const __m512i upper = _mm512_set1_epi32(0xFFFF0000);
-  const auto even = [](__m512i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)); };
-  const auto odd = [&](__m512i v) { return _mm512_castsi512_ps(_mm512_and_si512(v, upper)); };
-  const auto rounded = [](__m512 sum) {
-    const __m512i bits = _mm512_castps_si512(sum);
-    const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i up = _mm512_add_epi32(last, _mm512_set1_epi32(0x7FFF));
-    // A NaN must stay one.
-    const __mmask16 nan = _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q);
-    return _mm512_mask_or_epi32(_mm512_add_epi32(bits, up), nan, bits,
-                                _mm512_set1_epi32(0x400000));
-  };
-  return _mm512_mask_blend_epi16(
-      0xAAAAAAAA, _mm512_srli_epi32(rounded(_mm512_add_ps(even(a), even(b))), 16),
-      rounded(_mm512_add_ps(odd(a), odd(b))));
-}
-#endif
-
-// Past the caches where the target is aligned, as only an aligned line can be.
+// Copies past the caches if the target is aligned; such stores need whole cache lines.
 inline void stream_bytes(const void* source, int64_t bytes, void* target) {
   if (reinterpret_cast<uintptr_t>(target) % 64) {
     std::memcpy(target, source, bytes);
@@ -65,124 +90,114 @@ inline void stream_bytes(const void* source, int64_t bytes, void* target) {
   std::memcpy(to + i, from + i, bytes - i);
 }
 
-template <int TOKENS>
-struct Avx512BFloat16 : VectorPrimitives<BFloat16, 16, TOKENS> {
-  // take(column, entries of four rows, their masks), 32 columns at a time, for as many multiples of
-  // kStep columns as values can be read for in whole registers; returns how many. Side by side,
-  // more of the rows are on their way from memory at a time.
-  template <int64_t kStep, class Take>
-  static int64_t for_each_of_four(Bits* const* bits, const BFloat16** values,
-                                  const BFloat16* const* ends, int64_t columns, const Take& take) {
-    const BFloat16* from[4] = {values[0], values[1], values[2], values[3]};
-    Bits of_row[4] = {*bits[0], *bits[1], *bits[2], *bits[3]};
-    const auto whole = [&](int row) { return ends[row] - from[row] >= kStep; };
+template <class Adder, int kMaxDotTokens>
+struct Avx512BFloat16 : VectorPrimitives<BFloat16, 16, kMaxDotTokens> {
+  using Register = BFloat16Register<Adder>;
+
+  // Expands four rows without their centre, 32 columns at a time, and calls process(column, entries
+  // of the four rows, their masks). Stops where less than kStep columns are left, or less than
+  // kStep values of the job: that many can be read without masks. Returns how many columns it took.
+  //
+  // Four rows at once keep more reads from memory under way than one row after the other.
+  template <int64_t kStep, class Process>
+  static int64_t for_each_of_four_rows(FourRows<BFloat16>& rows, int64_t columns,
+                                       const Process& process) {
+    // Local copies, which the compiler can keep in registers.
+    const BFloat16* values[4] = {rows.values[0], rows.values[1], rows.values[2], rows.values[3]};
+    BitReader bits[4] = {*rows.bits[0], *rows.bits[1], *rows.bits[2], *rows.bits[3]};
+    const BFloat16* const values_end = rows.end;
+    const auto enough = [&](int row) { return values_end - values[row] >= kStep; };
     int64_t c = 0;
-    while (c + kStep <= columns && whole(0) && whole(1) && whole(2) && whole(3)) {
+    while (c + kStep <= columns && enough(0) && enough(1) && enough(2) && enough(3)) {
       for (const int64_t end = c + kStep; c < end; c += 32) {
         __m512i entries[4];
         uint32_t masks[4];
         RESMOE_UNROLL
         for (int r = 0; r < 4; ++r) {
-          masks[r] = of_row[r].next_32();
-          entries[r] = spread(masks[r], _mm512_loadu_si512(from[r]));
-          from[r] += __builtin_popcount(masks[r]);
+          masks[r] = bits[r].next_32();
+          entries[r] = Register::spread(masks[r], _mm512_loadu_si512(values[r]));
+          values[r] += __builtin_popcount(masks[r]);
         }
-        take(c, entries, masks);
+        process(c, entries, masks);
       }
     }
     for (int r = 0; r < 4; ++r) {
-      values[r] = from[r];
-      *bits[r] = of_row[r];
+      rows.values[r] = values[r];
+      *rows.bits[r] = bits[r];
     }
     return c;
   }
 
-  static int64_t expand_four(Bits* const* bits, const BFloat16** values,
-                             const BFloat16* const* ends, const BFloat16* const* centers,
-                             int64_t columns, BFloat16* out, int64_t stride) {
-    if (!centers[0]) {
-      return for_each_of_four<32>(
-          bits, values, ends, columns, [&](int64_t c, const __m512i* entries, const uint32_t*) {
-            RESMOE_UNROLL
-            for (int r = 0; r < 4; ++r) _mm512_storeu_si512(out + r * stride + c, entries[r]);
-          });
+  // Expands four rows, adds their centres if they have any, and calls store(column, entries of the
+  // four rows). Returns how many columns it took, a multiple of 32.
+  template <class Store>
+  static int64_t expand_four_rows_to(FourRows<BFloat16>& rows, int64_t columns,
+                                     const Store& store) {
+    if (!rows.center[0]) {
+      return for_each_of_four_rows<32>(
+          rows, columns,
+          [&](int64_t c, const __m512i* entries, const uint32_t*) { store(c, entries); });
     }
-    return for_each_of_four<32>(
-        bits, values, ends, columns,
-        [&](int64_t c, const __m512i* entries, const uint32_t* masks) {
+    return for_each_of_four_rows<32>(
+        rows, columns, [&](int64_t c, const __m512i* entries, const uint32_t* masks) {
+          __m512i sums[4];
           RESMOE_UNROLL
           for (int r = 0; r < 4; ++r) {
-            const __m512i sum = with_center(centers[r] + c, masks[r], entries[r]);
-            _mm512_storeu_si512(out + r * stride + c, sum);
+            const __m512i center = _mm512_loadu_si512(rows.center[r] + c);
+            sums[r] = Register::add_where(masks[r], center, entries[r]);
           }
+          store(c, sums);
         });
   }
 
-  // Where nothing was kept the centre stays as it is, to the bit.
-  static __m512i with_center(const BFloat16* center, uint32_t mask, __m512i entries) {
-    const __m512i base = _mm512_loadu_si512(center);
-    return _mm512_mask_mov_epi16(base, mask, add_bfloat16(base, entries));
+  static int64_t expand_four_rows(FourRows<BFloat16>& rows, int64_t columns, BFloat16* out,
+                                  int64_t stride) {
+    return expand_four_rows_to(rows, columns, [&](int64_t c, const __m512i* entries) {
+      RESMOE_UNROLL
+      for (int r = 0; r < 4; ++r) _mm512_storeu_si512(out + r * stride + c, entries[r]);
+    });
   }
 
-  template <bool kCenter>
-  static const BFloat16* expand(Bits& bits, const BFloat16* values, const BFloat16* end,
+  template <bool kHasCenter>
+  static const BFloat16* expand(BitReader& bits, const BFloat16* values, const BFloat16* end,
                                 const BFloat16* center, int64_t columns, BFloat16* out) {
     int64_t c = 0;
-    // As long as a whole register can be read and written.
+    // Without masks, as long as whole registers can be read and written.
     for (; c + 32 <= columns && end - values >= 32; c += 32) {
       const uint32_t mask = bits.next_32();
-      __m512i entries = spread(mask, _mm512_loadu_si512(values));
-      if constexpr (kCenter) entries = with_center(center + c, mask, entries);
+      __m512i entries = Register::spread(mask, _mm512_loadu_si512(values));
+      if constexpr (kHasCenter) {
+        entries = Register::add_where(mask, _mm512_loadu_si512(center + c), entries);
+      }
       _mm512_storeu_si512(out + c, entries);
       values += __builtin_popcount(mask);
     }
-    for (; c < columns; c += 32) {
-      const int64_t count = columns - c < 32 ? columns - c : 32;
-      const uint32_t mask = bits.next(count);
-      const int kept = __builtin_popcount(mask);
-      const __mmask32 whole = _bzhi_u32(~0u, count);
-      __m512i entries = _mm512_maskz_loadu_epi16(_bzhi_u32(~0u, kept), values);
-      entries = spread(mask, entries);
-      if constexpr (kCenter) {
-        const __m512i base = _mm512_maskz_loadu_epi16(whole, center + c);
-        entries = _mm512_mask_mov_epi16(base, mask, add_bfloat16(base, entries));
-      }
-      _mm512_mask_storeu_epi16(out + c, whole, entries);
-      values += kept;
-    }
-    return values;
+    return expand_masked<Register, kHasCenter>(bits, values, kHasCenter ? center + c : nullptr,
+                                               columns - c, out + c);
   }
 
   static void stream(const BFloat16* row, int64_t columns, BFloat16* out) {
-    stream_bytes(row, columns * 2, out);
+    stream_bytes(row, columns * sizeof(BFloat16), out);
   }
 };
 
-template <int TOKENS>
-struct Avx512Float : VectorPrimitives<float, 16, TOKENS> {
-  template <bool kCenter>
-  static const float* expand(Bits& bits, const float* values, const float*, const float* center,
-                             int64_t columns, float* out) {
-    for (int64_t c = 0; c < columns; c += 16) {
-      const int64_t count = columns - c < 16 ? columns - c : 16;
-      const uint32_t mask = bits.next(count);
-      const int kept = __builtin_popcount(mask);
-      const __mmask16 whole = _bzhi_u32(~0u, count);
-      __m512 entries = _mm512_maskz_loadu_ps(_bzhi_u32(~0u, kept), values);
-      entries = _mm512_maskz_expand_ps(mask, entries);
-      if constexpr (kCenter) {
-        const __m512 base = _mm512_maskz_loadu_ps(whole, center + c);
-        entries = _mm512_mask_add_ps(base, mask, base, entries);
-      }
-      _mm512_mask_storeu_ps(out + c, whole, entries);
-      values += kept;
-    }
-    return values;
+template <int kMaxDotTokens>
+struct Avx512Float : VectorPrimitives<float, 16, kMaxDotTokens> {
+  template <bool kHasCenter>
+  static const float* expand(BitReader& bits, const float* values, const float* /*end*/,
+                             const float* center, int64_t columns, float* out) {
+    return expand_masked<FloatRegister, kHasCenter>(bits, values, center, columns, out);
   }
 
   static void stream(const float* row, int64_t columns, float* out) {
-    stream_bytes(row, columns * 4, out);
+    stream_bytes(row, columns * sizeof(float), out);
   }
 };
+
+inline bool has_avx512_vbmi2() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vpopcntdq");
+}
 
 }  // namespace

@@ -15,7 +15,7 @@ from resmoe_dist.kernels.cpu.build import load_kernels
 from resmoe_dist.kernels.half_products import PRODUCT_BYTES, HalfProductBackend, Part
 from resmoe_dist.kernels.layer import LayerWeights
 from resmoe_dist.kernels.sharing import CenterCopies
-from resmoe_dist.routing import RoutedTokens
+from resmoe_dist.routing import Copies, RoutedTokens
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -51,8 +51,7 @@ class CpuBackend(HalfProductBackend):
         return (
             layer.device.type == "cpu"
             and layer.dtype in DTYPES
-            and all(isinstance(residual, PrunedMatrix) for residual in layer.residuals)
-            and all(isinstance(center, DenseMatrix) for center in layer.centers)
+            and layer.is_stored_as(residual=PrunedMatrix, center=DenseMatrix)
             and load_kernels()
         )
 
@@ -65,9 +64,9 @@ class CpuBackend(HalfProductBackend):
         if not self.is_fused:
             return super().mlp(routed, share_center=share_center)
         shared = CenterCopies.of(routed, self.layer) if share_center else None
-        centers = (None,) * 3
+        centers: tuple[Tensor | None, ...] = (None, None, None)
         if shared is not None:
-            centers = (shared.token_C, shared.offsets_G, shared.index_N)
+            centers = (shared.copies.token_N, shared.copies.offsets_J, shared.index_N)
         return torch.ops.resmoe.mlp(
             self._layer,
             routed.x_RH,
@@ -77,25 +76,17 @@ class CpuBackend(HalfProductBackend):
             *centers,
         )
 
-    def project_in(
-        self, part: Part, x_TH: Tensor, token_N: Tensor, offsets_J: Tensor, rows: slice
-    ) -> Tensor:
+    def project_in(self, part: Part, x_TH: Tensor, copies: Copies, rows: slice) -> Tensor:
         size = rows.stop - rows.start
         return torch.ops.resmoe.project_in(
-            self._layer, part, x_TH, token_N, offsets_J, rows.start, size
+            self._layer, part, x_TH, copies.token_N, copies.offsets_J, rows.start, size
         )
 
     def project_out(
-        self,
-        part: Part,
-        h_NS: Tensor,
-        token_N: Tensor,
-        offsets_J: Tensor,
-        rows: slice,
-        num_tokens: int,
+        self, part: Part, h_NS: Tensor, copies: Copies, rows: slice, num_tokens: int
     ) -> Tensor:
         return torch.ops.resmoe.project_out(
-            self._layer, part, h_NS, token_N, offsets_J, rows.start, num_tokens
+            self._layer, part, h_NS, copies.token_N, copies.offsets_J, rows.start, num_tokens
         )
 
 

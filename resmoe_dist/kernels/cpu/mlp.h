@@ -1,11 +1,14 @@
-// Whole MLPs in one pass over the rows, for few copies per job. Included after `Primitives<V>`.
+// Fused MLPs for few copies per job: one pass over the rows, intermediates stay in cache.
 //
-// A neuron's row holds its weights on the way in and out, so a block of rows goes from the tokens
-// to the outputs at once: memory is read once, from front to back, and nothing in between leaves
-// the caches. A centre that jobs share comes first on the way in, last on the way out:
+// A row of a design matrix holds a neuron's weights on the way in and on the way out, so a block of
+// rows takes the tokens all the way to the outputs. Memory is read once, from front to back. A
+// centre that several jobs share is multiplied once per token, first on the way in and last on the
+// way out:
 //
-//     h_k = act(C_in x + R_k,in x)
-//     y   = Σ g_k R_k,out h_k + C_out Σ g_k h_k
+//     h_k = g_k · act(C_in x + R_k,in x)
+//     y   = Σ R_k,out h_k + C_out Σ h_k
+//
+// with g_k the weight of the copy.
 
 #pragma once
 
@@ -14,98 +17,108 @@
 
 namespace {
 
-// Rows at a time: as few as possible for streams from memory that stay in step, more where sums
-// would be read and written for each block.
-inline int64_t mlp_block(const Mlp& work) {
-  int64_t most = 0;
-  for (int64_t j = 0; j < work.num_jobs; ++j) most = std::max(most, work.jobs[j].copies);
-  for (int64_t c = 0; c < work.num_centers; ++c) most = std::max(most, work.centers[c].count);
-  return most <= kFewCopies ? 16 : 64;
+inline int64_t max_copies(const Mlp& work) {
+  int64_t result = 0;
+  for (int64_t j = 0; j < work.num_jobs; ++j) result = std::max(result, work.jobs[j].copies);
+  return result;
 }
 
-// g · act(…) of each copy of a job: from its products and those of its centre to h, and to its
-// centre's sums.
-template <class V>
-void activate_block(const Mlp& work, const Job& job, int64_t rows, int64_t most,
-                    Vectors<float> products, Vectors<const float> of_centers, Vectors<V> h,
-                    Vectors<float> sums) {
-  constexpr int64_t W = Primitives<V>::kLanes;
-  using X = Vector<W>;
+// Rows per block. Small blocks read memory nearly from front to back, which is best for few tokens.
+// Outputs are read and written once per block, so blocks are larger for more tokens.
+inline int64_t mlp_block_rows(const Mlp& work) {
+  int64_t max_tokens = max_copies(work);
+  for (int64_t c = 0; c < work.num_centers; ++c) {
+    max_tokens = std::max(max_tokens, work.centers[c].count);
+  }
+  return max_tokens <= kFewCopies ? 16 : 64;
+}
+
+// From products on the way in to activations, for one job and a block of `rows` rows:
+// h.row(copy)[row] = weight of the copy · act(…), also added to the sums of the copy's shared
+// centre. Processes `block_rows` rows, which is a multiple of the vectors' width.
+template <class Scalar>
+void activate_block(const Mlp& work, const Job& job, int64_t rows, int64_t block_rows,
+                    MatrixView<float> products, MatrixView<const float> center_products,
+                    MatrixView<Scalar> h, MatrixView<float> center_sums) {
+  constexpr int64_t kWidth = Primitives<Scalar>::kLanes;
+  using Vec = Vector<kWidth>;
   for (int64_t n = 0; n < job.copies; ++n) {
     const int64_t index = work.index_N[job.first_copy + n];
     const float weight = work.weight_N[job.first_copy + n];
     const float* product = products.row(n);
-    for (int64_t r = 0; r < most; r += W) {
-      typename X::Floats in[2];
+    for (int64_t r = 0; r < block_rows; r += kWidth) {
+      typename Vec::Floats in[2];
       for (int64_t i = 0; i < work.inputs; ++i) {
-        in[i] = X::load(product + i * most + r);
-        if (index >= 0) in[i] += X::load(of_centers.row(index) + i * most + r);
+        in[i] = Vec::load(product + i * block_rows + r);
+        if (index >= 0) in[i] += Vec::load(center_products.row(index) + i * block_rows + r);
       }
-      typename X::Floats value = activate<X>(work.activation, in[0]) * weight;
+      typename Vec::Floats value = activate<Vec>(work.activation, in[0]) * weight;
       if (work.inputs == 2) value *= in[1];
-      X::store(value, h.row(n) + r);
-      if (index >= 0) X::store(X::load(sums.row(index) + r) + value, sums.row(index) + r);
+      Vec::store(value, h.row(n) + r);
+      if (index >= 0) {
+        float* sum = center_sums.row(index) + r;
+        Vec::store(Vec::load(sum) + value, sum);
+      }
     }
-    // A partner for the last of an odd number of rows.
-    if (rows % 2) h.row(n)[rows] = V{};
+    // `multiply_out` reads an even number of rows.
+    if (rows % 2) h.row(n)[rows] = Scalar{};
   }
 }
 
-template <class V>
-void mlp_rows(const Mlp& work, int64_t begin, int64_t end, float* y_TH) {
-  const Vectors<const V> x = {static_cast<const V*>(work.x_TH), work.x_stride};
-  const Vectors<float> y = {y_TH, padded(work.hidden)};
-  const int64_t block = mlp_block(work);
-  const int64_t width = work.inputs * block;
-  thread_local Strip<V> strip;
-  thread_local std::vector<Strip<V>> of_centers;
-  if (static_cast<int64_t>(of_centers.size()) < work.num_centers) {
-    of_centers.resize(work.num_centers);
+template <class Scalar>
+void mlp_rows(const Mlp& work, int64_t begin, int64_t end, float* y) {
+  const MatrixView<const Scalar> x_TH = {static_cast<const Scalar*>(work.x_TH), work.x_stride};
+  const MatrixView<float> y_TH = {y, padded(work.hidden)};
+  const int64_t block_rows = mlp_block_rows(work);
+  const int64_t products_width = work.inputs * block_rows;
+  thread_local RowBlock<Scalar> block;
+  thread_local std::vector<RowBlock<Scalar>> center_blocks;
+  if (static_cast<int64_t>(center_blocks.size()) < work.num_centers) {
+    center_blocks.resize(work.num_centers);
   }
-  int64_t most = 0;
-  for (int64_t j = 0; j < work.num_jobs; ++j) most = std::max(most, work.jobs[j].copies);
-  const Tile<float, kProducts> products(most, width);
-  const Tile<float, kOfCenters> center_products(work.num_of_centers, width);
-  const Tile<float, kSums> sums(work.num_of_centers, block);
-  const Tile<V, kActivations> h(std::max(most, work.num_of_centers), block);
-  const auto copies_of = [&](const SharedCenter& center) {
+  const int64_t copies = max_copies(work);
+  const int64_t center_tokens = work.num_of_centers;
+  const Tile<float, Use::kProducts> products(copies, products_width);
+  const Tile<float, Use::kCenterProducts> center_products(center_tokens, products_width);
+  const Tile<float, Use::kCenterSums> center_sums(center_tokens, block_rows);
+  const Tile<Scalar, Use::kActivations> h(std::max(copies, center_tokens), block_rows);
+  const auto copies_of_center = [&](const SharedCenter& center) {
     return Copies{work.token_C + center.first, center.count, true};
   };
-  for (int64_t first = begin; first < end; first += block) {
-    const int64_t rows = std::min(block, end - first);
-    // 1. What the centres make of the tokens.
+  for (int64_t first = begin; first < end; first += block_rows) {
+    const int64_t rows = std::min(block_rows, end - first);
+    // 1. The way in through the shared centres.
     for (int64_t c = 0; c < work.num_centers; ++c) {
       const SharedCenter& center = work.centers[c];
-      of_centers[c].start(center.rows, first, rows, 0, 0);
-      multiply_in(of_centers[c], work.hidden, work.inputs, x, copies_of(center), block,
-                  {center_products.row(center.first), center_products.stride()});
+      center_blocks[c].start(center.rows, first, rows, 0, 0);
+      multiply_in<Scalar>(center_blocks[c], work.hidden, work.inputs, x_TH,
+                          copies_of_center(center), block_rows,
+                          {center_products.row(center.first), center_products.stride()});
     }
-    for (int64_t n = 0; n < work.num_of_centers; ++n) {
-      std::fill(sums.row(n), sums.row(n) + block, 0.0f);
+    for (int64_t n = 0; n < center_tokens; ++n) {
+      std::fill(center_sums.row(n), center_sums.row(n) + block_rows, 0.0f);
     }
-    // 2. The jobs, there and back.
+    // 2. The jobs: in, activation, out.
     for (int64_t j = 0; j < work.num_jobs; ++j) {
       const Job& job = work.jobs[j];
       if (!job.copies) continue;
-      const Copies copies = {work.token_N + job.first_copy, job.copies, job.distinct};
-      strip.start(job.rows, first, rows, 0, 0);
-      multiply_in(strip, work.hidden, work.inputs, x, copies, block,
-                  {products.row(0), products.stride()});
-      activate_block<V>(work, job, rows, block, {products.row(0), products.stride()},
-                        {center_products.row(0), center_products.stride()},
-                        {h.row(0), h.stride()}, {sums.row(0), sums.stride()});
-      multiply_out(strip, 0, work.hidden, {h.row(0), h.stride()}, copies, y);
+      const Copies job_copies = copies_of(job, work.token_N);
+      block.start(job.rows, first, rows, 0, 0);
+      multiply_in<Scalar>(block, work.hidden, work.inputs, x_TH, job_copies, block_rows, products);
+      activate_block<Scalar>(work, job, rows, block_rows, products, center_products, h,
+                             center_sums);
+      multiply_out<Scalar>(block, 0, work.hidden, h, job_copies, y_TH);
     }
-    // 3. The centres back.
+    // 3. The way out through the shared centres.
     for (int64_t c = 0; c < work.num_centers; ++c) {
       const SharedCenter& center = work.centers[c];
       for (int64_t n = 0; n < center.count; ++n) {
-        const float* sum = sums.row(center.first + n);
-        V* of_token = h.row(n);
-        for (int64_t r = 0; r < rows; ++r) of_token[r] = round_to(sum[r], V{});
-        if (rows % 2) of_token[rows] = V{};
+        const float* sum = center_sums.row(center.first + n);
+        Scalar* of_token = h.row(n);
+        for (int64_t r = 0; r < rows; ++r) of_token[r] = round_to<Scalar>(sum[r]);
+        if (rows % 2) of_token[rows] = Scalar{};
       }
-      multiply_out(of_centers[c], 0, work.hidden, {h.row(0), h.stride()}, copies_of(center), y);
+      multiply_out<Scalar>(center_blocks[c], 0, work.hidden, h, copies_of_center(center), y_TH);
     }
   }
 }

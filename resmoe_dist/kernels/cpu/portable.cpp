@@ -1,18 +1,18 @@
-// Any machine: what the compiler makes of four floats at a time.
+// Kernels for any machine: vectors of four floats, which the compiler maps to what the machine has.
 
-#include <algorithm>
-#include <cstring>
-#include <vector>
+#include "target.h"
 
 #include "primitives.h"
 
 namespace {
-template <class V>
-struct Primitives : VectorPrimitives<V, 4, 2> {};
+
+template <class Scalar>
+struct Primitives : VectorPrimitives<Scalar, 4, 2> {};
+
 bool always() { return true; }
+
 }  // namespace
 
 #include "algorithms.h"
 
-const resmoe::InstructionSet resmoe::kPortable = {
-    "portable", always, kernels_of<BFloat16>(), kernels_of<float>()};
+const resmoe::InstructionSet resmoe::kPortable = instruction_set("portable", always);

@@ -1,6 +1,19 @@
-// The instruction set of what follows, whatever the rest of the program is compiled for.
+// Compiles part of a file for another instruction set than the rest of the program:
+//
+//     #include "target.h"
+//     RESMOE_TARGET("avx2,fma")
+//     ... code that may use AVX2 ...
+//     RESMOE_TARGET_END
+//
+// Include standard headers here, before the target changes. The linker merges their inline functions
+// with those of the rest of the program, so they must run on any machine.
 
 #pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
 
 #define RESMOE_PRAGMA(text) _Pragma(#text)
 #ifdef __clang__

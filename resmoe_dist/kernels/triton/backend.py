@@ -31,6 +31,7 @@ from resmoe_dist.kernels.triton.plan import (
     plan_for_layer,
 )
 from resmoe_dist.kernels.triton.tiles import BITS, job_fields
+from resmoe_dist.routing import Copies
 
 
 class TritonBackend(HalfProductBackend):
@@ -52,8 +53,7 @@ class TritonBackend(HalfProductBackend):
         return (
             layer.device.type == "cuda"
             and layer.dtype in ENTRY_TYPES
-            and all(isinstance(residual, PrunedMatrix) for residual in layer.residuals)
-            and all(isinstance(center, DenseMatrix) for center in layer.centers)
+            and layer.is_stored_as(residual=PrunedMatrix, center=DenseMatrix)
         )
 
     @torch.no_grad()
@@ -73,52 +73,44 @@ class TritonBackend(HalfProductBackend):
                 self._tables["whole"], expert, *out, **self._plan.options
             )
 
-    def project_in(
-        self, part: Part, x_TH: Tensor, token_N: Tensor, offsets_J: Tensor, rows: slice
-    ) -> Tensor:
+    def project_in(self, part: Part, x_TH: Tensor, copies: Copies, rows: slice) -> Tensor:
         """One program per block of copies of a job and few rows."""
         S, (T, H), inputs = rows.stop - rows.start, x_TH.shape, self.layer.inputs
-        out_NC = torch.zeros(len(token_N), inputs * S, dtype=torch.float32, device=x_TH.device)
+        out_NC = torch.zeros(len(copies), inputs * S, dtype=torch.float32, device=x_TH.device)
         if not out_NC.numel():
             return out_NC
-        J = len(offsets_J) - 1
-        plan = plan_for_copies(self._plan, MANY_IN, self._operand(x_TH.dtype), len(token_N), J, T)
-        jobs = (self._tables[part], offsets_J.contiguous(), J)
-        x = (x_TH.contiguous(), token_N.contiguous(), out_NC, rows.start, S, H, inputs)
-        grid = (_num_blocks(plan, len(token_N), J), triton.cdiv(S, plan.R))
+        plan = plan_for_copies(self._plan, MANY_IN, self._operand(x_TH.dtype), copies, T)
+        jobs = (self._tables[part], copies.offsets_J.contiguous(), copies.num_jobs)
+        x = (x_TH.contiguous(), copies.token_N.contiguous(), out_NC, rows.start, S, H, inputs)
+        grid = (_num_blocks(plan, copies), triton.cdiv(S, plan.R))
         with torch.cuda.device_of(x_TH):
             kernels.project_in_kernel[grid](*jobs, *x, **plan.options)
         return out_NC
 
     def project_out(
-        self,
-        part: Part,
-        h_NS: Tensor,
-        token_N: Tensor,
-        offsets_J: Tensor,
-        rows: slice,
-        num_tokens: int,
+        self, part: Part, h_NS: Tensor, copies: Copies, rows: slice, num_tokens: int
     ) -> Tensor:
         """One program per block of copies of a job, few columns and span of rows; then one program
         per token and columns adds up what they wrote."""
-        (N, S), H, inputs, J = h_NS.shape, self.layer.hidden, self.layer.inputs, len(offsets_J) - 1
+        (N, S), H, inputs = h_NS.shape, self.layer.hidden, self.layer.inputs
         if not (N and S):
             return torch.zeros(num_tokens, H, dtype=torch.float32, device=h_NS.device)
-        plan = plan_for_copies(self._plan, MANY_OUT, self._operand(h_NS.dtype), N, J, num_tokens)
-        blocks = _num_blocks(plan, N, J)
+        operand = self._operand(h_NS.dtype)
+        plan = plan_for_copies(self._plan, MANY_OUT, operand, copies, num_tokens)
+        blocks = _num_blocks(plan, copies)
         column_blocks = triton.cdiv(inputs * H % BITS.value + H, plan.W * BITS.value)
         spans = min(triton.cdiv(S, SPAN_ROWS), triton.cdiv(PROGRAMS, blocks * column_blocks))
         span_rows = triton.cdiv(S, spans * plan.R) * plan.R
         P = triton.cdiv(S, span_rows)
         products_NPH = torch.empty(N, P, H, dtype=torch.float32, device=h_NS.device)
-        jobs = (self._tables[part], offsets_J.contiguous(), J)
+        jobs = (self._tables[part], copies.offsets_J.contiguous(), copies.num_jobs)
         h = (h_NS.contiguous(), products_NPH, rows.start, S, H, span_rows, inputs)
         with torch.cuda.device_of(h_NS):
             kernels.project_out_kernel[blocks, column_blocks, P](*jobs, *h, **plan.options)
-        return _combine(products_NPH, token_N, offsets_J, num_tokens)
+        return _combine(products_NPH, copies.token_N, copies, num_tokens)
 
-    def sum_for_centers(self, h_NS: Tensor, shared: CenterCopies, offsets_L: Tensor) -> Tensor:
-        return _combine(h_NS.unsqueeze(1), shared.index_N, offsets_L, len(shared.token_C))
+    def sum_for_centers(self, h_NS: Tensor, shared: CenterCopies, copies: Copies) -> Tensor:
+        return _combine(h_NS.unsqueeze(1), shared.index_N, copies, len(shared.copies))
 
     def _operand(self, dtype: torch.dtype) -> tl.dtype:
         """What `tl.dot` multiplies, for tokens of a dtype."""
@@ -146,13 +138,13 @@ def job_tables(layer: LayerWeights) -> dict[Part, Tensor]:
     }
 
 
-def _num_blocks(plan: Plan, copies: int, jobs: int) -> int:
+def _num_blocks(plan: Plan, copies: Copies) -> int:
     """Numbers that blocks of copies may have, however the copies are distributed over jobs."""
-    return (copies + jobs * (plan.M - 1)) // plan.M
+    return (len(copies) + copies.num_jobs * (plan.M - 1)) // plan.M
 
 
-def _combine(products_NPH: Tensor, token_N: Tensor, offsets_J: Tensor, num_tokens: int) -> Tensor:
-    """Sum of each token's products, over copies up to the last offset and spans: [T, H]."""
+def _combine(products_NPH: Tensor, token_N: Tensor, copies: Copies, num_tokens: int) -> Tensor:
+    """Sum of each token's products, over the copies that have a job and over spans: [T, H]."""
     N, P, H = products_NPH.shape
     out_TH = torch.empty(num_tokens, H, dtype=torch.float32, device=products_NPH.device)
     if not out_TH.numel():
@@ -161,7 +153,7 @@ def _combine(products_NPH: Tensor, token_N: Tensor, offsets_J: Tensor, num_token
     p = triton.next_power_of_2(min(P, 16))
     # The 8·p·c products that are loaded together fit into the registers.
     c = min(1024 // p, 512)
-    jobs = (token_N.contiguous(), offsets_J.contiguous(), len(offsets_J) - 1)
+    jobs = (token_N.contiguous(), copies.offsets_J.contiguous(), copies.num_jobs)
     with torch.cuda.device_of(out_TH):
         kernels.combine_kernel[num_tokens, triton.cdiv(H, c)](
             products_NPH.contiguous(), *jobs, out_TH, P, H, n, p, c, enable_fp_fusion=True

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from resmoe_dist.kernels.layer import LayerWeights
+from resmoe_dist.routing import Copies
 
 ENTRY_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -45,12 +47,12 @@ class Plan:
     whole_words: bool = False
 
     @property
-    def options(self) -> dict[str, object]:
+    def options(self) -> dict[str, Any]:
         """Of a launch. Fusion of products and sums is explicit: its default depends on Triton's
         release."""
         return {"plan": self, "num_warps": self.warps, "enable_fp_fusion": True}
 
-    def with_tile(self, tile: Plan, **changes: object) -> Plan:
+    def with_tile(self, tile: Plan, **changes: Any) -> Plan:
         """The same weights in steps of other sizes."""
         return replace(self, R=tile.R, W=tile.W, warps=tile.warps, **changes)
 
@@ -84,15 +86,15 @@ def plan_for_layer(layer: LayerWeights) -> Plan:
 
 
 def plan_for_copies(
-    layer_plan: Plan, many: Plan, operand: tl.dtype, copies: int, jobs: int, tokens: int
+    layer_plan: Plan, many: Plan, operand: tl.dtype, copies: Copies, tokens: int
 ) -> Plan:
     """Tile sizes for a number of copies. How many copies each job has is known on the device only.
 
     many: tiles for many copies. operand: dtype that `tl.dot` would multiply.
     """
-    J = triton.next_power_of_2(jobs)
+    J = triton.next_power_of_2(copies.num_jobs)
     # Jobs are used unevenly: expect up to twice the mean, but a token goes to a job at most once.
-    M = triton.next_power_of_2(min(tokens, triton.cdiv(2 * copies, jobs)))
+    M = triton.next_power_of_2(min(tokens, triton.cdiv(2 * len(copies), copies.num_jobs)))
     if M <= FEW_COPIES:
         return layer_plan.with_tile(FEW, M=M, J=J)
     M = min(max(M, 16), BLOCK_COPIES)
