@@ -1,4 +1,4 @@
-"""The tests of the kernels once more, with every access to memory checked."""
+"""Runs the tests of the C++ kernels again with AddressSanitizer, which checks memory accesses."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ FLAGS = "-fsanitize=address -O1 -g1"
 
 @pytest.fixture(scope="module")
 def compiler() -> str:
-    """A GCC with its sanitizer's library."""
+    """Path of a GCC that has the AddressSanitizer library."""
     found = shutil.which(os.environ.get("CXX", "c++"))
     if found is None:
         pytest.skip("no C++ compiler")
-    if not _library(found, "libasan.so").is_absolute():
+    if not library_path(found, "libasan.so").is_absolute():
         pytest.skip(f"{found} has no libasan.so")
     return found
 
 
-def _library(compiler: str, name: str) -> Path:
-    """Where the compiler has a library; the name alone where it has none."""
+def library_path(compiler: str, name: str) -> Path:
+    """Path of one of the compiler's libraries; only `name` if the compiler does not have it."""
     command = [compiler, f"-print-file-name={name}"]
     return Path(subprocess.run(command, capture_output=True, text=True).stdout.strip())
 
 
 @pytest.fixture
 def run(compiler: str, tmp_path: Path):
-    """run(*arguments): Python, with a sanitizer and kernels built for it."""
-    # The compiler itself need not be checked.
+    """run(*arguments): run Python with AddressSanitizer and with kernels built for it."""
+    # LD_PRELOAD is unset for the compiler, which need not be checked.
     wrapper = tmp_path / Path(compiler).name
     wrapper.write_text(f'#!/bin/sh\nunset LD_PRELOAD\nexec {compiler} "$@"\n')
     wrapper.chmod(0o755)
-    # Without the second the sanitizer does not find what throws exceptions.
-    libraries = [_library(compiler, name) for name in ("libasan.so", "libstdc++.so")]
+    # The sanitizer intercepts exceptions only if it finds libstdc++ when it starts.
+    libraries = [library_path(compiler, name) for name in ("libasan.so", "libstdc++.so")]
     environment = os.environ | {
         "CXX": str(wrapper),
         "RESMOE_KERNELS": "",
@@ -61,10 +61,10 @@ def run(compiler: str, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_the_kernels_touch_no_memory_but_their_own(run):
+def test_kernels_access_only_valid_memory(run):
     files = ("test_cpu_kernels.py", "test_cpu_mlp.py")
     tests = [str(Path(__file__).with_name(name).relative_to(ROOT)) for name in files]
-    # A whole layer takes most of the time, and goes no way that the others do not go.
+    # The tests of a whole layer take most of the time and cover no additional code.
     chosen = ["--hypothesis-profile=few", "-k", "not layer", *tests]
 
     done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen)
@@ -89,8 +89,8 @@ cpu_kernels.restore(rows, torch.empty(1, {columns}))
 
 
 @pytest.mark.slow
-def test_it_would_be_noticed_if_they_did(run):
-    # The bitmap's bits are what the kernels go by unchecked.
+def test_sanitizer_detects_an_over_read(run):
+    # The bitmap has one more bit than there are values; the kernels do not check its contents.
     assert run("-c", OVER_READ.format(columns=10)).returncode == 0
 
     done = run("-c", OVER_READ.format(columns=11))

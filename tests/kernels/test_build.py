@@ -1,4 +1,4 @@
-"""Building the kernels: once, in the cache alone, and doing without them where that fails."""
+"""Building the C++ kernels: once, only in the cache, with a fallback if the build fails."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import resmoe_dist
 from resmoe_dist.codecs import PrunedResidual
+from resmoe_dist.kernels import reference
 from resmoe_dist.kernels.cpu import build
+from resmoe_dist.kernels.cpu import operations as cpu_kernels
 from resmoe_dist.kernels.dispatch import kernels_for
 from tests.ranks import run_on_ranks
 
-# What the compiler makes of the kernels is tested elsewhere; this takes it less time.
+# These tests only need a library that works, and this builds it fastest.
 FLAGS = "-O0"
 
 
 class Report(NamedTuple):
-    """What one process saw: whether there are kernels, what stands in for them, what it was told,
-    and whether a residual is restored right."""
+    """What one process saw."""
 
-    loaded: bool
-    operations: str
-    messages: list[str]
-    warned: list[str]
-    right: bool
+    loaded: bool  # whether it has the C++ kernels
+    operations: str  # name of the module that runs the operations
+    messages: list[str]  # everything that was logged
+    warnings: list[str]  # logged warnings, and those of the `warnings` module
+    restored: bool  # whether restoring a residual gave the right result
 
 
-class _Records(logging.Handler):
-    """Keeps what is logged."""
+class RecordingHandler(logging.Handler):
+    """Keeps log records in a list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,10 +44,11 @@ class _Records(logging.Handler):
         self.records.append(record)
 
 
-def _report(environment: dict[str, str], folder: Path) -> Report:
+def load_and_restore(environment: dict[str, str], folder: Path) -> Report:
+    """Load the kernels and restore a residual, with this environment and current folder."""
     os.environ |= environment
     os.chdir(folder)
-    handler = _Records()
+    handler = RecordingHandler()
     logger = logging.getLogger("resmoe_dist")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -55,18 +58,18 @@ def _report(environment: dict[str, str], folder: Path) -> Report:
         residual = PrunedResidual.encode(torch.randn(6, 20), keep=0.5, dtype=torch.float32)
         out = torch.empty(3, 20)
         residual.restore(None, out, 2)
-    warned = [record.getMessage() for record in handler.records if record.levelno > logging.INFO]
+    logged = [record.getMessage() for record in handler.records if record.levelno > logging.INFO]
     return Report(
         loaded=loaded,
-        operations=kernels_for(out.device, out.dtype).__name__.rpartition(".")[2],
+        operations=kernels_for(out.device, out.dtype).__name__,
         messages=[record.getMessage() for record in handler.records],
-        warned=warned + [str(warning.message) for warning in caught],
-        right=torch.equal(out, residual.decode()[2:5]),
+        warnings=logged + [str(warning.message) for warning in caught],
+        restored=torch.equal(out, residual.decode()[2:5]),
     )
 
 
-class Places(NamedTuple):
-    """Folders that a process may write to: the cache, and those it should leave as they were."""
+class Folders(NamedTuple):
+    """Folders that a process could write to. It should write to the cache only."""
 
     cache: Path
     home: Path
@@ -74,15 +77,15 @@ class Places(NamedTuple):
     current: Path
 
     @classmethod
-    def under(cls, folder: Path) -> Places:
-        places = cls(*(folder / name for name in cls._fields))
-        for place in places:
-            place.mkdir()
-        return places
+    def under(cls, folder: Path) -> Folders:
+        folders = cls(*(folder / name for name in cls._fields))
+        for path in folders:
+            path.mkdir()
+        return folders
 
     def run(self, processes: int = 1, **environment: str) -> list[Report]:
-        """Reports of processes that start at once."""
-        ours = {
+        """Start processes at the same time and return their reports."""
+        defaults = {
             "RESMOE_CACHE": str(self.cache),
             "RESMOE_KERNELS": "",
             "RESMOE_KERNELS_FLAGS": FLAGS,
@@ -90,108 +93,108 @@ class Places(NamedTuple):
             "XDG_CACHE_HOME": str(self.home),
             "TMPDIR": str(self.temporary),
         }
-        return run_on_ranks(processes, _report, ours | environment, self.current)
+        return run_on_ranks(processes, load_and_restore, defaults | environment, self.current)
 
     def library(self) -> Path:
-        """The one that is in the cache."""
+        """The only library in the cache."""
         (path,) = self.cache.glob("kernels-*/*.so")
         return path
 
 
 class Race(NamedTuple):
-    places: Places
-    unfinished: Path
+    folders: Folders
+    unfinished: Path  # left behind by the killed process
     reports: list[Report]
-    sources_before: dict[Path, int]
+    package_before: dict[Path, int]
 
 
-def _package_files() -> dict[Path, int]:
+def package_files() -> dict[Path, int]:
     """When each file of the package was last written."""
-    package = Path(build.__file__).parents[1]
+    package = Path(resmoe_dist.__file__).parent
     files = [path for path in package.rglob("*") if "__pycache__" not in path.parts]
     return {path: path.stat().st_mtime_ns for path in files}
 
 
 @pytest.fixture(scope="module")
 def race(tmp_path_factory: pytest.TempPathFactory) -> Race:
-    """Two processes that need kernels at once, after one that was killed while it built them."""
-    places = Places.under(tmp_path_factory.mktemp("race"))
+    """Two processes need the kernels at once, after a third was killed while building them."""
+    folders = Folders.under(tmp_path_factory.mktemp("race"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RESMOE_KERNELS_FLAGS", FLAGS)
         name = f"kernels-{build.fingerprint()}"
-    unfinished = places.cache / f"{name}.building"
+    unfinished = folders.cache / f"{name}.building"
     unfinished.mkdir()
-    (places.cache / f"{name}.lock").touch()
-    # Whoever meets the lock of PyTorch's own build waits until it is gone.
+    (folders.cache / f"{name}.lock").touch()
+    # PyTorch's own build would wait until this file is gone.
     (unfinished / "lock").touch()
-    (unfinished / "resmoe_kernels.so").write_bytes(b"\x7fELF, and no more")
-    before = _package_files()
-    return Race(places, unfinished, places.run(2), before)
+    (unfinished / "resmoe_kernels.so").write_bytes(b"\x7fELF, truncated")
+    before = package_files()
+    return Race(folders, unfinished, folders.run(2), before)
 
 
 @pytest.mark.slow
-def test_of_two_processes_at_once_one_builds_and_both_have_kernels(race):
+def test_one_of_two_processes_builds_and_both_load(race):
     builds = [m for report in race.reports for m in report.messages if "building" in m]
 
     assert len(builds) == 1
     for report in race.reports:
         assert report.loaded
-        assert report.operations == "cpu_kernels"
-        assert report.right
-        assert report.warned == []
+        assert report.operations == cpu_kernels.__name__
+        assert report.restored
+        assert report.warnings == []
 
 
 @pytest.mark.slow
-def test_what_was_left_unfinished_is_replaced(race):
+def test_unfinished_build_is_replaced(race):
     assert not race.unfinished.exists()
-    assert race.places.library().parent.name == race.unfinished.stem
+    assert race.folders.library().parent.name == race.unfinished.stem
 
 
 @pytest.mark.slow
-def test_a_later_process_takes_the_library_that_is_there(race):
-    before = race.places.library().stat()
+def test_later_process_uses_the_cached_library(race):
+    before = race.folders.library().stat()
 
-    (report,) = race.places.run()
+    (report,) = race.folders.run()
 
     assert report.loaded
-    assert report.right
+    assert report.restored
     assert report.messages == []
-    after = race.places.library().stat()
+    after = race.folders.library().stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 @pytest.mark.slow
 def test_nothing_is_written_outside_the_cache(race):
-    for place in (race.places.home, race.places.temporary, race.places.current):
-        assert list(place.iterdir()) == []
-    assert _package_files() == race.sources_before
+    for path in (race.folders.home, race.folders.temporary, race.folders.current):
+        assert list(path.iterdir()) == []
+    assert package_files() == race.package_before
 
 
 @pytest.mark.slow
-def test_without_a_compiler_there_is_one_warning_and_the_reference_does_the_work(tmp_path):
-    (report,) = Places.under(tmp_path).run(CXX="/bin/false")
+def test_without_a_compiler_warns_once_and_uses_the_reference(tmp_path):
+    (report,) = Folders.under(tmp_path).run(CXX="/bin/false")
 
     assert not report.loaded
-    assert report.operations == "reference"
-    assert report.right
-    (warning,) = report.warned
+    assert report.operations == reference.__name__
+    assert report.restored
+    (warning,) = report.warnings
     assert "C++20 compiler" in warning
     assert len(warning.splitlines()) == 1
 
 
 @pytest.mark.slow
-def test_the_reference_can_be_asked_for_and_builds_nothing(tmp_path):
-    places = Places.under(tmp_path)
+def test_requesting_the_reference_builds_nothing(tmp_path):
+    folders = Folders.under(tmp_path)
 
-    (report,) = places.run(RESMOE_KERNELS="reference")
+    (report,) = folders.run(RESMOE_KERNELS="reference")
 
     assert not report.loaded
-    assert report.operations == "reference"
-    assert report.right
-    assert report.messages == report.warned == list(places.cache.iterdir()) == []
+    assert report.operations == reference.__name__
+    assert report.restored
+    assert report.messages == report.warnings == list(folders.cache.iterdir()) == []
 
 
-def test_more_flags_make_another_library(monkeypatch):
+def test_each_set_of_flags_has_a_separate_library(monkeypatch):
     names = set()
     for flags in ("", "-O1", "-O1 -DNAME='a b'", "-O1 -DNAME='a  b'"):
         monkeypatch.setenv("RESMOE_KERNELS_FLAGS", flags)
