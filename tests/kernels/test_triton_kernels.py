@@ -49,7 +49,7 @@ def expected_rows(problem: Problem, columns: int, first_column: int = 0) -> torc
     ),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=12)
 def test_restored_rows_equal_the_reference(
     run, experts, center, whole_words, dtype, rows, columns, seed
 ):
