@@ -19,9 +19,10 @@ from resmoe_dist.errors import UserError
 from resmoe_dist.families.models import load_config, meta_model
 from resmoe_dist.families.sites import ExpertSite, find_expert_sites
 from resmoe_dist.families.storage import (
+    BLOCK_ENTRIES,
     ExpertStorage,
+    copy_in_blocks,
     expert_module_of,
-    fill,
     find_storage,
 )
 
@@ -69,16 +70,17 @@ class SourceCheckpoint:
     sites: its expert modules, in order. storages: how the tensors of each are laid out on disk.
     other_names: all tensors that do not belong to experts. Only headers are read until a tensor is
     asked for. Float8 weights are read as bfloat16 with their scales applied; the scales are not
-    listed as tensors.
+    listed as tensors. block_entries: how many entries of an expert to read at a time.
 
     Raises UserError for a model without experts, a damaged or incomplete checkpoint, tensors that
     do not fit the config, or an unsupported dtype or quantisation.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, block_entries: int = BLOCK_ENTRIES) -> None:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; give a Hugging Face model folder")
         self.folder = folder
+        self._block_entries = block_entries
         self.config = load_config(str(folder))
         if is_compressed(folder):
             raise UserError(f"{folder}: compressed already; give the model it was made from")
@@ -136,7 +138,9 @@ class SourceCheckpoint:
         """
         shape = self.sites[layer].shape
         assert out_ID.shape == (shape.rows, shape.columns)
-        return self.storages[layer].read_into(shape, expert, self._fetch, out_ID)
+        return self.storages[layer].read_into(
+            shape, expert, self._fetch, out_ID, self._block_entries
+        )
 
     def read_other(self, name: str) -> Tensor:
         """A tensor that does not belong to an expert, checked as in `read_expert`."""
@@ -147,11 +151,16 @@ class SourceCheckpoint:
             return tensor
         tensor = torch.empty(file.shape(name), dtype=_DTYPES[DEQUANTIZED])
         if tensor.dim() == 2:
-            fill(tensor, partial(self._fetch, name, None))
+            self._copy(name, None, tensor)
         else:
             for k, target in enumerate(tensor):
-                fill(target, partial(self._fetch, name, k))
+                self._copy(name, k, target)
         return tensor
+
+    def _copy(self, name: str, expert: int | None, target: Tensor) -> None:
+        copy_in_blocks(
+            target, partial(self._fetch, name, expert), block_entries=self._block_entries
+        )
 
     def _fetch(self, name: str, expert: int | None, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor, or of its slice `expert`, as plain finite floats."""

@@ -41,7 +41,7 @@ _EXPERT = "{expert}"
 Fetch = Callable[[str, "int | None", int, int], Tensor]
 
 # Entries to read at a time (8 MiB in bfloat16), so that a tensor is never held twice.
-_ENTRIES_AT_ONCE = 1 << 22
+BLOCK_ENTRIES = 1 << 22
 
 
 class _Part(NamedTuple):
@@ -101,15 +101,22 @@ class ExpertStorage(BaseModel):
         return {name: (num_experts, *fused[key]) for key, name in self.tensors.items()}
 
     def read_into(
-        self, shape: ExpertShape, expert: int, fetch: Fetch, out_ID: Tensor
+        self,
+        shape: ExpertShape,
+        expert: int,
+        fetch: Fetch,
+        out_ID: Tensor,
+        block_entries: int = BLOCK_ENTRIES,
     ) -> Tensor | None:
         """Fill out_ID [I, D] with the design matrix of one expert, cast to its dtype.
 
-        Returns the output bias [H] as stored, or None.
+        block_entries: how many entries to read at a time. Returns the output bias [H] as stored,
+        or None.
         """
         index = expert if self.fused else None
         for name, target, first, rows in self._parts(shape, out_ID):
-            fill(target, partial(fetch, _named(name, expert), index), first, rows)
+            fetch_rows = partial(fetch, _named(name, expert), index)
+            copy_in_blocks(target, fetch_rows, first, rows, block_entries=block_entries)
         bias = self.tensors.get("output_bias" if self.fused else f"{shape.output}_bias")
         return None if bias is None else fetch(_named(bias, expert), index, 0, shape.hidden)
 
@@ -171,15 +178,20 @@ class ExpertStorage(BaseModel):
         return torch.stack(parts, 1).flatten(0, 1) if self.interleaved else torch.cat(parts)
 
 
-def fill(
-    target: Tensor, fetch_rows: Callable[[int, int], Tensor], first: int = 0, rows: int = 1
+def copy_in_blocks(
+    target: Tensor,
+    fetch_rows: Callable[[int, int], Tensor],
+    first: int = 0,
+    rows: int = 1,
+    *,
+    block_entries: int = BLOCK_ENTRIES,
 ) -> None:
-    """Copy stored rows into a tensor, a few at a time.
+    """Copy stored rows into a tensor, about `block_entries` entries at a time.
 
     fetch_rows(start, stop) reads stored rows [start, stop), of which `rows` make one element of
     target's first dimension; the first element begins at row `first`.
     """
-    step = max(1, _ENTRIES_AT_ONCE // max(target[:1].numel(), 1))
+    step = max(1, block_entries // max(target[:1].numel(), 1))
     for start in range(0, target.shape[0], step):
         part = target[start : start + step]
         begin, end = (first + k * rows for k in (start, start + part.shape[0]))

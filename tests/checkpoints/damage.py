@@ -1,4 +1,4 @@
-"""Model folders with one thing wrong with them, and what a user's mistake must come to."""
+"""Building damaged copies of model folders, and checking how a user's mistake is reported."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ from torch import Tensor
 from resmoe_dist.errors import UserError
 
 FORMAT = {"format": "pt"}
+INDEX = "model.safetensors.index.json"
+# The files that `sharded_copy` writes.
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
 @contextmanager
 def mistake(match: str) -> Iterator[None]:
-    """The block must raise a UserError whose message matches and is one line."""
+    """Check that the block raises a UserError whose message matches and is one line."""
     with pytest.raises(UserError, match=match) as caught:
         yield
     assert "\n" not in str(caught.value)
 
 
 def copy_of(folder: Path, target: Path) -> Path:
-    """A copy of a folder to do harm to."""
+    """A copy of a folder, for a test to damage."""
     return Path(shutil.copytree(folder, target))
 
 
 def sharded_copy(folder: Path, target: Path) -> Path:
-    """A copy whose weights lie in two shards and an index."""
+    """A copy with the weights in two shards and an index."""
     copy_of(folder, target)
     tensors = load_file(target / "model.safetensors")
     (target / "model.safetensors").unlink()
     weight_map = {}
-    for i in range(2):
-        name = f"model-{i + 1:05d}-of-00002.safetensors"
+    for i, name in enumerate(SHARDS):
         names = sorted(tensors)[i::2]
         save_file({n: tensors[n] for n in names}, target / name, metadata=FORMAT)
         weight_map |= dict.fromkeys(names, name)
@@ -48,31 +50,31 @@ def sharded_copy(folder: Path, target: Path) -> Path:
 
 
 def write_index(folder: Path, weight_map: dict[str, str]) -> None:
-    """The index of a sharded model."""
-    edit_text(folder / "model.safetensors.index.json", json.dumps({"weight_map": weight_map}))
+    """Write the index of a sharded model."""
+    edit_text(folder / INDEX, json.dumps({"weight_map": weight_map}))
 
 
 def edit_text(path: Path, text: str) -> None:
-    """New content for a text file."""
+    """Replace the content of a text file."""
     path.write_text(text, encoding="utf-8")
 
 
 def edit_json(path: Path, change: Callable[[Any], Any]) -> None:
-    """Let `change` edit a JSON file's value in place."""
+    """Replace the value in a JSON file, after `change` modified it in place."""
     value = json.loads(path.read_text(encoding="utf-8"))
     change(value)
     edit_text(path, json.dumps(value))
 
 
 def edit_tensors(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
-    """Let `change` edit a safetensors file's tensors in place."""
+    """Replace the tensors in a safetensors file, after `change` modified their dict in place."""
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, metadata=FORMAT)
 
 
 def header_of(path: Path) -> tuple[dict[str, Any], int]:
-    """A safetensors file's header, read by the format's definition, and where its data begin."""
+    """A safetensors file's header, parsed without the project's code, and its data's offset."""
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     return json.loads(raw[8 : 8 + length]), 8 + length
@@ -104,5 +106,5 @@ def truncate(path: Path, size: int) -> None:
 
 
 def names_in(folder: Path) -> set[str]:
-    """What lies in a folder."""
+    """Names of the files in a folder."""
     return {path.name for path in folder.iterdir()}

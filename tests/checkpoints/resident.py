@@ -1,4 +1,4 @@
-"""How much memory a block of code takes at its peak, mapped files included."""
+"""Checking the peak memory of a block of code, memory-mapped files included."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ MIB = 1 << 20
 
 @contextmanager
 def at_most_resident(limit: int) -> Iterator[None]:
-    """Fail if the block's peak resident set is more than `limit` bytes above what it found."""
+    """Fail if resident memory grows by more than `limit` bytes at any time in the block."""
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts anew
+        file.write("5")  # resets VmHWM, the peak
     before = _status("VmRSS")
     yield
     grown = _status("VmHWM") - before

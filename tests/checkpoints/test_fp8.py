@@ -12,7 +12,6 @@ from torch import Tensor
 
 from resmoe_dist.checkpoints.fp8 import ScaleBlocks
 from resmoe_dist.checkpoints.source import SourceCheckpoint
-from resmoe_dist.families import storage as expert_storage
 from tests.checkpoints.damage import FORMAT, copy_of, edit_json, edit_tensors, mistake, names_in
 from tests.checkpoints.resident import MIB, at_most_resident
 from tests.models import compress
@@ -96,11 +95,10 @@ def deepseek(make):
 # The pieces in which a tensor is read end within its blocks.
 @pytest.mark.parametrize("entries", [1, 70, 1 << 22])
 @pytest.mark.parametrize(("family", "fused"), LAYOUTS)
-def test_experts_and_others_are_those_of_the_bfloat16_model(
-    make, monkeypatch, family, fused, entries
-):
-    monkeypatch.setattr(expert_storage, "_ENTRIES_AT_ONCE", entries)
-    found, expected = map(SourceCheckpoint, make(family, fused))
+def test_experts_and_others_are_those_of_the_bfloat16_model(make, family, fused, entries):
+    float8, bfloat16 = make(family, fused)
+    found = SourceCheckpoint(float8, block_entries=entries)
+    expected = SourceCheckpoint(bfloat16)
 
     for layer, site in enumerate(expected.sites):
         assert found.dtype(layer) == torch.bfloat16
