@@ -131,7 +131,7 @@ def test_a_second_grid_in_one_process_is_refused_where_it_contradicts_the_first(
         answers = dict(zip(second, found[1:-1], strict=True))
         for grid in contradicting:
             assert "load one grid per process" in answers[grid], grid
-        assert "4 ranks are no multiple" in answers[3, 1]
+        assert "4 ranks are not a multiple" in answers[3, 1]
     # The first grid is as it was, and one that shares its tensor-parallel groups is no other.
     _check_grid([found[0] for found in results], 2, 2)
     _check_grid([found[-1] for found in results], 2, 2)
