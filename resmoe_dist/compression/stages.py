@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Of the active recorder; None if there is none. Not per thread: tasks run in threads.
+# Seconds by stage of the active recorder, or None. Shared by threads: tasks run in several.
 _recorded: dict[str, float] | None = None
 _lock = threading.Lock()
 _thread = threading.local()
