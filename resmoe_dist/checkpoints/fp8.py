@@ -11,16 +11,14 @@ Legend: O outputs, C columns (inputs), R rows read of the O; B, S blocks over ro
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from torch import Tensor
 
+from resmoe_dist.checkpoints.model_folder import ModelFiles
 from resmoe_dist.errors import UserError
-
-if TYPE_CHECKING:
-    from resmoe_dist.checkpoints.source import ModelFiles
 
 DEQUANTIZED = "BF16"
 SCALE_SUFFIX = "_scale_inv"

@@ -13,8 +13,12 @@ from torch import Tensor
 
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint, GroupFile
 from resmoe_dist.checkpoints.format import DROPPED, INDEX_FILE, LayerEntry
-from resmoe_dist.checkpoints.model_folder import set_dtype, shard_name, write_shard_index
-from resmoe_dist.checkpoints.source import ModelFiles
+from resmoe_dist.checkpoints.model_folder import (
+    ModelFiles,
+    set_dtype,
+    shard_name,
+    write_shard_index,
+)
 from resmoe_dist.checkpoints.tensor_files import copy_file, read_json, write_json, write_tensors
 from resmoe_dist.errors import UserError
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from functools import partial
 from pathlib import Path
@@ -13,8 +12,7 @@ from torch import Tensor
 
 from resmoe_dist.checkpoints.format import is_compressed
 from resmoe_dist.checkpoints.fp8 import DEQUANTIZED, SCALE_SUFFIX, blocks_of, find_scaled
-from resmoe_dist.checkpoints.model_folder import SHARD_INDEX, SINGLE_FILE
-from resmoe_dist.checkpoints.tensor_files import TensorFile
+from resmoe_dist.checkpoints.model_folder import ModelFiles
 from resmoe_dist.errors import UserError
 from resmoe_dist.families.models import load_config, meta_model
 from resmoe_dist.families.sites import ExpertSite, find_expert_sites
@@ -27,41 +25,6 @@ from resmoe_dist.families.storage import (
 )
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-class ModelFiles:
-    """The safetensors files of a Hugging Face folder: `model.safetensors`, or shards and an index.
-
-    locations: tensor name -> file name. Raises UserError if the folder has no safetensors weights,
-    the index names a file outside the folder, or a shard is missing.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._open: dict[str, TensorFile] = {}
-        index = folder / SHARD_INDEX
-        if index.is_file():
-            self.locations = _weight_map(index)
-        elif (folder / SINGLE_FILE).is_file():
-            self.locations = dict.fromkeys(self.file(SINGLE_FILE).names, SINGLE_FILE)
-        else:
-            raise UserError(
-                f"{folder}: holds neither {SINGLE_FILE} nor {SHARD_INDEX}; only safetensors "
-                "checkpoints are read"
-            )
-        for tensor, name in self.locations.items():
-            if tensor not in self.file(name).names:
-                raise UserError(f"{folder / name}: tensor {tensor!r} is missing; fetch it again")
-
-    def file(self, name: str) -> TensorFile:
-        """One of the folder's files, opened once."""
-        if name not in self._open:
-            self._open[name] = TensorFile(self.folder / name)
-        return self._open[name]
-
-    def holding(self, tensor: str) -> TensorFile:
-        """The file that holds a tensor."""
-        return self.file(self.locations[tensor])
 
 
 class SourceCheckpoint:
@@ -243,19 +206,6 @@ class SourceCheckpoint:
                     f"{file.path}: tensor {name!r} is stored as {found_dtype}, others of "
                     f"{site.module} as {dtype}; convert them to one dtype"
                 )
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, from the index of a sharded model."""
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: not a safetensors index ({error}); fetch it again") from error
-    for name in files:
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
-            raise UserError(f"{index}: {name!r} is not a plain file name")
-    return weight_map
 
 
 def _block(module: str) -> str:
