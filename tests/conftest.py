@@ -10,7 +10,7 @@ import torch
 from hypothesis import settings
 
 from resmoe_dist.parallel.entry_point import quiet_libraries
-from tests.models import FAMILIES, save_family
+from tests.models import FAMILIES, compress, save_family
 
 quiet_libraries()
 # `--hypothesis-profile few`, for slow runs such as those under a sanitizer.
@@ -45,3 +45,11 @@ def embedded_source() -> Path:
     from resmoe_dist.testing import cached_tiny_model
 
     return cached_tiny_model()
+
+
+@pytest.fixture(scope="session")
+def pristine(family_folder, tmp_path_factory):
+    """A Mixtral in two groups per layer. Not to be changed."""
+    folder = tmp_path_factory.mktemp("pristine") / "c"
+    compress(family_folder("mixtral"), folder, groups=2)
+    return folder

@@ -1,4 +1,4 @@
-"""Fixtures of the checkpoint tests: a compressed Mixtral, and copies of models to damage."""
+"""Fixtures of the checkpoint tests: copies of models to damage."""
 
 from __future__ import annotations
 
@@ -7,15 +7,6 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints.damage import copy_of, sharded_copy
-from tests.models import compress
-
-
-@pytest.fixture(scope="session")
-def pristine(family_folder, tmp_path_factory):
-    """A Mixtral in two groups per layer. Not to be changed."""
-    folder = tmp_path_factory.mktemp("pristine") / "c"
-    compress(family_folder("mixtral"), folder, groups=2)
-    return folder
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Fixtures for the command: a compressed folder, and running the command in this process."""
+"""Running the command in this process."""
 
 from __future__ import annotations
 
@@ -7,14 +7,6 @@ import pytest
 from resmoe_dist import cli
 from resmoe_dist.parallel import entry_point
 from tests.cli.commands import Outcome
-from tests.models import compress
-
-
-@pytest.fixture(scope="module")
-def compressed(family_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli") / "c"
-    compress(family_folder("mixtral"), folder, groups=2)
-    return folder
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from tests.checkpoints.damage import (
 from tests.cli.commands import GROUP, assert_mistake
 
 
-def test_inspect_writes_json_that_adds_up(run, compressed, tmp_path):
-    assert run("inspect", compressed, "--json", tmp_path / "i.json")[0] == 0
+def test_inspect_writes_json_that_adds_up(run, pristine, tmp_path):
+    assert run("inspect", pristine, "--json", tmp_path / "i.json")[0] == 0
 
     found = json.loads((tmp_path / "i.json").read_text())
-    files = {p.name: sum(bytes_by_tensor(p).values()) for p in compressed.glob("*.safetensors")}
+    files = {p.name: sum(bytes_by_tensor(p).values()) for p in pristine.glob("*.safetensors")}
     experts = sum(size for name, size in files.items() if name.startswith("resmoe-"))
     total = found["experts"]
     assert sum(layer["stored_bytes"] for layer in found["layers"]) == experts
@@ -30,20 +30,20 @@ def test_inspect_refuses_a_dense_model(run, family_folder):
     assert_mistake(run("inspect", family_folder("mixtral")), "no resmoe.json here")
 
 
-def test_inspect_names_a_missing_file(run, compressed, tmp_path):
-    folder = copy_of(compressed, tmp_path / "c")
+def test_inspect_names_a_missing_file(run, pristine, tmp_path):
+    folder = copy_of(pristine, tmp_path / "c")
     (folder / GROUP).unlink()
     assert_mistake(run("inspect", folder), f"{folder / GROUP}: this file is missing")
 
 
-def test_inspect_names_a_json_file_that_cannot_be_written(run, compressed, tmp_path):
-    code, _, err = run("inspect", compressed, "--json", tmp_path / "none" / "i.json")
+def test_inspect_names_a_json_file_that_cannot_be_written(run, pristine, tmp_path):
+    code, _, err = run("inspect", pristine, "--json", tmp_path / "none" / "i.json")
     assert code == 2
     assert err == f"error: {tmp_path}/none/i.json: cannot be written (No such file or directory)\n"
 
 
-def test_verify_names_every_bad_file_and_exits_1(run, compressed, tmp_path):
-    folder = copy_of(compressed, tmp_path / "c")
+def test_verify_names_every_bad_file_and_exits_1(run, pristine, tmp_path):
+    folder = copy_of(pristine, tmp_path / "c")
     second = GROUP.replace("group-000", "group-001")
     flip_byte_of(folder / GROUP, "experts.0.values", 3)
     flip_byte_of(folder / second, "experts.2.bitmap", 3)
@@ -54,19 +54,19 @@ def test_verify_names_every_bad_file_and_exits_1(run, compressed, tmp_path):
     assert [line.split(":")[0] for line in out.splitlines()] == [GROUP, second]
 
 
-def test_verify_refuses_a_newer_format(run, compressed, tmp_path):
-    folder = copy_of(compressed, tmp_path / "c")
+def test_verify_refuses_a_newer_format(run, pristine, tmp_path):
+    folder = copy_of(pristine, tmp_path / "c")
     edit_text(folder / "resmoe.json", '{"format_version": 99}')
     assert_mistake(run("verify", folder), "upgrade resmoe-dist")
 
 
-def test_restore_refuses_an_existing_folder(run, compressed, tmp_path):
-    assert_mistake(run("restore", compressed, tmp_path), f"{tmp_path}: exists already")
+def test_restore_refuses_an_existing_folder(run, pristine, tmp_path):
+    assert_mistake(run("restore", pristine, tmp_path), f"{tmp_path}: exists already")
     assert names_in(tmp_path) == set()
 
 
-def test_restore_of_a_damaged_folder_leaves_nothing(run, compressed, tmp_path):
-    folder = copy_of(compressed, tmp_path / "c")
+def test_restore_of_a_damaged_folder_leaves_nothing(run, pristine, tmp_path):
+    folder = copy_of(pristine, tmp_path / "c")
     flip_byte_of(folder / GROUP, "experts.1.bitmap", 3)
     assert_mistake(run("restore", folder, tmp_path / "d"), f"{folder / GROUP}: damaged")
     assert names_in(tmp_path) == {"c"}

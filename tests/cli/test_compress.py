@@ -132,14 +132,14 @@ def test_a_missing_source_is_refused(run, tmp_path):
     assert names_in(tmp_path) == set()
 
 
-def test_an_existing_output_folder_is_refused(family_folder, run, compressed):
-    outcome = run("compress", family_folder("mixtral"), compressed, "--ep", 2)
-    assert_mistake(outcome, f"{compressed}: exists already")
+def test_an_existing_output_folder_is_refused(family_folder, run, pristine):
+    outcome = run("compress", family_folder("mixtral"), pristine, "--ep", 2)
+    assert_mistake(outcome, f"{pristine}: exists already")
 
 
-def test_a_compressed_source_is_refused(run, compressed, tmp_path):
-    outcome = run("compress", compressed, tmp_path / "c", "--ep", 2)
-    assert_mistake(outcome, f"{compressed}: compressed already")
+def test_a_compressed_source_is_refused(run, pristine, tmp_path):
+    outcome = run("compress", pristine, tmp_path / "c", "--ep", 2)
+    assert_mistake(outcome, f"{pristine}: compressed already")
 
 
 def test_resume_needs_the_same_options(family_folder, run, tmp_path):

@@ -12,10 +12,10 @@ from tests.checkpoints.damage import edit_text
 from tests.cli.commands import assert_mistake
 
 
-def test_evaluate_prints_and_writes_the_same(run, compressed, tmp_path):
+def test_evaluate_prints_and_writes_the_same(run, pristine, tmp_path):
     edit_text(tmp_path / "ids.json", "[[3, 4, 5, 6], [7, 8]]")
     arguments = ("--token-ids", tmp_path / "ids.json", "--json", tmp_path / "e.json")
-    code, out, err = run("evaluate", compressed, *arguments)
+    code, out, err = run("evaluate", pristine, *arguments)
 
     assert (code, err) == (0, "")
     found = json.loads((tmp_path / "e.json").read_text())
@@ -35,24 +35,22 @@ def test_evaluate_prints_and_writes_the_same(run, compressed, tmp_path):
         ("--text", "some text", "no tokenizer could be loaded"),
     ],
 )
-def test_evaluate_refuses_unusable_text_and_tokens(
-    run, compressed, tmp_path, option, content, text
-):
+def test_evaluate_refuses_unusable_text_and_tokens(run, pristine, tmp_path, option, content, text):
     if content is not None:
         edit_text(tmp_path / "input", content)
-    assert_mistake(run("evaluate", compressed, option, tmp_path / "input"), text)
+    assert_mistake(run("evaluate", pristine, option, tmp_path / "input"), text)
 
 
-def test_evaluate_reads_its_input_before_it_loads_the_model(run, compressed, tmp_path, monkeypatch):
+def test_evaluate_reads_its_input_before_it_loads_the_model(run, pristine, tmp_path, monkeypatch):
     monkeypatch.setattr(
         launch_evaluate, "load_model", lambda *args, **kwargs: pytest.fail("loaded")
     )
-    outcome = run("evaluate", compressed, "--token-ids", tmp_path / "none")
+    outcome = run("evaluate", pristine, "--token-ids", tmp_path / "none")
     assert_mistake(outcome, "not a readable JSON file")
 
 
-def test_evaluate_refuses_a_context_of_one_token(run, compressed, tmp_path):
-    outcome = run("evaluate", compressed, "--text", tmp_path / "text", "--context", 1)
+def test_evaluate_refuses_a_context_of_one_token(run, pristine, tmp_path):
+    outcome = run("evaluate", pristine, "--text", tmp_path / "text", "--context", 1)
     assert_mistake(outcome, "--context 1: must be 2 or more")
 
 

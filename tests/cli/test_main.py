@@ -51,13 +51,13 @@ def test_help_of_a_command_names_every_option(run, name):
     assert "--config" in out
 
 
-def test_a_bug_shows_its_traceback_and_exits_1(run, monkeypatch, compressed):
+def test_a_bug_shows_its_traceback_and_exits_1(run, monkeypatch, pristine):
     def crash(found):
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(checkpoint, "describe", crash)
 
-    code, _, err = run("inspect", compressed)
+    code, _, err = run("inspect", pristine)
 
     assert code == 1
     assert "Traceback" in err
