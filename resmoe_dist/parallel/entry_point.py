@@ -40,28 +40,39 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
     destructors, which could wait for ranks that wait for this one. The launcher then takes the
     other ranks down.
     """
-    with _interrupts_raised() as seen:
-        try:
-            code = main() or 0
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # The reader of the output closed it (`… | head`); no message can reach it.
-            os._exit(_BROKEN_PIPE)
-        except UserError as error:
-            _fail(f"error: {error}", USER_ERROR)
-        except KeyboardInterrupt as interruption:
-            if str(interruption):
-                print(interruption, file=sys.stderr, flush=True)
-            leave(_SIGNALLED + (seen or [signal.SIGINT])[0])
-        except Exception:
-            # Ranks that lose a peer fail as well; only the first failure explains anything.
-            _fail(f"rank {launched_rank()} failed\n{traceback.format_exc()}", 1)
+    seen: list[int] = []
+    try:
+        with _interrupts_raised(seen):
+            code = _run(main)
+    except KeyboardInterrupt as interruption:
+        if str(interruption):
+            print(interruption, file=sys.stderr, flush=True)
+        leave(_SIGNALLED + (seen or [signal.SIGINT])[0])
     if _is_joined():
         import torch
 
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     sys.exit(code)
+
+
+def _run(main: Callable[[], int | None]) -> int:
+    """Run `main` and return its code; end the process if it fails.
+
+    A signal during this, even while a failure is being reported, raises KeyboardInterrupt.
+    """
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of the output closed it (`… | head`); no message can reach it.
+        os._exit(_BROKEN_PIPE)
+    except UserError as error:
+        _fail(f"error: {error}", USER_ERROR)
+    except Exception:
+        # Ranks that lose a peer fail as well; only the first failure explains anything.
+        _fail(f"rank {launched_rank()} failed\n{traceback.format_exc()}", 1)
+    return code
 
 
 def quiet_libraries() -> None:
@@ -115,14 +126,13 @@ def _fail(text: str, code: int) -> None:
 
 
 @contextmanager
-def _interrupts_raised() -> Iterator[list[int]]:
-    """Make the first SIGINT or SIGTERM raise KeyboardInterrupt; yields the list of signals seen.
+def _interrupts_raised(seen: list[int]) -> Iterator[None]:
+    """Make the first SIGINT or SIGTERM raise KeyboardInterrupt and append its number to `seen`.
 
     Later signals do nothing, because the process is already leaving: Ctrl-C reaches ranks directly
     and again through their launcher. If compiled code or an unresponsive rank delays the exception
     for two seconds, the process ends without it. Signals that were ignored stay ignored.
     """
-    seen: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         if not seen:
@@ -146,7 +156,7 @@ def _interrupts_raised() -> Iterator[list[int]]:
         if handler != signal.SIG_IGN:
             signal.signal(number, note)
     try:
-        yield seen
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -72,6 +72,20 @@ def test_the_text_of_an_interruption_is_printed():
 
 
 @pytest.mark.slow
+def test_a_signal_while_a_failure_is_reported_ends_the_process_without_a_traceback():
+    # A rank that lost its peer is formatting the traceback when the launcher ends it.
+    body = (
+        "import traceback; "
+        "traceback.format_exc = lambda: time.sleep(30); "
+        "raise ValueError('lost a peer')"
+    )
+    process = _start(body)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == 143
+
+
+@pytest.mark.slow
 def test_an_ignored_signal_stays_ignored():
     process = _start("time.sleep(1); return 7", ignored=True)
     process.send_signal(signal.SIGINT)
