@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from resmoe_dist.validation import reason_of
 
 T = TypeVar("T")
 Registered = TypeVar("Registered", bound=type)
@@ -43,8 +46,7 @@ class Registry(Generic[T]):
             return registered.config.model_validate(given)
         except ValidationError as error:
             first = error.errors()[0]
-            option = ".".join(map(str, first["loc"])) or "options"
-            raise ValueError(f"{self.kind} {name}: {option}: {first['msg'].lower()}") from error
+            raise ValueError(f"{self.kind} {name}: {_problem(registered.config, first)}") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._classes)
@@ -54,3 +56,14 @@ class Registry(Generic[T]):
 
     def __len__(self) -> int:
         return len(self._classes)
+
+
+def _problem(config: type[BaseModel], error: ErrorDetails) -> str:
+    """What is wrong with one option, and what to write instead."""
+    option = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        known = ", ".join(config.model_fields) or "none"
+        return f"no option {option}; its options: {known}"
+    if error["type"] == "missing":
+        return f"option {option} is missing; give {option}=VALUE"
+    return f"{option} {error['input']}: {reason_of(error)}" if option else reason_of(error)

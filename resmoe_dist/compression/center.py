@@ -116,7 +116,7 @@ def trimmed_center(experts: AlignedExperts, keep: float, dtype: torch.dtype) -> 
 def _trimmed_mean(
     values_EC: Tensor, center_C: Tensor, weight_C: Tensor | None, threshold: float
 ) -> Tensor:
-    """Mean [C] of the values within `threshold` of the centre; the centre if there are none."""
+    """Mean [C] of the values within `threshold` of the centre; `center_C` if no value is."""
     deviation_EC = values_EC - center_C
     near_EC = _weighted(deviation_EC, weight_C).abs() <= threshold
     return center_C + _sum(deviation_EC * near_EC) / near_EC.sum(0).clamp(min=1)

@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from resmoe_dist.config.options import CommandConfig, option_of
 from resmoe_dist.errors import UserError
+from resmoe_dist.validation import reason_of
 
 Config = TypeVar("Config", bound=CommandConfig)
 
@@ -74,9 +75,25 @@ def _preset(name: str) -> dict[str, Any]:
     return yaml.safe_load((_PRESETS / f"{name}.yaml").read_text(encoding="utf-8")) or {}
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice; PyYAML itself takes the last value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key} is given twice; keep one of them", key_node.start_mark
+                )
+            if key is not None:
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        found = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"--config {file}: cannot be read ({error.strerror})") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -135,24 +152,5 @@ def _message(
         return f"{shown.upper() if not shown.startswith('-') else shown} is missing; see --help"
     source = origin.get(name)
     where = f"{source}: {shown.lstrip('-')}" if source else shown
-    context = error.get("ctx", {})
-    reasons = {
-        "literal_error": f"choose one of {str(context.get('expected', '')).replace(chr(39), '')}",
-        "float_parsing": "not a number",
-        "float_type": "not a number",
-        "int_parsing": "not a whole number",
-        "int_type": "not a whole number",
-        "int_from_float": "not a whole number",
-        "bool_parsing": "write true or false",
-        "bool_type": "write true or false",
-        "path_type": "not a path",
-        "string_type": "not text; put it in quotes",
-        "list_type": "not a list",
-        "greater_than": f"must be above {context.get('gt')}",
-        "greater_than_equal": f"must be {context.get('ge')} or more",
-        "less_than_equal": f"must be {context.get('le')} or less",
-        "value_error": str(context.get("error", "")),
-    }
-    reason = reasons.get(error["type"]) or str(error["msg"]).lower()
     value = "" if isinstance(error["input"], list | dict) else f" {error['input']}"
-    return f"{where}{value}: {reason}"
+    return f"{where}{value}: {reason_of(error)}"

@@ -153,6 +153,8 @@ FILES = {
     "number as a path": ("ep: 2\ncalibration: 3\n", "options.yaml: calibration 3: not a path"),
     "number as a name": ("ep: 2\ncodec: 3\n", "options.yaml: codec 3: not text; put it in quotes"),
     "two spellings": ("max_memory: 1GB\nmax-memory: 2GB\n", "options.yaml: max-memory is given t"),
+    "key given twice": ("keep: 0.5\nep: 2\nkeep: 0.1\n", "keep is given twice; keep one of them"),
+    "key that is a list": ("? [ep]\n: 2\n", "not a readable YAML file"),
     "unknown preset": ("preset: best\n", "options.yaml: preset best: choose one of default, p"),
     "wrong value": ("ep: 2\nalign: best\n", "options.yaml: align best: choose one of"),
     "excluded pair": ("ep: 2\nkeep: 1\ntarget-bytes: 1\n", "options.yaml: --keep and"),

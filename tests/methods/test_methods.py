@@ -65,9 +65,9 @@ def test_method_is_found_by_its_name_and_spec(name):
     ("name", "options", "reason"),
     [
         ("zip", {}, "unknown method 'zip'; choose one of resmoe|unknown method 'zip'"),
-        ("resmoe", {"align": "best"}, "method resmoe: align: input should be 'loo'"),
-        ("resmoe", {"surprise": 1}, "method resmoe: surprise: extra inputs"),
-        ("dense", {"align": "loo"}, "method dense: align: extra inputs"),
+        ("resmoe", {"align": "best"}, "method resmoe: align best: choose one of loo, pot or none"),
+        ("resmoe", {"surprise": 1}, "method resmoe: no option surprise; its options: align, "),
+        ("dense", {"align": "loo"}, "method dense: no option align; its options: none"),
     ],
 )
 def test_unknown_method_or_option_is_refused(name, options, reason):

@@ -17,7 +17,7 @@ template <class Scalar>
 constexpr Kernels kernels_of() {
   return {restore_rows<Scalar>,   project_in_rows<Scalar>,    project_out_share<Scalar>,
           mlp_rows<Scalar>,       pack_columns<Scalar>,       mlp_packed_in<Scalar>,
-          mlp_packed_out<Scalar>, add_packed_columns<Scalar>, packed_lanes<Scalar>()};
+          mlp_packed_out<Scalar>, add_packed_columns<Scalar>, packed_layout<Scalar>()};
 }
 
 constexpr InstructionSet instruction_set(const char* name, bool (*supported)()) {

@@ -1,4 +1,4 @@
-// The operations that PyTorch sees. `fused_mlp` is in a file of its own.
+// The operations that PyTorch sees, except `mlp`, which is in fused_mlp.cpp.
 
 #include <ATen/Functions.h>
 #include <torch/library.h>
@@ -63,15 +63,14 @@ Tensor project_in(const LayerPtr& layer, const std::string& part, const Tensor& 
   Tensor out = at::empty({token_N.size(0), layer->inputs * rows}, x.options().dtype(at::kFloat));
   const int64_t routed = jobs.back().first_copy + jobs.back().copies;
   if (routed < out.size(0)) out.narrow(0, routed, out.size(0) - routed).zero_();
-  const ProjectIn work = {jobs.data(),
-                          static_cast<int64_t>(jobs.size()),
-                          token_N.const_data_ptr<int64_t>(),
-                          x.data_ptr(),
-                          x.stride(0),
-                          layer->hidden,
-                          layer->inputs,
-                          out.data_ptr<float>(),
-                          rows};
+  const RoutedInput input = {jobs.data(),
+                             static_cast<int64_t>(jobs.size()),
+                             token_N.const_data_ptr<int64_t>(),
+                             x.data_ptr(),
+                             x.stride(0),
+                             layer->hidden,
+                             layer->inputs};
+  const ProjectIn work = {input, out.data_ptr<float>(), rows};
   const auto run = kernels_for(layer->dtype).project_in;
   share(rows, at::get_num_threads(), [&](int64_t, int64_t begin, int64_t end) {
     run(work, begin, end);

@@ -55,11 +55,11 @@ void add_packed_mlp(std::vector<PackedJob> jobs, PackedMlp work, int64_t rows,
   const int64_t parts = at::get_num_threads(), hidden = work.hidden;
   // Blocks of equal size; all but the last have an even number of rows.
   const int64_t blocks = (rows + parts * kPackedRows - 1) / (parts * kPackedRows);
-  work.most_rows = up_to_multiple((rows + blocks - 1) / blocks, 2);
+  work.block_rows = round_up((rows + blocks - 1) / blocks, 2);
   int64_t lanes = 0;
-  for (const PackedJob& job : jobs) lanes += Chunks(job.copies, kernels.lanes).lanes();
+  for (const PackedJob& job : jobs) lanes += Chunks(job.copies, kernels.lane_layout).lanes();
   const Tensor x = at::empty({lanes, padded(hidden)}, options);
-  const Tensor h = at::empty({lanes, work.most_rows}, options);
+  const Tensor h = at::empty({lanes, work.block_rows}, options);
   const Tensor y = at::empty({lanes, packed_columns(hidden)}, options.dtype(at::kFloat));
   const Tensor weight = at::zeros({lanes}, y.options());
   lanes = 0;
@@ -70,7 +70,7 @@ void add_packed_mlp(std::vector<PackedJob> jobs, PackedMlp work, int64_t rows,
     job.x = x[lanes].data_ptr();
     job.h = h[lanes].data_ptr();
     job.y = y[lanes].data_ptr<float>();
-    lanes += Chunks(job.copies, kernels.lanes).lanes();
+    lanes += Chunks(job.copies, kernels.lane_layout).lanes();
   }
   work.jobs = jobs.data();
   work.num_jobs = jobs.size();
@@ -80,10 +80,10 @@ void add_packed_mlp(std::vector<PackedJob> jobs, PackedMlp work, int64_t rows,
     });
   };
   in_shares(padded(hidden), 32, kernels.pack);
-  for (; work.first_row < rows; work.first_row += work.most_rows) {
-    work.rows = std::min(work.most_rows, rows - work.first_row);
+  for (; work.first_row < rows; work.first_row += work.block_rows) {
+    work.rows = std::min(work.block_rows, rows - work.first_row);
     in_shares(work.rows, 2, kernels.mlp_packed_in);
-    in_shares(hidden, kPackedColumns, kernels.mlp_packed_out);
+    in_shares(hidden, kPackedColumnMultiple, kernels.mlp_packed_out);
   }
   in_shares(hidden, 16, kernels.add_packed);
 }
@@ -93,7 +93,7 @@ void add_packed_mlp_in_turn(const std::vector<Job>& jobs, const PackedMlp& work,
                             const int64_t* token_N, const float* weight_N, const Kernels& kernels,
                             const at::TensorOptions& options) {
   const int64_t lane_bytes = padded(work.hidden) * 2 * sizeof(float);
-  const int64_t chunk = kernels.lanes.most * kernels.lanes.vector;
+  const int64_t chunk = kernels.lane_layout.max_vectors * kernels.lane_layout.vector_lanes;
   const int64_t most = std::max<int64_t>(kPackedBytes / lane_bytes / chunk, 1) * chunk;
   std::vector<PackedJob> now;
   int64_t lanes = 0;
@@ -107,7 +107,7 @@ void add_packed_mlp_in_turn(const std::vector<Job>& jobs, const PackedMlp& work,
     for (int64_t pass = 0; pass < passes; ++pass) {
       const int64_t first = job.first_copy + pass * job.copies / passes;
       const int64_t copies = job.first_copy + (pass + 1) * job.copies / passes - first;
-      const int64_t more = Chunks(copies, kernels.lanes).lanes();
+      const int64_t more = Chunks(copies, kernels.lane_layout).lanes();
       if (lanes + more > most) run();
       now.push_back({job.rows, token_N + first, copies, weight_N + first});
       lanes += more;
@@ -176,9 +176,12 @@ Tensor fused_mlp(const c10::intrusive_ptr<Layer>& layer, const Tensor& x_TH, con
       no_index.assign(token_N.size(0), -1);
       index_N = no_index.data();
     }
-    add_mlp({few.data(), static_cast<int64_t>(few.size()), token, weight, centers.data(),
-             static_cast<int64_t>(centers.size()), token_C, num_C, index_N, x.data_ptr(),
-             x.stride(0), hidden, layer->inputs, *layer->activation},
+    const RoutedInput input = {few.data(),  static_cast<int64_t>(few.size()),
+                               token,       x.data_ptr(),
+                               x.stride(0), hidden,
+                               layer->inputs};
+    add_mlp({input, weight, centers.data(), static_cast<int64_t>(centers.size()), token_C, num_C,
+             index_N, *layer->activation},
             rows, kernels, y);
   }
   if (!many.empty() && rows) {

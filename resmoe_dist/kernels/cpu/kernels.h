@@ -1,4 +1,4 @@
-// What the instruction sets offer: a few kernels per dtype, on raw memory, one thread each.
+// The kernels of one instruction set: a few per dtype, single-threaded, on raw memory.
 //
 // Legend: S rows, H hidden, D columns, N copies, T tokens, P bytes of bitmap per row, C rows of
 // shared centres (a token to a centre), L lanes (copies, and padding to whole registers).
@@ -37,9 +37,11 @@ struct Job {
 // inner loop has a tail. The padding of what is read holds zeros.
 constexpr int64_t kPadding = 128;
 
-constexpr int64_t up_to_multiple(int64_t value, int64_t of) { return (value + of - 1) / of * of; }
+constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
-constexpr int64_t padded(int64_t entries) { return up_to_multiple(entries, kPadding); }
+constexpr int64_t padded(int64_t entries) { return round_up(entries, kPadding); }
 
 struct Restore {
   Rows rows;
@@ -47,10 +49,11 @@ struct Restore {
   int64_t columns;
   void* out;
   int64_t out_stride;
-  bool stream;  // past the caches: the output is larger than they are
+  bool stream;  // write past the caches, because the output is larger than they are
 };
 
-struct ProjectIn {
+// Jobs, and the tokens that they read.
+struct RoutedInput {
   const Job* jobs;
   int64_t num_jobs;
   const int64_t* token_N;
@@ -58,6 +61,9 @@ struct ProjectIn {
   int64_t x_stride;
   int64_t hidden;
   int64_t inputs;
+};
+
+struct ProjectIn : RoutedInput {
   float* out_NC;  // [N, inputs·S]
   int64_t num_rows;
 };
@@ -72,8 +78,8 @@ struct ProjectOut {
   int64_t num_rows;
 };
 
-// A thread's share of an output: rows of the weights (sums of several threads are to be added up),
-// or columns (whole multiples of kPadding but for the last). y_TH: rows of padded(hidden).
+// A thread's share of an output: rows of the weights (the caller adds up the threads' sums), or
+// columns (multiples of kPadding, except for the last end). y_TH: rows of padded(hidden).
 struct OutShare {
   int64_t first_row;
   int64_t end_row;
@@ -85,8 +91,8 @@ struct OutShare {
 // act(gate) · up with two inputs, act(in) with one.
 enum class Activation { kSilu, kGeluTanh, kRelu };
 
-// A centre that jobs share: multiplied once with each of the tokens [first, first + count) of
-// token_C, whichever of the jobs want it.
+// A centre that jobs share. It is multiplied once with each of the tokens [first, first + count) of
+// token_C, no matter how many jobs use the product.
 struct SharedCenter {
   Rows rows;
   int64_t first;
@@ -94,50 +100,45 @@ struct SharedCenter {
 };
 
 // Whole MLPs of few copies each: one pass over the rows, on the way in and out at once.
-struct Mlp {
-  const Job* jobs;
-  int64_t num_jobs;
-  const int64_t* token_N;
+struct Mlp : RoutedInput {
   const float* weight_N;
   const SharedCenter* centers;
   int64_t num_centers;
   const int64_t* token_C;
-  int64_t num_of_centers;   // C
+  int64_t num_center_rows;  // C
   const int64_t* index_N;   // which of the C each copy takes besides its job's rows, or -1
-  const void* x_TH;         // rows of padded(hidden), x_stride apart
-  int64_t x_stride;
-  int64_t hidden;
-  int64_t inputs;
   Activation activation;
 };
 
-// The copies of a job as lanes: split into chunks of whole vectors, at most `most` of them, as
-// equal as can be. A chunk is a matrix of its own, [depth][lanes], with pairs (or whatever a product
-// takes at a time) of the depth beside each other.
-struct Lanes {
-  int64_t vector;  // lanes of one
-  int64_t most;    // vectors of a chunk
+// How a product takes copies as lanes of vectors.
+struct LaneLayout {
+  int64_t vector_lanes;  // lanes of one vector
+  int64_t max_vectors;   // of one chunk
 };
 
+// The copies of a job, split into chunks of whole vectors of nearly equal size. Each chunk is stored
+// as one matrix [depth][lanes]; the depths that a product takes in one step are adjacent.
 struct Chunks {
-  Lanes in;
+  LaneLayout layout;
   int64_t vectors;
   int64_t count;
 
-  Chunks(int64_t copies, Lanes lanes_in)
-      : in(lanes_in),
-        vectors((copies + in.vector - 1) / in.vector),
-        count((vectors + in.most - 1) / in.most) {}
+  Chunks(int64_t copies, LaneLayout lane_layout)
+      : layout(lane_layout),
+        vectors((copies + layout.vector_lanes - 1) / layout.vector_lanes),
+        count((vectors + layout.max_vectors - 1) / layout.max_vectors) {}
 
-  int64_t first_lane(int64_t chunk) const { return chunk * vectors / count * in.vector; }
+  int64_t first_lane(int64_t chunk) const {
+    return chunk * vectors / count * layout.vector_lanes;
+  }
   int64_t lanes(int64_t chunk) const { return first_lane(chunk + 1) - first_lane(chunk); }
-  int64_t lanes() const { return vectors * in.vector; }
+  int64_t lanes() const { return vectors * layout.vector_lanes; }
 };
 
 // The output columns of packed copies are padded to a multiple of this.
-constexpr int64_t kPackedColumns = 48;
+constexpr int64_t kPackedColumnMultiple = 48;
 
-constexpr int64_t packed_columns(int64_t hidden) { return up_to_multiple(hidden, kPackedColumns); }
+constexpr int64_t packed_columns(int64_t hidden) { return round_up(hidden, kPackedColumnMultiple); }
 
 // A job with its copies in lanes, `copies` of them and padding to whole registers.
 struct PackedJob {
@@ -146,7 +147,7 @@ struct PackedJob {
   int64_t copies;
   const float* weight_l;  // zero for the padding
   void* x;                // chunks of [padded(hidden)][lanes]
-  void* h;                // chunks of [most_rows][lanes]
+  void* h;                // chunks of [block_rows][lanes]
   float* y;               // chunks of [packed_columns(hidden)][lanes]
 };
 
@@ -160,14 +161,14 @@ struct PackedMlp {
   const void* x_TH;  // rows of padded(hidden), x_stride apart
   int64_t x_stride;
   float* y_TH;       // rows of padded(hidden)
-  int64_t most_rows; // of a block
+  int64_t block_rows;
   int64_t first_row;
   int64_t rows;
 };
 
-// restore, project_in and mlp work on rows [begin, end), mlp for a thread's share of y; project_out
-// adds to y. The packed ones in their order: columns of x, rows of the block, columns of y, and
-// again; see packed_mlp.h.
+// restore, project_in and mlp work on rows [begin, end) of the weights. mlp and project_out add to y.
+// The packed kernels run in this order, and divide columns of x, rows of the block, columns of y, and
+// columns of y; see packed_mlp.h.
 struct Kernels {
   void (*restore)(const Restore&, int64_t begin, int64_t end);
   void (*project_in)(const ProjectIn&, int64_t begin, int64_t end);
@@ -177,7 +178,7 @@ struct Kernels {
   void (*mlp_packed_in)(const PackedMlp&, int64_t begin, int64_t end);
   void (*mlp_packed_out)(const PackedMlp&, int64_t begin, int64_t end);
   void (*add_packed)(const PackedMlp&, int64_t begin, int64_t end);
-  Lanes lanes;
+  LaneLayout lane_layout;
 };
 
 struct InstructionSet {

@@ -77,7 +77,7 @@ void mlp_rows(const Mlp& work, int64_t begin, int64_t end, float* y) {
     center_blocks.resize(work.num_centers);
   }
   const int64_t copies = max_copies(work);
-  const int64_t center_tokens = work.num_of_centers;
+  const int64_t center_tokens = work.num_center_rows;
   const Tile<float, Use::kProducts> products(copies, products_width);
   const Tile<float, Use::kCenterProducts> center_products(center_tokens, products_width);
   const Tile<float, Use::kCenterSums> center_sums(center_tokens, block_rows);

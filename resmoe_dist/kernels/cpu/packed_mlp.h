@@ -32,7 +32,7 @@ constexpr int64_t kPackedPanelColumns = 1152;
 constexpr int64_t kPackedDepth = 256;
 
 template <class Scalar>
-constexpr Lanes packed_lanes() {
+constexpr LaneLayout packed_layout() {
   return {Primitives<Scalar>::kLanes, Primitives<Scalar>::kMaxVectors};
 }
 
@@ -51,7 +51,7 @@ void multiply_chunk(int64_t vectors, const Scalar* weights, int64_t row_stride, 
   }
   using P = Primitives<Scalar>;
   constexpr int kRows = P::rows_at_once(kVectors);
-  static_assert(kPackedInRows % kRows == 0 && kPackedColumns % kRows == 0,
+  static_assert(kPackedInRows % kRows == 0 && kPackedColumnMultiple % kRows == 0,
                 "tiles have memory for whole groups of rows");
   for (int64_t r = 0; r < rows; r += kRows) {
     P::template multiply<kRows, kVectors>(weights + r * row_stride, row_stride, step_stride, packed,
@@ -66,7 +66,7 @@ void pack_columns(const PackedMlp& work, int64_t begin, int64_t end) {
   const Scalar* x_TH = static_cast<const Scalar*>(work.x_TH);
   for (int64_t j = 0; j < work.num_jobs; ++j) {
     const PackedJob& job = work.jobs[j];
-    const Chunks chunks(job.copies, packed_lanes<Scalar>());
+    const Chunks chunks(job.copies, packed_layout<Scalar>());
     for (int64_t c = 0; c < chunks.count; ++c) {
       const int64_t first = chunks.first_lane(c), lanes = chunks.lanes(c);
       Scalar* packed = static_cast<Scalar*>(job.x) + first * padded(work.hidden);
@@ -125,7 +125,7 @@ void mlp_packed_in(const PackedMlp& work, int64_t begin, int64_t end) {
     const int64_t rows = std::min(kPackedInRows, end - first);
     for (int64_t j = 0; j < work.num_jobs; ++j) {
       const PackedJob& job = work.jobs[j];
-      const Chunks chunks(job.copies, packed_lanes<Scalar>());
+      const Chunks chunks(job.copies, packed_layout<Scalar>());
       // [chunk][inputs][kPackedInRows][lanes of the chunk]
       const Tile<float, Use::kProducts> products(1, inputs * kPackedInRows * chunks.lanes());
       block.start(job.rows, work.first_row + first, rows, 0, 0);
@@ -146,14 +146,14 @@ void mlp_packed_in(const PackedMlp& work, int64_t begin, int64_t end) {
         const int64_t lane = chunks.first_lane(c), lanes = chunks.lanes(c);
         activate_chunk(work, rows, lanes, job.weight_l + lane,
                        products.row(0) + inputs * lane * kPackedInRows,
-                       static_cast<Scalar*>(job.h) + lane * work.most_rows + first * lanes);
+                       static_cast<Scalar*>(job.h) + lane * work.block_rows + first * lanes);
       }
     }
   }
 }
 
 // Step 3, the way out: adds to columns [begin, end) of packed y, from the current block's packed h.
-// `begin` is a multiple of kPackedColumns. The first block overwrites y.
+// `begin` is a multiple of kPackedColumnMultiple. The first block overwrites y.
 //
 // The roles of rows and columns are swapped: here a column of the tile is a "row" of `multiply`,
 // and the tile's rows are its depth.
@@ -167,7 +167,7 @@ void mlp_packed_out(const PackedMlp& work, int64_t begin, int64_t end) {
   const int64_t panel_columns = packed_columns(divide_up(end - begin, panels));
   for (int64_t j = 0; j < work.num_jobs; ++j) {
     const PackedJob& job = work.jobs[j];
-    const Chunks chunks(job.copies, packed_lanes<Scalar>());
+    const Chunks chunks(job.copies, packed_layout<Scalar>());
     for (int64_t first = 0; first < work.rows; first += kPackedOutRows) {
       const int64_t rows = std::min(kPackedOutRows, work.rows - first);
       const int64_t steps = divide_up(rows, kDepthPerStep);
@@ -175,7 +175,7 @@ void mlp_packed_out(const PackedMlp& work, int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; panel += panel_columns) {
         const int64_t columns = std::min(panel_columns, end - panel);
         const int64_t out_columns = packed_columns(columns);
-        const int64_t width = up_to_multiple(out_columns, 32);
+        const int64_t width = round_up(out_columns, 32);
         MatrixView<const Scalar> tile;
         if constexpr (kDepthPerStep == 2) {
           tile = block.next_tile_of_row_pairs(columns, width);
@@ -185,7 +185,7 @@ void mlp_packed_out(const PackedMlp& work, int64_t begin, int64_t end) {
         for (int64_t c = 0; c < chunks.count; ++c) {
           const int64_t lane = chunks.first_lane(c), lanes = chunks.lanes(c);
           const Scalar* h =
-              static_cast<const Scalar*>(job.h) + lane * work.most_rows + first * lanes;
+              static_cast<const Scalar*>(job.h) + lane * work.block_rows + first * lanes;
           float* y = job.y + lane * packed_columns(work.hidden) + panel * lanes;
           multiply_chunk<Scalar>(lanes / P::kLanes, tile.entries, kDepthPerStep, tile.stride, h,
                                  steps, out_columns, y, work.first_row + first > 0);
@@ -202,7 +202,7 @@ void add_packed_columns(const PackedMlp& work, int64_t begin, int64_t end) {
   constexpr int64_t kColumns = 16;
   for (int64_t j = 0; j < work.num_jobs; ++j) {
     const PackedJob& job = work.jobs[j];
-    const Chunks chunks(job.copies, packed_lanes<Scalar>());
+    const Chunks chunks(job.copies, packed_layout<Scalar>());
     for (int64_t c = 0; c < chunks.count; ++c) {
       const int64_t first = chunks.first_lane(c), lanes = chunks.lanes(c);
       const float* y = job.y + first * packed_columns(work.hidden);
