@@ -46,7 +46,7 @@ def main() -> None:
             # Lanes exchange tokens in every layer, so a lane that is done keeps taking part.
             synced_gpus=topology.lanes > 1,
         )
-    if topology.tp_rank == 0:
+    if topology.lane_rank == 0:
         text = tokenizer.decode(output_BS[0], skip_special_tokens=True)
         # One write per lane: the ranks share this terminal.
         print(f"--- lane {topology.lane}\n{text}\n", end="", flush=True)

@@ -5,7 +5,7 @@ Legend: T tokens, K experts per token, R received rows (tokens), N routed copies
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -72,6 +72,11 @@ class RoutedTokens:
             weight_S.masked_fill(dropped_S, 0.0)[slot_N],
             expert_offsets(expert_N, num_experts),
         )
+
+    def without_dropped(self) -> RoutedTokens:
+        """Only the copies that an expert runs. On a GPU this waits for the device."""
+        kept = int(self.offsets_L[-1])
+        return replace(self, token_N=self.token_N[:kept], weight_N=self.weight_N[:kept])
 
     @cached_property
     def expert_N(self) -> Tensor:

@@ -177,6 +177,18 @@ class GridConfig(CommandConfig):
 
     ep: int = option(1, "expert-parallel ranks")
     tp: int = option(1, "tensor-parallel ranks")
+    lanes: int | None = option(
+        None,
+        "batches that the grid carries at a time; the ranks of a lane work on one batch together "
+        "(default: one per expert-parallel rank, fewer if there are fewer prompts)",
+        metavar="L",
+        ge=1,
+    )
+    dispatch: str = option(
+        "auto",
+        "how tokens travel to experts: auto (measured), exchange, decode or shared_batch",
+        metavar="FORM",
+    )
 
     @model_validator(mode="after")
     def _check_grid(self) -> Self:

@@ -120,9 +120,9 @@ def evaluate(
         idle = number >= len(batches)
         batch = [sequences[0][:2]] if idle else batches[number]
         nll, tokens = _batch_nll(model, torch.tensor(batch, device=model.device))
-        if not idle and topology.tp_rank == 0:
+        if not idle and topology.lane_rank == 0:
             total += torch.tensor([nll, tokens], dtype=torch.float64)
-    if topology.lanes * topology.tp > 1:
+    if topology.lanes * topology.lane_size > 1:
         shared = total.to(model.device)
         torch.distributed.all_reduce(shared)
         total = shared.cpu()

@@ -37,9 +37,9 @@ def _main() -> None:
     execution_of(config)
     check_grid(config.model, config.ep, config.tp)
     sequences = read_sequences(config)
-    topology = start_grid(config.ep, config.tp)
-    result = run_evaluate(config, sequences, topology)
-    if topology.lane == topology.tp_rank == 0:
+    topology = start_grid(config.ep, config.tp, lanes=config.lanes)
+    result = run_evaluate(config, sequences, topology, config.dispatch)
+    if topology.lane == topology.lane_rank == 0:
         report(result, config)
 
 
@@ -58,12 +58,17 @@ def read_sequences(config: EvaluateConfig) -> list[list[int]]:
 
 
 def run_evaluate(
-    config: EvaluateConfig, sequences: list[list[int]], topology: Topology = SINGLE_PROCESS
+    config: EvaluateConfig,
+    sequences: list[list[int]],
+    topology: Topology = SINGLE_PROCESS,
+    dispatch: str = "auto",
 ) -> Evaluation:
     """Score sequences on a grid; the result is the same on every rank."""
     execution = execution_of(config)
     dtype = STORED_DTYPES[config.dtype] if config.dtype else None
-    model = load_model(config.model, dtype=dtype, topology=topology, execution=execution)
+    model = load_model(
+        config.model, dtype=dtype, topology=topology, execution=execution, dispatch=dispatch
+    )
     vocabulary = model.get_input_embeddings().weight.shape[0]
     check_vocabulary(config.data, sequences, vocabulary)
     return evaluate(model, sequences, topology)

@@ -46,12 +46,14 @@ def _main() -> None:
         # Made by one process, which has all cores; the ranks find it in the cache.
         check_grid(embedded_checkpoint(config.ep), config.ep, config.tp)
     # 2. The grid.
-    topology = start_grid(config.ep, config.tp)
+    topology = start_grid(config.ep, config.tp, lanes=config.lanes, sequences=len(prompts))
     # 3. This rank's shard of the model.
     folder = config.model or embedded_checkpoint(config.ep)
     tokenizer = load_tokenizer(folder)
     dtype = STORED_DTYPES[config.dtype] if config.dtype else None
-    model = load_model(folder, dtype=dtype, topology=topology, execution=execution)
+    model = load_model(
+        folder, dtype=dtype, topology=topology, execution=execution, dispatch=config.dispatch
+    )
     # 4. This lane's prompts.
     output = generate_on_lane(model, tokenizer, prompts, topology, options)
     # 5. Rank 0 reports for all.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class RankReport:
 def gather_reports(topology: Topology, output: LaneOutput, memory: RankMemory) -> list[RankReport]:
     """Every rank's report, in rank order. Collective over the world."""
     # Process groups cannot be sent.
-    report = RankReport(replace(topology, ep_group=None, tp_group=None), output, memory)
+    report = RankReport(topology.without_groups(), output, memory)
     if not torch.distributed.is_initialized():
         return [report]
     reports: list[Any] = [None] * torch.distributed.get_world_size()
@@ -53,7 +53,7 @@ def rank_table(reports: list[RankReport]) -> str:
                 f"{output.new_tokens / output.seconds:.1f}" if output.new_tokens else "-",
             ]
         )
-    tokens = sum(report.output.new_tokens for report in reports if report.place.tp_rank == 0)
+    tokens = sum(report.output.new_tokens for report in reports if report.place.lane_rank == 0)
     seconds = max(report.output.seconds for report in reports)
     place = reports[0].place
     held = sum(report.memory.expert_bytes for report in reports if report.place.dp_rank == 0)

@@ -20,7 +20,13 @@ from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology, build_topolo
 STARTED_BY_US = "RESMOE_STARTED_RANKS"
 
 
-def start_grid(ep: int, tp: int, program: list[str] | None = None) -> Topology:
+def start_grid(
+    ep: int,
+    tp: int,
+    program: list[str] | None = None,
+    lanes: int | None = None,
+    sequences: int | None = None,
+) -> Topology:
     """Make this process one rank of an ep x tp grid and return its place in it.
 
     Under a launcher that started the right number of ranks: join them. On a machine without
@@ -28,6 +34,7 @@ def start_grid(ep: int, tp: int, program: list[str] | None = None) -> Topology:
     by the DeepSpeed launcher with ep·tp ranks, and say so. A single process with ep·tp = 1 needs no
     process group.
 
+    lanes, sequences: see `build_topology`.
     program: how the DeepSpeed launcher runs a rank, `this_program()` by default. Raises UserError
     if a machine with accelerators runs a number of ranks that does not fit.
     """
@@ -48,7 +55,7 @@ def start_grid(ep: int, tp: int, program: list[str] | None = None) -> Topology:
     if world == 1:
         return SINGLE_PROCESS
     join_world()
-    return build_topology(ep, tp)
+    return build_topology(ep, tp, lanes, sequences)
 
 
 def this_program() -> list[str]:

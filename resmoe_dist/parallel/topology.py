@@ -1,13 +1,17 @@
 """The grid of ranks: world = dp · ep · tp, rank = (dp_rank · ep + ep_rank) · tp + tp_rank.
 
 Tensor-parallel ranks are neighbours and hold row ranges of the same experts. The ranks of one
-expert-parallel group own different experts of a layer. A *lane* is the ranks that carry one batch
-together, here a tensor-parallel group: lanes carry different sequences.
+expert-parallel group own different experts of a layer. A *replica* is the ep·tp ranks that hold one
+whole model between them; there are dp of them.
+
+A *lane* is the ranks that carry one batch together: lane_ep neighbouring expert-parallel positions
+of one replica, with all their tensor-parallel ranks. Lanes carry different sequences. With
+lane_ep = 1 a lane is one tensor-parallel group; with lane_ep = ep it is a whole replica.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import deepspeed.comm as dist
 import torch
@@ -18,7 +22,12 @@ from resmoe_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Topology:
-    """This rank's place in the grid. A group of a single rank is None."""
+    """This rank's place in the grid. A group of a single rank is None.
+
+    lane_ep: expert-parallel positions of one lane. ep_group, tp_group: DeepSpeed's. replica_group:
+    the ep·tp ranks of this replica. lane_group: the ranks of this lane. peer_group: the ranks at
+    the same position in the other lanes of this replica, in the order of the lanes.
+    """
 
     ep: int = 1
     tp: int = 1
@@ -26,22 +35,57 @@ class Topology:
     ep_rank: int = 0
     tp_rank: int = 0
     dp_rank: int = 0
+    lane_ep: int = 1
     ep_group: torch.distributed.ProcessGroup | None = None
     tp_group: torch.distributed.ProcessGroup | None = None
+    replica_group: torch.distributed.ProcessGroup | None = None
+    lane_group: torch.distributed.ProcessGroup | None = None
+    peer_group: torch.distributed.ProcessGroup | None = None
 
     @property
     def lanes(self) -> int:
-        """Number of lanes."""
-        return self.dp * self.ep
+        """Number of lanes of the whole grid."""
+        return self.dp * self.replica_lanes
+
+    @property
+    def replica_lanes(self) -> int:
+        """Number of lanes of one replica."""
+        return self.ep // self.lane_ep
 
     @property
     def lane(self) -> int:
         """This rank's lane."""
-        return self.dp_rank * self.ep + self.ep_rank
+        return self.dp_rank * self.replica_lanes + self.ep_rank // self.lane_ep
+
+    @property
+    def lane_size(self) -> int:
+        """Ranks of one lane."""
+        return self.lane_ep * self.tp
+
+    @property
+    def lane_rank(self) -> int:
+        """This rank's position in its lane."""
+        return self.ep_rank % self.lane_ep * self.tp + self.tp_rank
+
+    @property
+    def replica_size(self) -> int:
+        """Ranks of one replica."""
+        return self.ep * self.tp
 
     def owned_experts(self, num_experts: int) -> range:
         """The experts of a layer that this rank's expert-parallel position owns."""
         return owned_experts(num_experts, self.ep_rank, self.ep)
+
+    def without_groups(self) -> Topology:
+        """The same place, to send to other processes: process groups cannot travel."""
+        return replace(
+            self,
+            ep_group=None,
+            tp_group=None,
+            replica_group=None,
+            lane_group=None,
+            peer_group=None,
+        )
 
 
 SINGLE_PROCESS = Topology()
@@ -69,14 +113,37 @@ def owned_experts(num_experts: int, ep_rank: int, ep: int) -> range:
     return range(ep_rank * size, (ep_rank + 1) * size)
 
 
-def build_topology(ep: int, tp: int) -> Topology:
+def lane_positions(lanes: int | None, ep: int, dp: int, sequences: int | None = None) -> int:
+    """lane_ep for a number of lanes; None: as many as possible.
+
+    sequences: that there are to carry; None is many. With `lanes` None every lane gets at least
+    one, as far as a lane does not exceed a replica.
+
+    Raises UserError if the lanes do not divide the grid evenly.
+    """
+    choices = [dp * n for n in range(1, ep + 1) if ep % n == 0]
+    if lanes is None:
+        filled = [n for n in choices if sequences is None or n <= sequences]
+        lanes = max(filled, default=dp)
+    if lanes not in choices:
+        raise UserError(
+            f"--lanes {lanes}: a grid with ep {ep} and dp {dp} has {' or '.join(map(str, choices))}"
+        )
+    return ep * dp // lanes
+
+
+def build_topology(
+    ep: int, tp: int, lanes: int | None = None, sequences: int | None = None
+) -> Topology:
     """Build the grid's process groups through DeepSpeed; collective over the world.
 
-    `deepspeed.init_distributed` must have run. Groups of an existing model-parallel unit
-    (`deepspeed.utils.groups.mpu`) are used as they are.
+    lanes: of the whole grid; None is as many as there are `sequences` for (None: many), at most
+    ep·dp. `deepspeed.init_distributed` must have run. Groups of
+    an existing model-parallel unit (`deepspeed.utils.groups.mpu`) are used as they are.
 
-    Raises UserError if the world is not a multiple of ep·tp, or if DeepSpeed already has groups of
-    another grid in this process (it caches them by name, which does not include TP).
+    Raises UserError if the world is not a multiple of ep·tp, if the lanes do not divide it, or if
+    DeepSpeed already has groups of another grid in this process (it caches them by name, which does
+    not include TP).
     """
     world = dist.get_world_size()
     if world % (ep * tp):
@@ -84,6 +151,8 @@ def build_topology(ep: int, tp: int) -> Topology:
             f"--ep {ep} --tp {tp}: {world} ranks are not a multiple of ep·tp = {ep * tp}; start "
             f"{ep * tp} of them"
         )
+    dp = world // (ep * tp)
+    lane_ep = lane_positions(lanes, ep, dp, sequences)
     if groups.mpu is None:
         groups._init_tp_mesh_device(tensor_model_parallel_size=tp)
         groups.mpu = groups
@@ -98,16 +167,51 @@ def build_topology(ep: int, tp: int) -> Topology:
     ep_group = groups._get_expert_parallel_group(group_name)
     first = dp_rank * ep * tp
     _check_ranks("expert", ep_group, [first + i * tp + tp_rank for i in range(ep)])
+    whole = torch.distributed.group.WORLD
+    assert whole is not None
+    existing = (ep_group, tp_group, whole)
+    ranks = range(world)
+    size, lane_size = ep * tp, lane_ep * tp
     return Topology(
         ep=ep,
         tp=tp,
-        dp=world // (ep * tp),
+        dp=dp,
         ep_rank=ep_rank,
         tp_rank=tp_rank,
         dp_rank=dp_rank,
+        lane_ep=lane_ep,
         ep_group=ep_group if ep > 1 else None,
         tp_group=tp_group if tp > 1 else None,
+        replica_group=_group_of(rank, [ranks[i : i + size] for i in ranks[::size]], existing),
+        lane_group=_group_of(
+            rank, [ranks[i : i + lane_size] for i in ranks[::lane_size]], existing
+        ),
+        peer_group=_group_of(
+            rank,
+            [ranks[i + j : i + size : lane_size] for i in ranks[::size] for j in range(lane_size)],
+            existing,
+        ),
     )
+
+
+def _group_of(
+    rank: int,
+    partition: list[range],
+    existing: tuple[torch.distributed.ProcessGroup, ...],
+) -> torch.distributed.ProcessGroup | None:
+    """The process group of `rank`'s part of the world; one of `existing` if it has these ranks.
+
+    Collective over the world. None for a part of one rank.
+    """
+    (mine,) = (list(part) for part in partition if rank in part)
+    if len(mine) == 1:
+        return None
+    for group in existing:
+        if torch.distributed.get_process_group_ranks(group) == mine:
+            # All parts are alike, so every rank finds its group here or none does.
+            return group
+    found = [dist.new_group(list(part)) for part in partition]
+    return found[next(i for i, part in enumerate(partition) if rank in part)]
 
 
 def _check_ranks(kind: str, group: torch.distributed.ProcessGroup, expected: list[int]) -> None:

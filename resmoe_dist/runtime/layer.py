@@ -11,7 +11,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import deepspeed.comm as dist
 import torch
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import MOELayer, TopKGate
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.families.activations import PlainActivation
 from resmoe_dist.families.sites import ExpertsAdapter, FusedExperts
-from resmoe_dist.parallel.dispatcher import Dispatcher
+from resmoe_dist.parallel.dispatch import Dispatcher, dispatcher_for
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
 from resmoe_dist.routing import NO_EXPERT
 from resmoe_dist.runtime.execution import Execution
@@ -29,7 +28,7 @@ from resmoe_dist.runtime.planning import execution_for
 
 
 class _RoutedExperts(MOELayer):
-    """DeepSpeed's MOELayer with dropless dispatch and a reduction over tensor parallelism.
+    """DeepSpeed's MOELayer with our dispatch, which drops nothing and adds up partial sums.
 
     expert_map_E: the stored expert of each of the model's experts, NO_EXPERT for a dropped one;
     None if they are the same.
@@ -39,15 +38,13 @@ class _RoutedExperts(MOELayer):
         self,
         gate: TopKGate | None,
         experts: CompressedExperts,
-        num_experts: int,
-        topology: Topology,
+        dispatcher: Dispatcher,
         ep_group_name: str,
         expert_map: list[int] | None,
     ) -> None:
-        stored = num_experts if expert_map is None else max(expert_map) + 1
-        super().__init__(gate, experts, ep_group_name, topology.ep, stored // topology.ep)
-        self.topology = topology
-        self.dispatcher = Dispatcher(stored, topology)
+        ep, local_experts = dispatcher.topology.ep, dispatcher.num_local_experts
+        super().__init__(gate, experts, ep_group_name, ep, local_experts)
+        self.dispatcher = dispatcher
         expert_map_E = None if expert_map is None else torch.tensor([*expert_map, NO_EXPERT])
         self.register_buffer("expert_map_E", expert_map_E, persistent=False)
 
@@ -64,7 +61,7 @@ class _RoutedExperts(MOELayer):
         return index_TK.masked_fill(weights_TK == 0, NO_EXPERT), weights_TK
 
     def run(self, x_TH: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor) -> Tensor:
-        """The distributed forward of one MoE layer: out_TH, the same on all ranks of a TP group."""
+        """The distributed forward of one MoE layer: out_TH, the same on all ranks of a lane."""
         # 1. The stored experts of the model's experts (merged models; NO_EXPERT is index -1).
         if self.expert_map_E is not None:
             top_k_index_TK = self.expert_map_E[top_k_index_TK]
@@ -73,13 +70,9 @@ class _RoutedExperts(MOELayer):
         # 3. Local experts, this rank's rows of them: weighted sums over the experts of each token
         #    that are here, partial over intermediate neurons.
         y_RH = self.experts(routed)
-        # 4. Combine: sums back to their tokens' ranks, and added up there.
-        out_TH = self.dispatcher.combine(y_RH, metadata)
-        # 5. Partial sums added up over the TP group. Everything after step 3 is linear, so this can
-        #    come last, where it moves T rows.
-        if self.topology.tp_group is not None:
-            dist.all_reduce(out_TH, group=self.topology.tp_group)
-        return out_TH
+        # 4. Combine: the sums of all expert- and tensor-parallel ranks, added up where their tokens
+        #    came from.
+        return self.dispatcher.combine(y_RH, metadata)
 
 
 class ResMoE(MoE):
@@ -88,9 +81,10 @@ class ResMoE(MoE):
     hidden_size: H. experts: what this rank owns of the layer. num_experts: of the model, on all
     ranks. topology: the grid it was loaded for; its process groups are DeepSpeed's, named by
     `expert_group_name` as in any DeepSpeed MoE. expert_map: which stored expert each of the model's
-    experts is; None if they are the same. adapter: how the model calls its experts. own_gate:
-    keep DeepSpeed's `TopKGate` (`k`, and `gate_options` as `deepspeed.moe.layer.MoE` takes them)
-    for calls without routing. Inference only.
+    experts is; None if they are the same. dispatcher: how tokens travel; None is `auto` for a layer
+    by itself. adapter: how the model calls its experts. own_gate: keep DeepSpeed's `TopKGate` (`k`,
+    and `gate_options` as `deepspeed.moe.layer.MoE` takes them) for calls without routing.
+    Inference only.
     """
 
     deepspeed_moe: _RoutedExperts
@@ -103,6 +97,7 @@ class ResMoE(MoE):
         topology: Topology = SINGLE_PROCESS,
         *,
         expert_map: list[int] | None = None,
+        dispatcher: Dispatcher | None = None,
         adapter: type[ExpertsAdapter] = FusedExperts,
         own_gate: bool = False,
         k: int = 1,
@@ -120,8 +115,11 @@ class ResMoE(MoE):
         # Fused experts are called with the routing as it is.
         self._routing_of_call = None if adapter is FusedExperts else adapter.routing
         gate = self.deepspeed_moe.gate if own_gate else None
+        if dispatcher is None:
+            stored = num_experts if expert_map is None else max(expert_map) + 1
+            dispatcher = dispatcher_for(stored, topology)
         self.deepspeed_moe = _RoutedExperts(
-            gate, experts, num_experts, topology, self.expert_group_name, expert_map
+            gate, experts, dispatcher, self.expert_group_name, expert_map
         )
         if topology.ep_group is not None or topology.tp_group is not None:
             self.set_deepspeed_parallelism()
@@ -167,6 +165,11 @@ class ResMoE(MoE):
     def experts(self) -> CompressedExperts:
         """This rank's experts."""
         return self.deepspeed_moe.experts
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        """How its tokens travel."""
+        return self.deepspeed_moe.dispatcher
 
     def forward(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from transformers import PreTrainedModel
 from resmoe_dist.checkpoints.format import is_compressed, read_index
 from resmoe_dist.errors import UserError, first_line
 from resmoe_dist.families.models import load_config, model_class
+from resmoe_dist.parallel.dispatch import AutoDispatcher, check_form, measure_decode_limit
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology, build_topology, owned_experts
 from resmoe_dist.runtime.execution import Execution
 from resmoe_dist.runtime.layer import ResMoE
-from resmoe_dist.runtime.quantizer import loading_on
+from resmoe_dist.runtime.quantizer import LoadingOptions, loading_with
 
 
 def load_model(
@@ -26,12 +28,16 @@ def load_model(
     dtype: torch.dtype | None = None,
     topology: Topology | None = None,
     execution: Execution | None = None,
+    lanes: int | None = None,
+    dispatch: str = "auto",
 ) -> PreTrainedModel:
     """The transformers model of a folder, its experts compressed and sharded ep x tp.
 
     path: a compressed checkpoint, or a plain model folder (for comparison, only ep = tp = 1).
-    dtype: to compute in; None keeps the checkpoint's. topology: an existing grid instead of ep, tp.
-    execution: how compressed experts are run (`execution_for`); None is `auto`.
+    dtype: to compute in; None keeps the checkpoint's. topology: an existing grid instead of ep, tp
+    and lanes. execution: how compressed experts are run (`execution_for`); None is `auto`. lanes:
+    batches that the grid carries at a time; None is ep·dp. dispatch: how tokens travel (one of
+    `resmoe_dist.parallel.dispatch.FORMS`).
 
     With ep·tp > 1 `deepspeed.init_distributed` must have run, and all ranks call this together.
     The model is in eval mode on this rank's device. Raises UserError for a folder without a model,
@@ -42,12 +48,13 @@ def load_model(
         ep, tp = topology.ep, topology.tp
     check_grid(folder, ep, tp)
     if topology is None:
-        topology = build_topology(ep, tp) if ep * tp > 1 else SINGLE_PROCESS
+        topology = build_topology(ep, tp, lanes) if ep * tp > 1 else SINGLE_PROCESS
+    check_form(dispatch, topology)
     config = load_config(str(folder))
     # transformers' grouped products refuse odd expert sizes; its plain loop takes all sizes.
     options = {} if is_compressed(folder) else {"experts_implementation": "eager"}
     try:
-        with loading_on(topology, execution):
+        with loading_with(LoadingOptions(topology, execution, dispatch)):
             model, found = model_class(config).from_pretrained(
                 folder,
                 dtype=dtype or "auto",
@@ -62,10 +69,23 @@ def load_model(
         ) from error
     _refuse_incomplete(folder, found)
     model = model.to(get_accelerator().current_device_name()).eval()
-    for module in model.modules():
-        if isinstance(module, ResMoE):
-            module.experts.prepare()
+    layers = [module for module in model.modules() if isinstance(module, ResMoE)]
+    for layer in layers:
+        layer.experts.prepare()
+    _measure_dispatch(layers, getattr(config.get_text_config(), "num_experts_per_tok", 2), model)
     return model
+
+
+def _measure_dispatch(layers: list[ResMoE], top_k: int, model: PreTrainedModel) -> None:
+    """Find out up to how many tokens `decode` pays. Collective if there are several lanes."""
+    found = [layer.dispatcher for layer in layers]
+    automatic = [each for each in found if isinstance(each, AutoDispatcher)]
+    if not automatic or math.isinf(automatic[0].steps.decode_limit):
+        return
+    hidden = layers[0].experts.layer.hidden
+    limit = measure_decode_limit(automatic[0], hidden, top_k, model.dtype, model.device)
+    for dispatcher in automatic:
+        dispatcher.steps.decode_limit = limit
 
 
 def _refuse_incomplete(folder: Path, found: dict[str, Any]) -> None:

@@ -7,9 +7,11 @@ that, a placeholder takes the place of each experts module; afterwards, a loaded
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.checkpoints.format import LayerEntry
 from resmoe_dist.errors import UserError
 from resmoe_dist.families.sites import ExpertsAdapter, adapter_for, replace_experts
+from resmoe_dist.parallel.dispatch import StepSizes, dispatcher_for
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
 from resmoe_dist.registration import QUANT_METHOD
 from resmoe_dist.runtime.execution import Execution
@@ -29,23 +32,32 @@ from resmoe_dist.runtime.experts import CompressedExperts
 from resmoe_dist.runtime.layer import ResMoE
 from resmoe_dist.runtime.planning import execution_for
 
-# transformers calls the quantizer from inside `from_pretrained`, which has no argument for these.
-_topology: ContextVar[Topology] = ContextVar("topology", default=SINGLE_PROCESS)
-_execution: ContextVar[Execution | None] = ContextVar("execution", default=None)
+
+@dataclass(frozen=True)
+class LoadingOptions:
+    """What `from_pretrained` has no argument for.
+
+    topology: the grid, and this rank's place in it. execution: how experts are run; None is `auto`.
+    dispatch: how tokens travel, one of `FORMS`.
+    """
+
+    topology: Topology = SINGLE_PROCESS
+    execution: Execution | None = None
+    dispatch: str = "auto"
+
+
+_DEFAULTS = LoadingOptions()
+_options: ContextVar[LoadingOptions] = ContextVar("options", default=_DEFAULTS)
 
 
 @contextmanager
-def loading_on(topology: Topology, execution: Execution | None = None) -> Iterator[None]:
-    """`from_pretrained` inside this block loads the shard of `topology`'s rank.
-
-    execution: how its experts are run; None is `auto`.
-    """
-    tokens = _topology.set(topology), _execution.set(execution)
+def loading_with(options: LoadingOptions) -> Iterator[None]:
+    """`from_pretrained` inside this block loads the shard of the rank of `options.topology`."""
+    token = _options.set(options)
     try:
         yield
     finally:
-        _topology.reset(tokens[0])
-        _execution.reset(tokens[1])
+        _options.reset(token)
 
 
 class ResMoEQuantizationConfig(QuantizationConfigMixin):
@@ -80,8 +92,14 @@ class ResMoEQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         # Not earlier: transformers empties all buffers that its checkpoint files do not fill.
-        topology, execution = _topology.get(), _execution.get() or execution_for()
+        options = _options.get()
+        topology, execution = options.topology, options.execution or execution_for()
+        steps_of_stack: dict[str, StepSizes] = {}
         for layer in self._checkpoint.index.layers:
+            # The layers of a stack (a decoder, an encoder) see the same tokens.
+            stack = re.split(r"\.\d+\.", layer.module, maxsplit=1)[0]
+            leads = stack not in steps_of_stack
+            steps = steps_of_stack.setdefault(stack, StepSizes.for_form(options.dispatch))
             placeholder = model.get_submodule(layer.module)
             experts = CompressedExperts.load(
                 self._checkpoint, layer, topology, placeholder.activation, execution
@@ -92,6 +110,13 @@ class ResMoEQuantizer(HfQuantizer):
                 layer.num_experts,
                 topology,
                 expert_map=layer.expert_map,
+                dispatcher=dispatcher_for(
+                    layer.stored_experts,
+                    topology,
+                    options.dispatch,
+                    steps,
+                    leads=leads,
+                ),
                 adapter=placeholder.adapter,
             )
             model.set_submodule(layer.module, moe.to(model.device).eval())

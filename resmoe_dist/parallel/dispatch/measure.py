@@ -1,0 +1,60 @@
+"""Where `decode` stops to pay, measured on the ranks themselves when a model is loaded."""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from resmoe_dist.parallel.collectives import gather
+from resmoe_dist.parallel.dispatch.auto import AutoDispatcher
+from resmoe_dist.parallel.dispatch.base import Dispatcher
+
+# Tokens per lane that are tried, each four times as many.
+_SIZES = (4, 16, 64, 256)
+_REPEATS = 3
+
+
+def measure_decode_limit(
+    dispatcher: AutoDispatcher, hidden: int, top_k: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Tokens of the largest lane up to which `decode` is not slower than `exchange`.
+
+    Both are run with random tokens and without experts. Collective over the replica; the answer is
+    the same on all its ranks.
+    """
+    limit = 0
+    for tokens in _SIZES:
+        dispatcher.decode.capacity = tokens
+        generator = torch.Generator().manual_seed(tokens)
+        x_TH = torch.randn(tokens, hidden, generator=generator).to(device, dtype)
+        scores_TE = torch.rand(tokens, dispatcher.num_experts, generator=generator)
+        index_TK = scores_TE.topk(min(top_k, dispatcher.num_experts)).indices.to(device)
+        weights_TK = torch.ones(index_TK.shape, device=device)
+        call = (x_TH, index_TK, weights_TK)
+        decode, exchange = (
+            _seconds(form, call) for form in (dispatcher.decode, dispatcher.exchange)
+        )
+        if decode > exchange:
+            break
+        # Halfway to the next size, on the scale of the sizes.
+        limit = 2 * tokens
+    return limit
+
+
+def _seconds(form: Dispatcher, call: tuple[Tensor, Tensor, Tensor]) -> float:
+    """The median time of a round trip on the slowest rank."""
+    found = []
+    for _ in range(_REPEATS + 1):
+        began = time.perf_counter()
+        routed, metadata = form.dispatch(*call)
+        form.combine(torch.zeros_like(routed.x_RH), metadata)
+        if call[0].is_cuda:
+            torch.cuda.synchronize(call[0].device)
+        found.append(time.perf_counter() - began)
+    # The first round sets up connections.
+    mine = torch.tensor([median(found[1:])], dtype=torch.float64, device=call[0].device)
+    replica = form.topology.replica_group
+    return float((mine if replica is None else gather(mine, replica)).max())
