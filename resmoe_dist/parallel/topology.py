@@ -11,6 +11,7 @@ lane_ep = 1 a lane is one tensor-parallel group; with lane_ep = ep it is a whole
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import deepspeed.comm as dist
@@ -182,11 +183,9 @@ def build_topology(
         lane_ep=lane_ep,
         ep_group=ep_group if ep > 1 else None,
         tp_group=tp_group if tp > 1 else None,
-        replica_group=_group_of(rank, [ranks[i : i + size] for i in ranks[::size]], existing),
-        lane_group=_group_of(
-            rank, [ranks[i : i + lane_size] for i in ranks[::lane_size]], existing
-        ),
-        peer_group=_group_of(
+        replica_group=group_of(rank, [ranks[i : i + size] for i in ranks[::size]], existing),
+        lane_group=group_of(rank, [ranks[i : i + lane_size] for i in ranks[::lane_size]], existing),
+        peer_group=group_of(
             rank,
             [ranks[i + j : i + size : lane_size] for i in ranks[::size] for j in range(lane_size)],
             existing,
@@ -194,10 +193,10 @@ def build_topology(
     )
 
 
-def _group_of(
+def group_of(
     rank: int,
     partition: list[range],
-    existing: tuple[torch.distributed.ProcessGroup, ...],
+    existing: Sequence[torch.distributed.ProcessGroup],
 ) -> torch.distributed.ProcessGroup | None:
     """The process group of `rank`'s part of the world; one of `existing` if it has these ranks.
 

@@ -31,6 +31,7 @@ from resmoe_dist.runtime.execution import Execution
 from resmoe_dist.runtime.experts import CompressedExperts
 from resmoe_dist.runtime.layer import ResMoE
 from resmoe_dist.runtime.planning import execution_for
+from resmoe_dist.runtime.tensor_parallel import LaneSharding
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,13 @@ class ResMoEQuantizer(HfQuantizer):
             original, adapter = _experts_module(model, layer)
             placeholder = _Placeholder(adapter, adapter.activation(original))
             replace_experts(model, layer.module, placeholder)
+        experts = [layer.module for layer in self._checkpoint.index.layers]
+        self._sharding = LaneSharding(_options.get().topology, experts)
+        self._sharding.plan(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         # Not earlier: transformers empties all buffers that its checkpoint files do not fill.
+        self._sharding.finish(model)
         options = _options.get()
         topology, execution = options.topology, options.execution or execution_for()
         steps_of_stack: dict[str, StepSizes] = {}

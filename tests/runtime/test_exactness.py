@@ -64,16 +64,29 @@ def test_layers_left_out_are_served_dense(family_folder, tmp_path):
     assert relative_difference(found, logits_of(dense_model(tmp_path / "d"))) <= TOLERANCE
 
 
-GRIDS = [(2, 1), (1, 2), (2, 2), (4, 1), (1, 4), (4, 2)]
+# ep, tp, lanes, form of dispatch. None: as many lanes as possible.
+GRIDS = [
+    (2, 1, 1, "auto"),
+    (1, 2, None, "auto"),
+    (2, 2, None, "exchange"),
+    (2, 2, 1, "exchange"),
+    (4, 1, 2, "decode"),
+    (1, 4, None, "auto"),
+    (4, 2, None, "auto"),
+    (4, 2, 2, "auto"),
+]
 
 
-def _logits_on_grid(folders: list[Path], ep: int, tp: int) -> list[torch.Tensor]:
-    return [logits_of(load_model(folder, ep=ep, tp=tp)) for folder in folders]
+def _logits_on_grid(
+    folders: list[Path], ep: int, tp: int, lanes: int | None, dispatch: str
+) -> list[torch.Tensor]:
+    options = {"ep": ep, "tp": tp, "lanes": lanes, "dispatch": dispatch}
+    return [logits_of(load_model(folder, **options)) for folder in folders]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ep", "tp"), GRIDS)
-def test_every_grid_gives_the_single_process_logits(family_folder, tmp_path, ep, tp):
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_every_grid_gives_the_single_process_logits(family_folder, tmp_path, grid):
     # Four groups at four ranks is one expert per rank; the low-rank one has more groups than ranks.
     folders = []
     for name in FAMILIES:
@@ -82,7 +95,7 @@ def test_every_grid_gives_the_single_process_logits(family_folder, tmp_path, ep,
             compress(family_folder(name), folders[-1], groups=groups, codec=codec)
     expected = [logits_of(load_model(folder)) for folder in folders]
 
-    for rank, found in enumerate(run_on_ranks(ep * tp, _logits_on_grid, folders, ep, tp)):
+    for rank, found in enumerate(run_on_ranks(grid[0] * grid[1], _logits_on_grid, folders, *grid)):
         for folder, mine, want in zip(folders, found, expected, strict=True):
             assert relative_difference(mine, want) <= TOLERANCE, f"rank {rank}, {folder.name}"
 

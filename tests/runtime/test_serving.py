@@ -22,7 +22,18 @@ from tests.ranks import run_on_ranks
 KEEP = 0.25
 PROMPTS = ["def __init__(self", "import os\n", "class Error"]
 OPTIONS = GenerationOptions(max_new_tokens=24)
-GRIDS = [(2, 1), (1, 2), (2, 2), (4, 1), (4, 2), (8, 1)]
+# World, ep, tp, lanes (None: as many as possible), form of dispatch.
+GRIDS = [
+    (2, 2, 1, None, "auto"),
+    (2, 1, 2, None, "auto"),
+    (4, 2, 2, None, "exchange"),
+    (4, 4, 1, 1, "auto"),
+    (4, 4, 1, 2, "exchange"),
+    (8, 4, 2, None, "auto"),
+    (8, 4, 2, 1, "auto"),
+    (8, 8, 1, 4, "decode"),
+    (8, 2, 2, 2, "auto"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +58,11 @@ def dense(compressed, tmp_path_factory):
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
-def _serve(folder: Path, sequences: list[list[int]], ep: int, tp: int) -> tuple:
-    topology = build_topology(ep, tp)
-    model = load_model(folder, topology=topology)
+def _serve(
+    folder: Path, sequences: list[list[int]], ep: int, tp: int, lanes: int | None, dispatch: str
+) -> tuple:
+    topology = build_topology(ep, tp, lanes)
+    model = load_model(folder, topology=topology, dispatch=dispatch)
     perplexity = evaluate(model, sequences, topology).perplexity
     tokenizer = load_tokenizer(folder)
     texts = generate_on_lane(model, tokenizer, PROMPTS, topology, OPTIONS).completions
@@ -72,8 +85,9 @@ def _greedy(model, tokenizer, prompt: str, **options) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ep", "tp"), GRIDS)
-def test_every_grid_serves_as_the_restored_model_does(compressed, sequences, dense, ep, tp):
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_every_grid_serves_as_the_restored_model_does(compressed, sequences, dense, grid):
+    world, ep, tp, *_ = grid
     expected = evaluate(dense, sequences).perplexity
     tokenizer = load_tokenizer(compressed)
     space = tokenizer(" ")["input_ids"][-1]
@@ -83,7 +97,7 @@ def test_every_grid_serves_as_the_restored_model_does(compressed, sequences, den
         for prompt in PROMPTS
     ]
 
-    reports = run_on_ranks(ep * tp, _serve, compressed, sequences, ep, tp)
+    reports = run_on_ranks(world, _serve, compressed, sequences, *grid[1:])
 
     for perplexity, *_ in reports:
         assert perplexity == pytest.approx(expected, rel=1e-4)
