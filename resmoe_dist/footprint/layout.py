@@ -23,7 +23,7 @@ from resmoe_dist.families.sites import ExpertSite
 from resmoe_dist.footprint.experts import ExpertBytes, PlannedGroup, PlannedLayer
 from resmoe_dist.footprint.structure import ModelStructure
 from resmoe_dist.jobs.settings import check_choices, keep_for_target
-from resmoe_dist.methods import Dense, method_of
+from resmoe_dist.methods import Dense, Method, method_of
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ class SettingsLayout(Layout):
         )
 
     def _codecs(self, settings: CompressionSettings, position: int) -> GroupCodecs:
-        method, dtype = Dense(), self.structure.source_dtype
+        method: Method = Dense()
+        dtype = self.structure.source_dtype
         if position in settings.layers:
             method = method_of(settings.method)
             dtype = STORED_DTYPES[settings.dtype] if settings.dtype else dtype

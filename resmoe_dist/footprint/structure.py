@@ -119,9 +119,9 @@ def _cache_bytes(model: PreTrainedModel, context: int) -> int:
     ids = torch.zeros(1, context, dtype=torch.long, device="meta")
     if model.config.is_encoder_decoder:
         cache = model(input_ids=ids, decoder_input_ids=ids).past_key_values
-        parts = (cache.self_attention_cache, cache.cross_attention_cache)
+        parts = [cache.self_attention_cache, cache.cross_attention_cache]
     else:
-        parts = (model(input_ids=ids, use_cache=True).past_key_values,)
+        parts = [model(input_ids=ids, use_cache=True).past_key_values]
     return sum(_state_bytes(vars(layer)) for part in parts for layer in part.layers)
 
 
