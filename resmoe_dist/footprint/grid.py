@@ -40,16 +40,22 @@ class Grid:
 class Footprint:
     """Bytes of the rank that holds most, and of the checkpoint.
 
-    stored: the experts as stored. experts, dense_experts: compressed and dense. other: everything
-    else. cache: KV cache.
+    batch_size: sequences, over all lanes. stored: the experts as stored. experts, dense_experts:
+    compressed and dense. other: everything else. cache: KV cache.
     """
 
     grid: Grid
+    batch_size: int
     stored: StoredExperts
     experts: ExpertBytes
     dense_experts: int
     other: int
     cache: int
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of one lane."""
+        return -(-self.batch_size // self.grid.lanes)
 
     @property
     def total(self) -> int:
@@ -101,6 +107,7 @@ def footprint(
     dense = dense_layers(structure.sites, structure.dtype)
     return Footprint(
         grid,
+        batch_size,
         stored,
         largest_rank(stored.layers, grid, itemsize),
         largest_rank(dense, grid, itemsize).total,

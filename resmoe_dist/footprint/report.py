@@ -28,21 +28,20 @@ def footprint_table(
     if gpu_memory is not None:
         fits = [_fits(total, gpu_memory) for total in (found.total, found.dense_total)]
         rows.append([f"fits {human_bytes(gpu_memory)}", *fits])
-    rows.append(
-        ["on disk, all ranks", human_bytes(found.stored.disk_bytes), human_bytes(dense_disk)]
-    )
+    rows.append(["on disk, in all", human_bytes(found.stored.disk_bytes), human_bytes(dense_disk)])
     lines = [
         f"{structure.kind}: {structure.parameters / 1e9:.1f} B parameters, "
         f"{dtype_name(structure.dtype)}; experts as {_codecs(found.stored)}",
-        f"ep {grid.ep} x tp {grid.tp}, lanes {grid.lanes}",
+        f"ep {grid.ep} x tp {grid.tp}, lanes {grid.lanes}; on each rank {found.sequences} of "
+        f"{found.batch_size} sequences of {structure.context} tokens",
         text_table(["bytes per rank", "compressed", "dense"], rows),
         "leave room for activations, which are not counted",
     ]
     if gpu_memory is not None:
-        need = dense_disk + found.cache
+        need = dense_disk + structure.cache_bytes * found.batch_size
         lines.append(
-            f"the dense model and one rank's cache: {human_bytes(need)}, "
-            f"at least {-(-need // gpu_memory)} GPUs of {human_bytes(gpu_memory)}"
+            f"the dense model with its KV cache needs {human_bytes(need)}: at least "
+            f"{-(-need // gpu_memory)} GPUs of {human_bytes(gpu_memory)}"
         )
     if structure.quantization is not None:
         lines.append(
@@ -104,6 +103,8 @@ def as_json(
         "parameters": structure.parameters,
         "dtype": dtype_name(structure.dtype),
         "moe_layers": len(structure.sites),
+        "context": structure.context,
+        "batch_size": asked.batch_size,
         "cache_bytes_per_sequence": structure.cache_bytes,
         "dense_bytes": dense_bytes(structure),
         "gpu_memory": gpu_memory,

@@ -26,8 +26,8 @@ class ModelStructure:
 
     kind: its class. parameters: their number, experts included. dtype: in memory. source_dtype: of
     the files it comes in. other_bytes: parameters and buffers that are not experts', in memory.
-    other_stored_bytes: the same in the source's files. cache_bytes: KV cache of one sequence.
-    quantization: how the source itself is quantised, or None.
+    other_stored_bytes: the same in the source's files. cache_bytes: KV cache of one sequence of
+    `context` tokens. quantization: how the source itself is quantised, or None.
     """
 
     kind: str
@@ -37,6 +37,7 @@ class ModelStructure:
     sites: tuple[ExpertSite, ...]
     other_bytes: int
     other_stored_bytes: int
+    context: int
     cache_bytes: int
     quantization: str | None = None
 
@@ -51,7 +52,7 @@ def read_structure(path: Path, context: int, dtype: torch.dtype | None = None) -
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; give a model folder or a config.json")
     config = load_config(str(path))
-    source_dtype = config.dtype or torch.float32
+    source_dtype = config.dtype or config.get_text_config().dtype or torch.float32
     config.dtype = dtype or source_dtype
     model = meta_model(config).eval()
     sites = find_expert_sites(model)
@@ -80,6 +81,7 @@ def read_structure(path: Path, context: int, dtype: torch.dtype | None = None) -
         sites=tuple(sites),
         other_bytes=sum(tensor.nbytes for tensor in others.values()),
         other_stored_bytes=sum(_nbytes(others[name], source_dtype) for name in stored),
+        context=context,
         cache_bytes=cache_bytes,
         quantization=_quantization(config),
     )

@@ -42,6 +42,17 @@ def test_an_example_says_what_plan_says(run, monkeypatch, path):
     assert re.search(r"^fits .* yes ", asked, re.MULTILINE)
 
 
+def test_the_documentation_says_what_plan_says(run, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "planning.md").read_text()
+    command = re.search(r"^    resmoe-dist (plan .*)$", page, re.MULTILINE)
+    assert command is not None
+
+    asked, _, _ = run(*shlex.split(command[1])).out.partition("\n\n")
+
+    assert f"```\n{asked}\n```" in page
+
+
 def test_every_model_of_the_examples_has_an_example():
     models = {path.stem for path in ROOT.glob("configs/models/*.json")}
     assert models == {path.stem for path in PLANNED}
@@ -145,7 +156,7 @@ def test_invalid_options_are_refused(run, mixtral, arguments, text):
 CONFIGS = {
     "damaged": ('{"model_type": "mixtral",', "not a valid JSON file"),
     "unknown family": ('{"model_type": "zip"}', "does not recognize this architecture"),
-    "code of its own": (
+    "custom code": (
         '{"model_type": "zip", "auto_map": {"AutoConfig": "zip.ZipConfig"}}',
         "contains custom code",
     ),

@@ -165,12 +165,26 @@ def test_disk_bytes_are_those_of_the_tensors(family_folder, tmp_path, name):
     compress(source, tmp_path / "c", groups=2)
     files = list((tmp_path / "c").glob("*.safetensors"))
     tensors = sum(sum(bytes_by_tensor(path).values()) for path in files)
+    count = sum(len(bytes_by_tensor(path)) for path in files)
 
     indexed, planned = from_index(tmp_path / "c", 1, 1), predicted(source, settings, 1, 1)
 
     assert indexed.stored.disk_bytes == sum(path.stat().st_size for path in files)
     # Without file headers; with at most a value for each expert too many.
     assert 0 <= planned.stored.disk_bytes - tensors <= 8 * 4
+    assert indexed.stored.disk_bytes - tensors <= 150 * count + 1000 * len(files)
+
+
+def test_groups_that_do_without_a_centre_take_the_same_bytes(family_folder, tmp_path):
+    source = family_folder("mixtral")
+    index = compress(source, tmp_path / "c", groups=2, center="auto")
+    groups = [group for layer in index.layers for group in layer.groups]
+    assert not all(group.has_center for group in groups)
+
+    planned = predicted(source, settings_for("mixtral", center="auto"), 2, 1)
+
+    stored = sum(group.stored_bytes for group in groups)
+    assert 0 <= sum(layer.stored_bytes for layer in planned.stored.layers) - stored <= 8 * 4
 
 
 def test_a_target_gives_the_keep_of_compress(family_folder, tmp_path):
