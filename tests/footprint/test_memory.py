@@ -120,8 +120,8 @@ def test_every_codec_gives_the_bytes_of_a_row_range(family_folder, tmp_path, opt
 
 
 @pytest.mark.parametrize(("ep", "tp"), [(2, 1), (4, 1), (2, 2), (1, 3)])
-def test_every_rank_of_a_grid_holds_at_most_the_prediction(family_folder, tmp_path, ep, tp):
-    """Masks are chosen over a group: rows differ in values, and so do experts of one group."""
+def test_a_group_that_is_split_over_ranks_is_spread_evenly(family_folder, tmp_path, ep, tp):
+    """Masks are chosen over a whole group, so rows and experts of it differ in kept values."""
     source, settings = family_folder("mixtral"), settings_for("mixtral")
     compress(source, tmp_path / "c", groups=2)
     ranks = [
