@@ -28,6 +28,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "compress": Command(commands.CompressConfig, "resmoe_dist.launch.compress:run_compress"),
+    "plan": Command(commands.PlanConfig, "resmoe_dist.cli.plan:run_plan"),
     "inspect": Command(commands.InspectConfig, "resmoe_dist.cli.checkpoint:run_inspect"),
     "verify": Command(commands.VerifyConfig, "resmoe_dist.cli.checkpoint:run_verify"),
     "restore": Command(commands.RestoreConfig, "resmoe_dist.cli.checkpoint:run_restore"),
@@ -40,7 +41,7 @@ def make_parser() -> Parser:
     """The parser of the first argument: a command, --help or --version."""
     parser = Parser(
         prog="resmoe-dist",
-        description="Compress Mixture-of-Experts models, and look at, restore and evaluate them.",
+        description="Compress Mixture-of-Experts models; plan, inspect, restore and evaluate them.",
         epilog="resmoe-dist COMMAND --help shows the options of a command.",
     )
     parser.add_argument("--version", action="version", version=f"resmoe-dist {__version__}")

@@ -125,6 +125,19 @@ class EncodedMatrix(nn.Module, ABC):
     # --- What follows from the declaration; a codec overrides what it can do better ---
 
     @classmethod
+    def sliced_bytes(cls, rows: int, columns: int, held: int, config: Any, itemsize: int) -> int:
+        """Bytes of `held` consecutive rows of a matrix [rows, columns], as `slice_rows` keeps them.
+
+        An upper bound for matrices whose rows all take the same bytes; otherwise an estimate that
+        spreads the values evenly over the rows. A codec with tensors that all rows share overrides
+        this: here such a matrix counts whole.
+        """
+        whole = cls.stored_bytes(rows, columns, config, itemsize)
+        if not all(tensor.per_row for tensor in cls.stored.values()):
+            return whole
+        return -(-whole * held // rows)
+
+    @classmethod
     def read(
         cls, read: TensorReader, columns: int, start: int, stop: int, dtype: torch.dtype
     ) -> Self:

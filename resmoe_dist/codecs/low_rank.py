@@ -74,6 +74,12 @@ class LowRankMatrix(EncodedMatrix):
     def stored_bytes(cls, rows: int, columns: int, config: LowRankConfig, itemsize: int) -> int:
         return config.rank_of(rows, columns) * (rows + columns) * itemsize
 
+    @classmethod
+    def sliced_bytes(
+        cls, rows: int, columns: int, held: int, config: LowRankConfig, itemsize: int
+    ) -> int:
+        return config.rank_of(rows, columns) * (held + columns) * itemsize
+
     def decode(self) -> Tensor:
         return self.left @ self.right
 

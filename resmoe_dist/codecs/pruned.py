@@ -101,6 +101,13 @@ class PrunedMatrix(EncodedMatrix):
         offset = 4 if values < _INT32_VALUES else 8
         return rows * bytes_per_row(columns) + values * itemsize + (rows + 1) * offset
 
+    @classmethod
+    def sliced_bytes(
+        cls, rows: int, columns: int, held: int, config: PrunedConfig, itemsize: int
+    ) -> int:
+        # Each slice has an offset more than rows.
+        return cls.stored_bytes(held, columns, config, itemsize)
+
     def decode(self) -> Tensor:
         dense_RD = self.values.new_zeros(self.rows, self.columns)
         return dense_RD.masked_scatter_(unpack_bitmap(self.bitmap, self.columns), self.values)

@@ -47,20 +47,12 @@ def _not_empty(prompts: list[str]) -> list[str]:
 Prompts = Annotated[list[str], BeforeValidator(_as_list), AfterValidator(_not_empty)]
 
 
-class CompressConfig(CommandConfig):
-    """compress a model's experts into centres and residuals"""
+class StorageConfig(CommandConfig):
+    """How compressed experts are stored."""
 
-    has_presets: ClassVar[bool] = True
-
-    source: Path = option(help="Hugging Face model folder (safetensors)", positional=True)
-    output: Path = option(help="folder to write; must not exist", positional=True)
-    ep: int = option(
-        help="groups per layer, each with its own centre: the EP size to serve at", metavar="G"
-    )
     groups_per_rank: int = option(
         1, "centres per EP rank; its experts are clustered by similarity", metavar="M"
     )
-    method: str = option("resmoe", "way to compress a layer, by name")
     codec: str = option(
         "pruned",
         "how residuals are stored: pruned, low_rank, or NAME:option=value,…",
@@ -75,6 +67,29 @@ class CompressConfig(CommandConfig):
         metavar="SHARE",
         exclusive="budget",
     )
+    layers: Layers = option("all", "MoE layers to compress: all, last:24, 8-31 or 0,2")
+    dtype: Dtype | None = option(None, "of stored values (default: the source's)")
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        given = {"--keep": self.keep, "--target-bytes": self.target_bytes}
+        for name, value in given.items():
+            if value is not None and re.search("[:,]keep=", self.codec):
+                raise ValueError(f"{name} and --codec {self.codec} both say how much to keep")
+        return self
+
+
+class CompressConfig(StorageConfig):
+    """compress a model's experts into centres and residuals"""
+
+    has_presets: ClassVar[bool] = True
+
+    source: Path = option(help="Hugging Face model folder (safetensors)", positional=True)
+    output: Path = option(help="folder to write; must not exist", positional=True)
+    ep: int = option(
+        help="groups per layer, each with its own centre: the EP size to serve at", metavar="G"
+    )
+    method: str = option("resmoe", "way to compress a layer, by name")
     align: Literal["loo", "pot", "none"] = option(
         "loo", "row alignment: leave-one-out descent, POT's barycentre, or none"
     )
@@ -94,8 +109,6 @@ class CompressConfig(CommandConfig):
         "weight errors by the activations that this UTF-8 text causes",
         metavar="TEXT",
     )
-    layers: Layers = option("all", "MoE layers to compress: all, last:24, 8-31 or 0,2")
-    dtype: Dtype | None = option(None, "of stored values (default: the source's)")
     max_memory: Size | None = option(
         None,
         "bound on each process's memory, page cache aside: 8GB, 7500MiB (default: none)",
@@ -118,14 +131,6 @@ class CompressConfig(CommandConfig):
     def _check_mean(self) -> Self:
         if self.center == "mean" and self.align != "none":
             raise ValueError(f"--center mean averages experts as stored; drop --align {self.align}")
-        return self
-
-    @model_validator(mode="after")
-    def _check_budget(self) -> Self:
-        given = {"--keep": self.keep, "--target-bytes": self.target_bytes}
-        for name, value in given.items():
-            if value is not None and re.search("[:,]keep=", self.codec):
-                raise ValueError(f"{name} and --codec {self.codec} both say how much to keep")
         return self
 
 
@@ -247,6 +252,28 @@ class InferConfig(ExecutionConfig, GridConfig):
         if self.top_p is not None and self.temperature is None:
             raise ValueError(f"--top-p {self.top_p}: needs --temperature")
         return self
+
+
+class PlanConfig(StorageConfig, GridConfig):
+    """show what a model needs on each rank of a grid, without its weights"""
+
+    model: Path = option(help="model folder, compressed folder or config.json", positional=True)
+    lanes: int | None = option(
+        None, "lanes of the grid, which divide the sequences (default: --ep)", ge=1
+    )
+    groups: int | None = option(
+        None,
+        "groups per layer, if the checkpoint is compressed for another --ep",
+        metavar="G",
+        ge=1,
+    )
+    context: int = option(4096, "tokens of each sequence in the KV cache; 0: no cache", ge=0)
+    batch_size: int = option(1, "sequences at a time, over all lanes", metavar="N", ge=1)
+    gpu_memory: Size | None = option(
+        None, "of each rank: 80GB; says which grids fit", metavar="SIZE"
+    )
+    ranks: int = option(16, "list every grid of up to this many ranks", metavar="N", ge=1)
+    json_file: Path | None = option(None, "write the figures here too", name="json", metavar="F")
 
 
 class TinyModelConfig(CommandConfig):

@@ -25,12 +25,15 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 
 def load_config(folder: str) -> PretrainedConfig:
-    """The config of a model folder. Raises UserError if it cannot be read."""
+    """The config of a model folder or a config.json. Raises UserError if it cannot be read.
+
+    Code that a folder brings along is never run.
+    """
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers' errors for a bad config have no common class
         raise UserError(
-            f"{folder}: not a readable Hugging Face model folder ({_reason(error)})"
+            f"{folder}: not a readable Hugging Face model folder or config.json ({_reason(error)})"
         ) from error
 
 

@@ -92,7 +92,8 @@ class Compression:
         compressor = GroupCompressor(source, settings, store, device=device)
         check_settings(source, settings, compressor)
         if settings.target_bytes is not None:
-            keep = keep_for_target(source, settings, compressor)
+            sizes = [compressor.size(i, site.num_experts) for i, site in enumerate(source.sites)]
+            keep = keep_for_target(settings, sizes)
             residual_codec = settings.residual_codec.with_keep(keep)
             settings = settings.model_copy(update={"residual_codec": residual_codec})
             compressor = GroupCompressor(source, settings, store, device=device)

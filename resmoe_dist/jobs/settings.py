@@ -11,6 +11,7 @@ from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.codecs import CodecSpec
 from resmoe_dist.compression.stored_size import StoredSize, keep_for
 from resmoe_dist.errors import UserError
+from resmoe_dist.families.sites import ExpertSite
 from resmoe_dist.jobs.group import GroupCompressor
 
 
@@ -35,6 +36,21 @@ def parse_layers(text: str, count: int) -> list[int]:
     return list(chosen)
 
 
+def parse_codec(option: str, text: str) -> CodecSpec:
+    """The codec that `--codec` or `--center-codec` names. Raises UserError if it is unknown."""
+    try:
+        return CodecSpec.parse(text)
+    except ValueError as error:
+        raise UserError(f"{option} {text}: {_reason(error)}") from error
+
+
+def _reason(error: ValueError) -> str:
+    """The message of a validation error, without pydantic's frame."""
+    lines = str(error).splitlines()
+    message = lines[1] if len(lines) > 1 else lines[0]
+    return message.strip().removeprefix("Value error, ").partition(" [type=")[0]
+
+
 def with_budget(codec: CodecSpec, keep: float) -> CodecSpec:
     """`codec` with the budget that `--keep` asks for.
 
@@ -50,15 +66,21 @@ def check_settings(
     source: SourceCheckpoint, settings: CompressionSettings, compressor: GroupCompressor
 ) -> None:
     """Raise UserError for settings that do not fit the model or each other."""
+    check_choices(source.sites, settings)
+    for layer in settings.layers:
+        compressor.codecs(layer)
+
+
+def check_choices(sites: Sequence[ExpertSite], settings: CompressionSettings) -> None:
+    """Raise UserError for a budget that the codec does not have, or groups that do not divide a
+    layer's experts."""
     if settings.groups < 1:
         raise UserError(f"--ep {settings.groups}: must be 1 or more")
     if settings.target_bytes is not None:
         _check_has_budget(settings.residual_codec, "--target-bytes")
     elif settings.residual_codec.keep is not None:
         with_budget(settings.residual_codec, settings.residual_codec.keep)
-    for layer in settings.layers:
-        compressor.codecs(layer)
-    for site in source.sites:
+    for site in sites:
         if site.num_experts % settings.groups:
             raise UserError(
                 f"--ep {settings.groups}: {site.module} has {site.num_experts} experts, which "
@@ -72,20 +94,17 @@ def check_settings(
             )
 
 
-def keep_for_target(
-    source: SourceCheckpoint, settings: CompressionSettings, compressor: GroupCompressor
-) -> float:
+def keep_for_target(settings: CompressionSettings, sizes: Sequence[StoredSize]) -> float:
     """The keep at which all expert tensors take the share `target_bytes` of the dense experts.
 
-    Raises UserError if centres, indices and dense layers alone exceed the target, or the size does
-    not depend on the budget.
+    sizes: of all experts of each MoE layer, as if they were one group. Raises UserError if centres,
+    indices and dense layers alone exceed the target, or the size does not depend on the budget.
     """
     assert settings.target_bytes is not None
     groups = settings.groups * settings.groups_per_rank
     dense = fixed = 0
     residuals: list[StoredSize] = []
-    for layer, site in enumerate(source.sites):
-        size = compressor.size(layer, site.num_experts)
+    for layer, size in enumerate(sizes):
         dense += size.dense_bytes
         if layer in settings.layers:
             fixed += groups * size.center_bytes

@@ -17,7 +17,6 @@ import torch
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.checkpoints.format import CheckpointIndex, CompressionSettings, MethodSpec
 from resmoe_dist.checkpoints.source import SourceCheckpoint
-from resmoe_dist.codecs import CodecSpec
 from resmoe_dist.compression.activations import LayerActivations
 from resmoe_dist.compression.assignment import check_solver
 from resmoe_dist.config.arguments import parse
@@ -27,7 +26,7 @@ from resmoe_dist.evaluation.perplexity import check_vocabulary, load_tokenizer
 from resmoe_dist.evaluation.report import describe, layer_table
 from resmoe_dist.jobs.calibration import calibration_sequences, measure_activations
 from resmoe_dist.jobs.pipeline import Compression
-from resmoe_dist.jobs.settings import parse_layers, with_budget
+from resmoe_dist.jobs.settings import parse_codec, parse_layers, with_budget
 from resmoe_dist.jobs.workers import SingleWorker, Workers, find_workers
 from resmoe_dist.methods import method_named
 from resmoe_dist.parallel.entry_point import quiet_libraries, run_entry_point
@@ -86,7 +85,7 @@ def settings_of(
     layers: positions of the compressed layers. calibration: digest of the calibration tokens.
     Raises UserError for an unknown codec or method, or an option that one of them does not have.
     """
-    residual = _codec("--codec", config.codec)
+    residual = parse_codec("--codec", config.codec)
     if config.keep is not None:
         residual = with_budget(residual, config.keep)
     try:
@@ -98,27 +97,13 @@ def settings_of(
         groups=config.ep,
         groups_per_rank=config.groups_per_rank,
         method=MethodSpec(name=config.method, options=options),
-        center_codec=_codec("--center-codec", config.center_codec),
+        center_codec=parse_codec("--center-codec", config.center_codec),
         residual_codec=residual,
         target_bytes=config.target_bytes,
         calibration=calibration,
         layers=layers,
         dtype=config.dtype,
     )
-
-
-def _codec(option: str, text: str) -> CodecSpec:
-    try:
-        return CodecSpec.parse(text)
-    except ValueError as error:
-        raise UserError(f"{option} {text}: {_reason(error)}") from error
-
-
-def _reason(error: ValueError) -> str:
-    """The message of a validation error, without pydantic's frame."""
-    lines = str(error).splitlines()
-    message = lines[1] if len(lines) > 1 else lines[0]
-    return message.strip().removeprefix("Value error, ").partition(" [type=")[0]
 
 
 def _device(name: str, workers: Workers) -> torch.device:

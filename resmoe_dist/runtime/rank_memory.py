@@ -40,10 +40,12 @@ def rank_memory(model: PreTrainedModel) -> RankMemory:
     }
     center = sum(layer.experts.center_bytes for layer in layers)
     residual = sum(layer.experts.residual_bytes for layer in layers)
+    # Without what kernels prepared, which belongs to residuals but is not a tensor of the model.
+    stored = sum(buffer.nbytes for layer in layers for buffer in layer.experts.buffers())
     return RankMemory(
         center_bytes=center,
         residual_bytes=residual,
-        other_bytes=sum(storages.values()) - center - residual,
+        other_bytes=sum(storages.values()) - stored,
         groups=sum(layer.experts.num_groups for layer in layers),
         num_experts=layers[0].num_experts if layers else 0,
         dense_expert_bytes=model.dtype.itemsize

@@ -17,6 +17,7 @@ from resmoe_dist.codecs import (
     BudgetConfig,
     CodecSpec,
     EncodedMatrix,
+    StoredTensor,
     codec_named,
 )
 
@@ -250,6 +251,30 @@ def test_bytes_by_kind_add_up_and_stay_below_the_prediction(codec, dtype, keep):
     assert sum(found.values()) == encoded.nbytes
     predicted = spec.codec.stored_bytes(ROWS, COLUMNS, spec.config, dtype.itemsize)
     assert encoded.nbytes <= predicted
+
+
+@every_codec
+@every_keep
+def test_bytes_of_row_ranges_are_predicted(codec, keep):
+    encoded, spec = _encode(codec, torch.bfloat16, keep), _spec(codec, keep)
+
+    def predicted(held: int) -> int:
+        return spec.codec.sliced_bytes(ROWS, COLUMNS, held, spec.config, 2)
+
+    assert predicted(ROWS) == spec.codec.stored_bytes(ROWS, COLUMNS, spec.config, 2)
+    for parts in (1, 2, 3, ROWS):
+        ranges = [(i * ROWS // parts, (i + 1) * ROWS // parts) for i in range(parts)]
+        found = [encoded.slice_rows(start, stop).nbytes for start, stop in ranges]
+        # A value more for each range: codecs round up.
+        surplus = sum(predicted(stop - start) for start, stop in ranges) - sum(found)
+        assert 0 <= surplus <= 2 * parts
+
+
+def test_bytes_of_a_codec_with_shared_tensors_count_whole():
+    class Shared(codec_named("dense")):  # type: ignore[misc]
+        stored = {"weight": StoredTensor("values", per_row=False)}
+
+    assert Shared.sliced_bytes(4, 5, 1, None, 2) == Shared.stored_bytes(4, 5, None, 2) == 40
 
 
 @every_codec

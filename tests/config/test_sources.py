@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from resmoe_dist.config.arguments import parse
-from resmoe_dist.config.commands import CompressConfig, GridEvaluateConfig, InferConfig
+from resmoe_dist.config.commands import CompressConfig, GridEvaluateConfig, InferConfig, PlanConfig
 from resmoe_dist.config.sources import build_config, presets
 from resmoe_dist.errors import UserError
 from tests.checkpoints.damage import mistake
@@ -95,22 +95,34 @@ def test_center_mean_drops_the_alignment_of_a_preset():
     assert (config.center, config.align) == ("mean", "none")
 
 
+KINDS = {"compress": CompressConfig, "evaluate": GridEvaluateConfig}
+REQUIRED = {
+    CompressConfig: {"source": "s", "output": "o"},
+    GridEvaluateConfig: {"model": "m", "text": "t"},
+    InferConfig: {},
+    PlanConfig: {"model": "m"},
+}
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_example_configurations_load(path):
-    kind = {"compress": CompressConfig, "infer": InferConfig, "evaluate": GridEvaluateConfig}[
-        path.stem.split("-")[0]
-    ]
-    required = {
-        "compress": {"source": "s", "output": "o"},
-        "infer": {},
-        "evaluate": {"model": "m", "text": "t"},
-    }[path.stem.split("-")[0]]
+    kind = KINDS.get(path.stem.split("-")[0], InferConfig)
 
-    config = build_config(kind, required, path)
+    config = build_config(kind, REQUIRED[kind], path)
 
     for key, value in yaml.safe_load(path.read_text()).items():
         found = getattr(config, key.replace("-", "_"))
         assert found == value or key == "max-memory"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("models/*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("kind", [InferConfig, GridEvaluateConfig, PlanConfig])
+def test_an_example_of_a_model_serves_every_command_on_a_grid(path, kind):
+    file = CONFIGS / f"{path.stem}.yaml"
+
+    config = build_config(kind, REQUIRED[kind] | {"tp": "4"}, file)
+
+    assert (config.ep, config.tp) == (yaml.safe_load(file.read_text())["ep"], 4)
 
 
 def test_every_preset_loads():

@@ -1,0 +1,142 @@
+"""What the ranks of a grid hold, and which grids fit.
+
+The runtime keeps everything that is not an expert whole on every rank, and each lane's KV cache
+whole on every rank of the lane. `rank_share` is the one place that says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from resmoe_dist.errors import UserError
+from resmoe_dist.footprint.experts import ExpertBytes, PlannedLayer
+from resmoe_dist.footprint.layout import Layout, StoredExperts, dense_layers
+from resmoe_dist.footprint.structure import ModelStructure
+from resmoe_dist.parallel.topology import owned_experts
+
+
+@dataclass(frozen=True)
+class Grid:
+    """ep · tp ranks in `lanes` lanes, each of which carries its own sequences."""
+
+    ep: int
+    tp: int
+    lanes: int
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks."""
+        return self.ep * self.tp
+
+    @property
+    def lane_ranks(self) -> int:
+        """Ranks that carry one batch together."""
+        return self.ranks // self.lanes
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of the rank that holds most, and of the checkpoint.
+
+    batch_size: sequences, over all lanes. stored: the experts as stored. experts, dense_experts:
+    compressed and dense. other: everything else. cache: KV cache.
+    """
+
+    grid: Grid
+    batch_size: int
+    stored: StoredExperts
+    experts: ExpertBytes
+    dense_experts: int
+    other: int
+    cache: int
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of one lane."""
+        return -(-self.batch_size // self.grid.lanes)
+
+    @property
+    def total(self) -> int:
+        """Bytes of a rank."""
+        return self.experts.total + self.other + self.cache
+
+    @property
+    def dense_total(self) -> int:
+        """Bytes of a rank if the experts were dense, divided over the same grid."""
+        return self.dense_experts + self.other + self.cache
+
+
+def rank_share(whole: int, lane_ranks: int, *, sharded: bool = False) -> int:
+    """Bytes on each rank of what a lane holds besides experts: weights, KV cache.
+
+    sharded: whether the ranks of a lane divide it; the runtime does not do so yet.
+    """
+    return -(-whole // lane_ranks) if sharded else whole
+
+
+def check_grid(structure: ModelStructure, grid: Grid) -> None:
+    """Raise UserError for a grid that the experts do not divide over, or lanes that do not fit."""
+    for site in structure.sites:
+        owned_experts(site.num_experts, 0, grid.ep)
+        if grid.tp > site.shape.rows:
+            raise UserError(
+                f"--tp {grid.tp}: {site.module} has {site.shape.rows} rows, fewer than ranks to "
+                "share them"
+            )
+    if grid.lanes < 1 or grid.ep % grid.lanes:
+        divisors = [str(n) for n in range(1, grid.ep + 1) if grid.ep % n == 0]
+        raise UserError(
+            f"--lanes {grid.lanes}: does not divide --ep {grid.ep}; choose one of "
+            f"{', '.join(divisors)}"
+        )
+
+
+def footprint(
+    structure: ModelStructure, layout: Layout, grid: Grid, batch_size: int = 1
+) -> Footprint:
+    """What the ranks of one grid hold. batch_size: sequences, divided over the lanes.
+
+    Raises UserError if the model cannot be served on this grid.
+    """
+    check_grid(structure, grid)
+    stored = layout.experts(grid.ep)
+    itemsize = structure.dtype.itemsize
+    sequences = -(-batch_size // grid.lanes)
+    dense = dense_layers(structure.sites, structure.dtype)
+    return Footprint(
+        grid,
+        batch_size,
+        stored,
+        largest_rank(stored.layers, grid, itemsize),
+        largest_rank(dense, grid, itemsize).total,
+        rank_share(structure.other_bytes, grid.lane_ranks),
+        rank_share(structure.cache_bytes * sequences, grid.lane_ranks),
+    )
+
+
+def largest_rank(layers: Sequence[PlannedLayer], grid: Grid, itemsize: int) -> ExpertBytes:
+    """Expert bytes of the rank that holds most. itemsize: bytes of a value in memory."""
+    found = []
+    # The first rank of a lane has the output biases, the last one a row more if they do not divide.
+    for tp_rank in {0, grid.tp - 1}:
+        by_layer = [layer.rank_bytes(grid.ep, grid.tp, tp_rank, itemsize) for layer in layers]
+        found += [sum(parts, ExpertBytes()) for parts in zip(*by_layer, strict=True)]
+    return max(found, key=lambda rank: rank.total)
+
+
+def grids_up_to(structure: ModelStructure, ranks: int, lanes: int | None = None) -> list[Grid]:
+    """Every grid of at most `ranks` ranks whose tp is a power of two, by ep and tp.
+
+    lanes: as many where they divide ep; otherwise, and by default, a lane is one TP group.
+    """
+    experts = math.gcd(*(site.num_experts for site in structure.sites))
+    rows = min(site.shape.rows for site in structure.sites)
+    found = []
+    for ep in (ep for ep in range(1, min(ranks, experts) + 1) if experts % ep == 0):
+        tp = 1
+        while ep * tp <= ranks and tp <= rows:
+            found.append(Grid(ep, tp, lanes if lanes and ep % lanes == 0 else ep))
+            tp *= 2
+    return found

@@ -1,0 +1,92 @@
+"""Grids: which exist, which are refused, and what a lane holds."""
+
+from __future__ import annotations
+
+import pytest
+
+from resmoe_dist.footprint.grid import Grid, check_grid, footprint, grids_up_to, rank_share
+from resmoe_dist.footprint.layout import SettingsLayout
+from resmoe_dist.footprint.structure import read_structure
+from tests.checkpoints.damage import mistake
+from tests.compress_settings import compression_settings
+
+
+@pytest.fixture
+def structure(family_folder):
+    return read_structure(family_folder("mixtral"), context=6)
+
+
+def test_grids_have_every_ep_that_divides_and_every_power_of_two(structure):
+    found = [(grid.ep, grid.tp, grid.lanes) for grid in grids_up_to(structure, 8)]
+
+    assert found == [
+        *((1, tp, 1) for tp in (1, 2, 4, 8)),
+        *((2, tp, 2) for tp in (1, 2, 4)),
+        *((4, tp, 4) for tp in (1, 2)),
+    ]
+
+
+def test_no_grid_has_more_ranks_than_rows(structure):
+    assert max(grid.tp for grid in grids_up_to(structure, 64)) == 16
+
+
+def test_asked_lanes_hold_where_they_divide_ep(structure):
+    assert {(grid.ep, grid.lanes) for grid in grids_up_to(structure, 4, lanes=2)} == {
+        (1, 1),
+        (2, 2),
+        (4, 2),
+    }
+
+
+@pytest.mark.parametrize(
+    ("grid", "text"),
+    [
+        (Grid(3, 1, 3), "--ep 3: 4 experts do not divide among 3 ranks; choose one of 1, 2, 4"),
+        (Grid(2, 28, 2), "--tp 28: model.layers.0.mlp.experts has 27 rows, fewer than ranks"),
+        (Grid(4, 1, 3), "--lanes 3: does not divide --ep 4; choose one of 1, 2, 4"),
+    ],
+)
+def test_impossible_grids_are_refused(structure, grid, text):
+    with mistake(text):
+        check_grid(structure, grid)
+
+
+@pytest.mark.parametrize(("lanes", "sequences"), [(4, 2), (2, 4), (1, 7)])
+def test_sequences_are_divided_over_lanes(structure, lanes, sequences):
+    settings = compression_settings(groups=4, layers=[0, 1])
+    layout = SettingsLayout(structure, settings, fixed_groups=False)
+
+    found = footprint(structure, layout, Grid(4, 2, lanes), batch_size=7)
+
+    assert found.cache == sequences * structure.cache_bytes
+    assert found.total == found.experts.total + found.other + found.cache
+
+
+def test_what_is_no_expert_is_whole_on_every_rank_unless_sharded():
+    assert rank_share(10, 4) == 10
+    assert rank_share(10, 4, sharded=True) == 3
+
+
+def test_groups_follow_the_grid_unless_they_are_fixed(structure):
+    settings = compression_settings(groups=1, layers=[0, 1])
+    following = SettingsLayout(structure, settings, fixed_groups=False)
+    fixed = SettingsLayout(structure, settings, fixed_groups=True)
+
+    assert [len(layer.groups) for layer in following.experts(4).layers] == [4, 4]
+    assert [len(layer.groups) for layer in fixed.experts(4).layers] == [1, 1]
+
+
+def test_a_centre_counts_on_every_rank_of_its_group(structure):
+    settings = compression_settings(groups=1, layers=[0, 1])
+    layout = SettingsLayout(structure, settings, fixed_groups=True)
+
+    alone = footprint(structure, layout, Grid(1, 1, 1))
+    shared = footprint(structure, layout, Grid(4, 1, 4))
+
+    assert shared.experts.center == alone.experts.center == 2 * 27 * 60 * 4
+    assert 4 * shared.experts.residual == alone.experts.residual
+
+
+def test_groups_that_do_not_divide_the_experts_are_refused(structure):
+    with mistake("--groups 3: model.layers.0.mlp.experts has 4 experts, which do not divide"):
+        SettingsLayout(structure, compression_settings(groups=3, layers=[0, 1]), fixed_groups=True)
