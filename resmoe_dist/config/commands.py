@@ -185,7 +185,7 @@ class GridConfig(CommandConfig):
     lanes: int | None = option(
         None,
         "batches that the grid carries at a time; the ranks of a lane work on one batch together "
-        "(default: one per expert-parallel rank, fewer if there are fewer prompts)",
+        "(default: measured by infer; one per expert-parallel rank otherwise)",
         metavar="L",
         ge=1,
     )

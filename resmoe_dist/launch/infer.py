@@ -7,18 +7,25 @@ Without --model the embedded tiny model is used: trained and compressed on first
 
 from __future__ import annotations
 
-import torch
+from pathlib import Path
 
-from resmoe_dist.checkpoints.format import STORED_DTYPES
+import torch
+from deepspeed.accelerator import get_accelerator
+from transformers import PreTrainedTokenizerBase
+
+from resmoe_dist.checkpoints.format import STORED_DTYPES, read_index
 from resmoe_dist.checkpoints.tensor_files import write_json
 from resmoe_dist.config.arguments import parse
 from resmoe_dist.config.commands import InferConfig
 from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import load_tokenizer
+from resmoe_dist.families.models import load_config
 from resmoe_dist.launch.execution import execution_of
 from resmoe_dist.launch.rank_report import as_json, gather_reports, rank_table
 from resmoe_dist.parallel.entry_point import launched_rank, quiet_libraries, run_entry_point
+from resmoe_dist.parallel.lanes import LayerSizes, Workload, fastest_topology
 from resmoe_dist.parallel.launcher import start_grid
+from resmoe_dist.parallel.topology import Topology
 from resmoe_dist.runtime.generation import GenerationOptions, generate_on_lane
 from resmoe_dist.runtime.loading import check_grid, load_model
 from resmoe_dist.runtime.rank_memory import rank_memory
@@ -47,9 +54,11 @@ def _main() -> None:
         check_grid(embedded_checkpoint(config.ep), config.ep, config.tp)
     # 2. The grid.
     topology = start_grid(config.ep, config.tp, lanes=config.lanes, sequences=len(prompts))
-    # 3. This rank's shard of the model.
     folder = config.model or embedded_checkpoint(config.ep)
     tokenizer = load_tokenizer(folder)
+    if config.lanes is None and topology.ep > 1:
+        topology = _with_fastest_lanes(topology, folder, tokenizer, prompts, config)
+    # 3. This rank's shard of the model.
     dtype = STORED_DTYPES[config.dtype] if config.dtype else None
     model = load_model(
         folder, dtype=dtype, topology=topology, execution=execution, dispatch=config.dispatch
@@ -66,6 +75,28 @@ def _main() -> None:
     print(rank_table(reports))
     if config.json_file:
         write_json(config.json_file, as_json(prompts, completions, reports))
+
+
+def _with_fastest_lanes(
+    place: Topology,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    config: InferConfig,
+) -> Topology:
+    """The grid with the number of lanes that suits these prompts. Collective over the world."""
+    text = load_config(str(folder)).get_text_config()
+    layer = read_index(folder).layers[0]
+    sizes = LayerSizes(
+        layer.hidden,
+        layer.stored_experts,
+        getattr(text, "num_experts_per_tok", 1),
+        STORED_DTYPES[config.dtype] if config.dtype else text.dtype or torch.float32,
+    )
+    longest = max(len(ids) for ids in tokenizer(prompts)["input_ids"])
+    load = Workload(len(prompts), longest, config.max_new_tokens)
+    device = torch.device(get_accelerator().current_device_name())
+    return fastest_topology(place, sizes, load, device)
 
 
 def read_prompts(config: InferConfig) -> list[str]:

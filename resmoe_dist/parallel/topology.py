@@ -114,6 +114,11 @@ def owned_experts(num_experts: int, ep_rank: int, ep: int) -> range:
     return range(ep_rank * size, (ep_rank + 1) * size)
 
 
+def lane_choices(ep: int, dp: int) -> list[int]:
+    """The numbers of lanes that a grid can have, in ascending order."""
+    return [dp * n for n in range(1, ep + 1) if ep % n == 0]
+
+
 def lane_positions(lanes: int | None, ep: int, dp: int, sequences: int | None = None) -> int:
     """lane_ep for a number of lanes; None: as many as possible.
 
@@ -122,7 +127,7 @@ def lane_positions(lanes: int | None, ep: int, dp: int, sequences: int | None = 
 
     Raises UserError if the lanes do not divide the grid evenly.
     """
-    choices = [dp * n for n in range(1, ep + 1) if ep % n == 0]
+    choices = lane_choices(ep, dp)
     if lanes is None:
         filled = [n for n in choices if sequences is None or n <= sequences]
         lanes = max(filled, default=dp)

@@ -15,6 +15,7 @@ from resmoe_dist.parallel.topology import (
     Topology,
     build_topology,
     grid_position,
+    lane_positions,
     owned_experts,
 )
 from tests.ranks import run_on_ranks
@@ -40,6 +41,31 @@ def test_lanes_are_numbered_without_gaps_and_shared_by_tensor_parallel_ranks(dp,
         lanes.append(place.lane)
 
     assert lanes == [lane for lane in range(dp * ep) for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("lanes", "sequences", "expected"),
+    # On a grid of ep 4 and dp 2: 2, 4 or 8 lanes.
+    [(None, None, 1), (2, None, 4), (4, 1, 2), (None, 1, 4), (None, 5, 2), (None, 8, 1)],
+)
+def test_lanes_are_as_asked_or_as_many_as_get_a_sequence(lanes, sequences, expected):
+    assert lane_positions(lanes, ep=4, dp=2, sequences=sequences) == expected
+
+
+def test_lanes_that_do_not_divide_the_grid_are_refused_with_the_choices():
+    with pytest.raises(UserError, match=r"--lanes 3: .* has 2 or 4 or 8"):
+        lane_positions(3, ep=4, dp=2)
+
+
+def test_ranks_of_a_lane_are_neighbours():
+    places = [
+        Topology(ep=4, tp=2, ep_rank=ep_rank, tp_rank=tp_rank, lane_ep=2)
+        for ep_rank in range(4)
+        for tp_rank in range(2)
+    ]
+    assert [(place.lane, place.lane_rank) for place in places] == [
+        (lane, rank) for lane in range(2) for rank in range(4)
+    ]
 
 
 @given(ep=st.integers(1, 16), each=st.integers(1, 16))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from statistics import median
 
 import torch
@@ -28,12 +29,7 @@ def measure_decode_limit(
     limit = 0
     for tokens in _SIZES:
         dispatcher.decode.capacity = tokens
-        generator = torch.Generator().manual_seed(tokens)
-        x_TH = torch.randn(tokens, hidden, generator=generator).to(device, dtype)
-        scores_TE = torch.rand(tokens, dispatcher.num_experts, generator=generator)
-        index_TK = scores_TE.topk(min(top_k, dispatcher.num_experts)).indices.to(device)
-        weights_TK = torch.ones(index_TK.shape, device=device)
-        call = (x_TH, index_TK, weights_TK)
+        call = random_call(tokens, hidden, dispatcher.num_experts, top_k, dtype, device)
         decode, exchange = (
             _seconds(form, call) for form in (dispatcher.decode, dispatcher.exchange)
         )
@@ -44,17 +40,43 @@ def measure_decode_limit(
     return limit
 
 
-def _seconds(form: Dispatcher, call: tuple[Tensor, Tensor, Tensor]) -> float:
-    """The median time of a round trip on the slowest rank."""
+def random_call(
+    tokens: int,
+    hidden: int,
+    num_experts: int,
+    top_k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments of `dispatch`: tokens [T, H] and a random routing [T, K], the same on all ranks."""
+    generator = torch.Generator().manual_seed(tokens)
+    x_TH = torch.randn(tokens, hidden, generator=generator).to(device, dtype)
+    scores_TE = torch.rand(tokens, num_experts, generator=generator)
+    index_TK = scores_TE.topk(min(top_k, num_experts)).indices.to(device)
+    return x_TH, index_TK, torch.ones(index_TK.shape, device=device)
+
+
+def median_seconds(call: Callable[[], None], device: torch.device) -> float:
+    """The median time of a call on this rank."""
     found = []
     for _ in range(_REPEATS + 1):
         began = time.perf_counter()
-        routed, metadata = form.dispatch(*call)
-        form.combine(torch.zeros_like(routed.x_RH), metadata)
-        if call[0].is_cuda:
-            torch.cuda.synchronize(call[0].device)
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         found.append(time.perf_counter() - began)
     # The first round sets up connections.
-    mine = torch.tensor([median(found[1:])], dtype=torch.float64, device=call[0].device)
+    return median(found[1:])
+
+
+def _seconds(form: Dispatcher, call: tuple[Tensor, Tensor, Tensor]) -> float:
+    """The median time of a round trip without experts, on the slowest rank."""
+
+    def round_trip() -> None:
+        routed, metadata = form.dispatch(*call)
+        form.combine(torch.zeros_like(routed.x_RH), metadata)
+
+    device = call[0].device
+    mine = torch.tensor([median_seconds(round_trip, device)], dtype=torch.float64, device=device)
     replica = form.topology.replica_group
     return float((mine if replica is None else gather(mine, replica)).max())
