@@ -26,8 +26,9 @@ pytestmark = pytest.mark.slow
 def test_infer_starts_its_ranks_and_prints_each_completion_once(compressed, tmp_path):
     options = [arg for prompt in PROMPTS for arg in ("--prompt", prompt)]
     code, out, err = run(
-        *("deepspeed", "launch/infer.py", "--ep", "2", "--tp", "2", "--model", compressed),
-        *("--max-new-tokens", str(TOKENS), "--json", tmp_path / "r.json", *options),
+        *("deepspeed", "launch/infer.py", "--ep", "2", "--tp", "2", "--lanes", "2"),
+        *("--model", compressed, "--max-new-tokens", str(TOKENS)),
+        *("--json", tmp_path / "r.json", *options),
     )
 
     assert code == 0, err
