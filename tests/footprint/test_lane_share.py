@@ -16,6 +16,7 @@ from resmoe_dist.footprint.lane_share import LaneShare, lane_share
 from resmoe_dist.footprint.structure import read_structure
 from resmoe_dist.runtime.rank_memory import rank_memory
 from resmoe_dist.runtime.sharding_rules import STYLES, Division
+from tests.footprint.live_cache import live_cache_bytes
 from tests.models import FAMILIES, VOCABULARY, compress, save_family
 from tests.ranks import run_on_ranks
 
@@ -33,8 +34,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", SIZES),
     "switch": ("switch", {}),
 }
-GRIDS = [({"ep": 1, "tp": 2}, 2), ({"ep": 4, "tp": 1, "lanes": 1}, 4)]
-GRIDS += [({"ep": 4, "tp": 2, "lanes": 1}, 8)]
+# A grid, and the ranks of its lanes.
+GRIDS = [
+    ({"ep": 1, "tp": 2}, 2),
+    ({"ep": 4, "tp": 1, "lanes": 1}, 4),
+    ({"ep": 4, "tp": 2, "lanes": 1}, 8),
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,24 +53,13 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return made
 
 
-@torch.no_grad()
-def _cache_bytes(model: Any) -> int:
-    """Keys and values after TOKENS tokens, the last one decoded alone as `generate` does."""
-    ids = torch.randint(3, VOCABULARY, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
-    if model.config.is_encoder_decoder:
-        cache = model(input_ids=ids, decoder_input_ids=ids).past_key_values
-        layers = [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
-    else:
-        cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
-        layers = model(input_ids=ids[:, -1:], past_key_values=cache).past_key_values.layers
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-
-
 def _live(folders: dict[str, Path], grid: dict[str, Any]) -> dict[str, LaneShare]:
     found = {}
     for name, folder in folders.items():
         model = load_model(folder, **grid)
-        found[name] = LaneShare(rank_memory(model).other_bytes, _cache_bytes(model) // BATCH)
+        cache = live_cache_bytes(model, BATCH, TOKENS)
+        found[name] = LaneShare(rank_memory(model).other_bytes, cache // BATCH)
+        torch.distributed.barrier()
     return found
 
 
