@@ -11,7 +11,7 @@ from resmoe_dist.checkpoints.format import (
 from resmoe_dist.checkpoints.tensor_files import write_json
 from resmoe_dist.config.commands import PlanConfig, StorageConfig
 from resmoe_dist.errors import UserError
-from resmoe_dist.footprint.grid import Footprint, Grid, footprint, grids_up_to
+from resmoe_dist.footprint.grid import Footprint, footprint, grid_for, grids_up_to
 from resmoe_dist.footprint.layout import CheckpointLayout, Layout, SettingsLayout
 from resmoe_dist.footprint.report import as_json, footprint_table, grid_table
 from resmoe_dist.footprint.structure import ModelStructure, read_structure
@@ -25,12 +25,12 @@ def run_plan(config: PlanConfig) -> int:
     dtype = STORED_DTYPES[config.dtype] if config.dtype else None
     structure = read_structure(config.model, config.context, dtype)
     layout = layout_of(config, structure)
-    grid = Grid(config.ep, config.tp, config.lanes or config.ep)
+    grid = grid_for(config.ep, config.tp, config.lanes, config.batch_size)
     asked = footprint(structure, layout, grid, config.batch_size)
     print(footprint_table(structure, asked, config.gpu_memory))
     found: list[Footprint] = []
     refused: dict[int, str] = {}
-    for other in grids_up_to(structure, config.ranks, config.lanes):
+    for other in grids_up_to(structure, config.ranks, config.lanes, config.batch_size):
         try:
             found.append(footprint(structure, layout, other, config.batch_size))
         except UserError as error:

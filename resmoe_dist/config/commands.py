@@ -259,7 +259,10 @@ class PlanConfig(StorageConfig, GridConfig):
 
     model: Path = option(help="model folder, compressed folder or config.json", positional=True)
     lanes: int | None = option(
-        None, "lanes of the grid, which divide the sequences (default: --ep)", ge=1
+        None,
+        "lanes of the grid, which divide the sequences (default: one per sequence, at most --ep)",
+        metavar="L",
+        ge=1,
     )
     groups: int | None = option(
         None,

@@ -1,8 +1,4 @@
-"""What the ranks of a grid hold, and which grids fit.
-
-The runtime keeps everything that is not an expert whole on every rank, and each lane's KV cache
-whole on every rank of the lane. `rank_share` is the one place that says so.
-"""
+"""What the ranks of a grid hold, and which grids there are."""
 
 from __future__ import annotations
 
@@ -12,9 +8,10 @@ from dataclasses import dataclass
 
 from resmoe_dist.errors import UserError
 from resmoe_dist.footprint.experts import ExpertBytes, PlannedLayer
+from resmoe_dist.footprint.lane_share import lane_share
 from resmoe_dist.footprint.layout import Layout, StoredExperts, dense_layers
 from resmoe_dist.footprint.structure import ModelStructure
-from resmoe_dist.parallel.topology import owned_experts
+from resmoe_dist.parallel.topology import lane_positions, owned_experts
 
 
 @dataclass(frozen=True)
@@ -68,12 +65,12 @@ class Footprint:
         return self.dense_experts + self.other + self.cache
 
 
-def rank_share(whole: int, lane_ranks: int, *, sharded: bool = False) -> int:
-    """Bytes on each rank of what a lane holds besides experts: weights, KV cache.
+def grid_for(ep: int, tp: int, lanes: int | None = None, sequences: int | None = None) -> Grid:
+    """A grid with the lanes that the runtime builds. sequences: to serve; None is many.
 
-    sharded: whether the ranks of a lane divide it; the runtime does not do so yet.
+    Raises UserError if the lanes do not divide the grid.
     """
-    return -(-whole // lane_ranks) if sharded else whole
+    return Grid(ep, tp, ep // lane_positions(lanes, ep, 1, sequences))
 
 
 def check_grid(structure: ModelStructure, grid: Grid) -> None:
@@ -85,12 +82,7 @@ def check_grid(structure: ModelStructure, grid: Grid) -> None:
                 f"--tp {grid.tp}: {site.module} has {site.shape.rows} rows, fewer than ranks to "
                 "share them"
             )
-    if grid.lanes < 1 or grid.ep % grid.lanes:
-        divisors = [str(n) for n in range(1, grid.ep + 1) if grid.ep % n == 0]
-        raise UserError(
-            f"--lanes {grid.lanes}: does not divide --ep {grid.ep}; choose one of "
-            f"{', '.join(divisors)}"
-        )
+    lane_positions(grid.lanes, grid.ep, 1)
 
 
 def footprint(
@@ -105,14 +97,15 @@ def footprint(
     itemsize = structure.dtype.itemsize
     sequences = -(-batch_size // grid.lanes)
     dense = dense_layers(structure.sites, structure.dtype)
+    share = lane_share(structure, grid.lane_ranks)
     return Footprint(
         grid,
         batch_size,
         stored,
         largest_rank(stored.layers, grid, itemsize),
         largest_rank(dense, grid, itemsize).total,
-        rank_share(structure.other_bytes, grid.lane_ranks),
-        rank_share(structure.cache_bytes * sequences, grid.lane_ranks),
+        share.other,
+        share.cache * sequences,
     )
 
 
@@ -126,17 +119,20 @@ def largest_rank(layers: Sequence[PlannedLayer], grid: Grid, itemsize: int) -> E
     return max(found, key=lambda rank: rank.total)
 
 
-def grids_up_to(structure: ModelStructure, ranks: int, lanes: int | None = None) -> list[Grid]:
+def grids_up_to(
+    structure: ModelStructure, ranks: int, lanes: int | None = None, sequences: int | None = None
+) -> list[Grid]:
     """Every grid of at most `ranks` ranks whose tp is a power of two, by ep and tp.
 
-    lanes: as many where they divide ep; otherwise, and by default, a lane is one TP group.
+    lanes: as many where they divide ep; otherwise, and by default, as many as `grid_for` gives.
     """
     experts = math.gcd(*(site.num_experts for site in structure.sites))
     rows = min(site.shape.rows for site in structure.sites)
     found = []
     for ep in (ep for ep in range(1, min(ranks, experts) + 1) if experts % ep == 0):
+        asked = lanes if lanes and ep % lanes == 0 else None
         tp = 1
         while ep * tp <= ranks and tp <= rows:
-            found.append(Grid(ep, tp, lanes if lanes and ep % lanes == 0 else ep))
+            found.append(grid_for(ep, tp, asked, sequences))
             tp *= 2
     return found

@@ -24,22 +24,39 @@ from resmoe_dist.registration import QUANT_METHOD
 class ModelStructure:
     """A model without its weights.
 
-    kind: its class. parameters: their number, experts included. dtype: in memory. source_dtype: of
-    the files it comes in. other_bytes: parameters and buffers that are not experts', in memory.
-    other_stored_bytes: the same in the source's files. cache_bytes: KV cache of one sequence of
-    `context` tokens. quantization: how the source itself is quantised, or None.
+    model: on the meta device, without its experts. parameters: their number, experts included.
+    dtype: in memory. source_dtype: of the files it comes in. others: parameters and buffers that
+    are not experts', by name, on the meta device and in the dtype they have in memory.
+    other_stored_bytes: of the same in the source's files. cache_by_layer: bytes of each layer's KV
+    cache, of one sequence of `context` tokens. quantization: how the source itself is quantised,
+    or None.
     """
 
-    kind: str
+    model: PreTrainedModel
     parameters: int
     dtype: torch.dtype
     source_dtype: torch.dtype
     sites: tuple[ExpertSite, ...]
-    other_bytes: int
+    others: dict[str, Tensor]
     other_stored_bytes: int
     context: int
-    cache_bytes: int
+    cache_by_layer: tuple[int, ...]
     quantization: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """The model's class."""
+        return type(self.model).__name__
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes in memory of what is not an expert's."""
+        return sum(tensor.nbytes for tensor in self.others.values())
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the KV cache of one sequence."""
+        return sum(self.cache_by_layer)
 
 
 def read_structure(path: Path, context: int, dtype: torch.dtype | None = None) -> ModelStructure:
@@ -67,22 +84,22 @@ def read_structure(path: Path, context: int, dtype: torch.dtype | None = None) -
     others = dict(_tensors(model))
     stored = model.state_dict().keys() & others.keys()
     try:
-        cache_bytes = _cache_bytes(model, context) if context else 0
+        cache_by_layer = _cache_by_layer(model, context) if context else ()
     except Exception as error:  # whatever a family does that the meta device cannot
         raise UserError(
             f"{path}: the KV cache of a {type(model).__name__} cannot be worked out "
             f"({type(error).__name__}: {first_line(error)}); leave it out with --context 0"
         ) from error
     return ModelStructure(
-        kind=type(model).__name__,
+        model=model,
         parameters=parameters,
         dtype=config.dtype,
         source_dtype=source_dtype,
         sites=tuple(sites),
-        other_bytes=sum(tensor.nbytes for tensor in others.values()),
+        others=others,
         other_stored_bytes=sum(_nbytes(others[name], source_dtype) for name in stored),
         context=context,
-        cache_bytes=cache_bytes,
+        cache_by_layer=cache_by_layer,
         quantization=_quantization(config),
     )
 
@@ -112,8 +129,8 @@ def _nbytes(tensor: Tensor, dtype: torch.dtype) -> int:
 
 
 @torch.no_grad()
-def _cache_bytes(model: PreTrainedModel, context: int) -> int:
-    """Bytes that transformers caches for one sequence of `context` tokens.
+def _cache_by_layer(model: PreTrainedModel, context: int) -> tuple[int, ...]:
+    """Bytes that transformers caches in each layer for one sequence of `context` tokens.
 
     The model runs on the meta device, so layers with latent, windowed or recurrent states count as
     their family caches them. An encoder-decoder reads and writes `context` tokens.
@@ -124,7 +141,8 @@ def _cache_bytes(model: PreTrainedModel, context: int) -> int:
         parts = [cache.self_attention_cache, cache.cross_attention_cache]
     else:
         parts = [model(input_ids=ids, use_cache=True).past_key_values]
-    return sum(_state_bytes(vars(layer)) for part in parts for layer in part.layers)
+    layers = zip(*(part.layers for part in parts), strict=True)
+    return tuple(sum(_state_bytes(vars(state)) for state in states) for states in layers)
 
 
 def _state_bytes(state: Any) -> int:

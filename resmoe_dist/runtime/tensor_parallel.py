@@ -1,12 +1,8 @@
 """Everything that is no expert, sharded over the ranks of a lane by transformers' own plan.
 
-transformers names a style for each module: `colwise` keeps a slice of a linear layer's outputs,
-`rowwise` a slice of its inputs and adds up the partial outputs, and so on. Its code decides which
-slice each rank keeps, and reads only that slice from disk. Here are the forward passes on plain
-local tensors, with collectives that suit few tokens and the same bits on every rank.
-
-Attention is divided as far as its heads divide: with 8 ranks and 4 key/value heads, the ranks hold
-it in two copies of 4 parts. A model without a plan stays whole on every rank.
+`sharding_rules` decides who holds which slice. transformers' code divides the parameters by it, and
+reads only this rank's slice from disk. Here are the forward passes on plain local tensors, with
+collectives that suit few tokens and the same bits on every rank.
 
 Legend: T tokens, H hidden.
 """
@@ -14,8 +10,6 @@ Legend: T tokens, H hidden.
 from __future__ import annotations
 
 import logging
-import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,41 +20,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 
 from resmoe_dist.parallel.collectives import Group, gather, sum_over
 from resmoe_dist.parallel.topology import Topology, group_of
+from resmoe_dist.runtime.sharding_rules import sharding_rules
 
 logger = logging.getLogger(__name__)
-
-# Styles that change nothing at inference once their parameters are local.
-_LOCAL = (
-    "colwise",
-    "packed_colwise",
-    "replicated_with_grad_allreduce",
-    "mla_kv_a_proj",
-    "local_params",
-    "replicate",
-)
-
-# Rules of the base model that transformers 5.23 lacks, by model type.
-_MISSING_RULES = {
-    "deepseek_v3": {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.q_b_proj": "colwise",
-        "layers.*.self_attn.kv_b_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-    },
-    "gpt_oss": {
-        "embed_tokens": "embedding_rowwise",
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.sinks": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -88,32 +54,19 @@ class LaneSharding:
 
     def plan(self, model: PreTrainedModel) -> None:
         """Mark the parameters of which this rank reads a slice. Collective over the world."""
-        size = self.topology.lane_size
-        rules = self._rules(model)
-        unknown = {style for style in rules.values() if style not in (*_LOCAL, *_FORWARDS)}
-        if size == 1 or not rules or unknown:
-            if size > 1:
-                reason = f"unknown styles {sorted(unknown)}" if unknown else "no plan"
-                self._say(f"{type(model).__name__}: only experts are divided ({reason})")
-            return
-        heads = _head_counts(model)
-        attention_size = math.gcd(size, *heads) if heads else 1
-        parts = {n: self._part(n) for n in {size, attention_size}}
-        if attention_size < size:
-            self._say(
-                f"attention is divided among {attention_size} of {size} ranks: it has "
-                f"{' and '.join(map(str, heads)) or 'varying'} (key/value) heads"
-            )
+        rules = sharding_rules(model, self.expert_modules, self.topology.lane_size)
+        if rules.remark is not None:
+            self._say(rules.remark)
+        parts = {n: self._part(n) for n in sorted({each.parts for each in rules.divided.values()})}
         modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
-        for name, style in rules.items():
-            part = parts[attention_size if _is_in_attention(name, modules) else size]
-            if part.size == 1:
-                continue
+        for name, division in rules.divided.items():
+            part = parts[division.parts]
             if name in parameters:
                 owner, _, parameter = name.rpartition(".")
-                ALL_PARALLEL_STYLES[style].shard_param(modules[owner], parameter, part.mesh)
+                style = ALL_PARALLEL_STYLES[division.style]
+                style.shard_param(modules[owner], parameter, part.mesh)
             else:
-                self._styles[name] = style, part
+                self._styles[name] = division.style, part
 
     def finish(self, model: PreTrainedModel) -> None:
         """Make the loaded slices plain tensors, and let their modules work together."""
@@ -130,28 +83,6 @@ class LaneSharding:
             if forward is not None:
                 module = model.get_submodule(name)
                 module.forward = partial(forward, module, part)
-
-    def _rules(self, model: PreTrainedModel) -> dict[str, str]:
-        """transformers' style of each module and parameter, except of experts."""
-        if not model.tp_plan:
-            return {}
-        config = DistributedConfig(tp_size=self.topology.lane_size, tp_plan="auto")
-        prefix, missing = model.base_model_prefix, _MISSING_RULES.get(model.config.model_type, {})
-        # Names that a variant of the architecture does not have match nothing.
-        parts = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
-        generic = {re.sub(r"\.\d+\.", ".*.", name) for name in parts}
-        added = {f"{prefix}.{name}": style for name, style in missing.items()}
-        model.tp_plan = {
-            name: style for name, style in added.items() if name in generic
-        } | model.tp_plan
-        rules, _, _ = model._resolve_parallel_plans(config)
-        return {
-            name: style
-            for name, style in rules.items()
-            if not any(
-                name == experts or name.startswith(f"{experts}.") for experts in self.expert_modules
-            )
-        }
 
     def _say(self, text: str) -> None:
         """Once per grid."""
@@ -172,23 +103,6 @@ def _own_copy(slice_: Tensor) -> nn.Parameter:
     """A parameter of this slice, without the memory of the tensor that it may be a view of."""
     whole = slice_.untyped_storage().nbytes() > slice_.nbytes
     return nn.Parameter(slice_.detach().clone() if whole else slice_.detach(), requires_grad=False)
-
-
-def _head_counts(model: PreTrainedModel) -> list[int]:
-    """Numbers that the parts of attention must divide: heads, and key/value heads."""
-    config = model.config.get_text_config()
-    counts = [config.num_attention_heads]
-    # Latent attention (MLA) expands one latent to all heads.
-    if getattr(config, "kv_lora_rank", None) is None:
-        counts.append(getattr(config, "num_key_value_heads", None) or counts[0])
-    return counts if all(isinstance(count, int) for count in counts) else []
-
-
-def _is_in_attention(name: str, modules: dict[str, nn.Module]) -> bool:
-    """Whether a module or parameter belongs to an attention block with heads."""
-    parents = name.split(".")
-    owners = (".".join(parents[:i]) for i in range(1, len(parents)))
-    return any(hasattr(modules.get(owner), "scaling") for owner in owners)
 
 
 def _rowwise(module: Any, part: _Part, x: Tensor) -> Tensor:
@@ -233,6 +147,7 @@ def _embedding_rowwise(module: Any, part: _Part, ids: Tensor) -> Tensor:
     return sum_over(rows.flatten(0, -2), part.group).view_as(rows)
 
 
+# The other styles change nothing at inference once their parameters are local.
 _FORWARDS: dict[str, Callable[..., Tensor]] = {
     "rowwise": _rowwise,
     "rowwise_split_input": _rowwise_split_input,

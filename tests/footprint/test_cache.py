@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from resmoe_dist.footprint.structure import read_structure
-from tests.models import FAMILIES, VOCABULARY, dense_model, save_family
-
-
-@torch.no_grad()
-def live_cache_bytes(folder: Path, batch: int, tokens: int) -> int:
-    """Keys and values after `tokens` tokens, the last one decoded alone as `generate` does."""
-    model = dense_model(folder)
-    ids = torch.randint(3, VOCABULARY, (batch, tokens))
-    if model.config.is_encoder_decoder:
-        cache = model(input_ids=ids, decoder_input_ids=ids).past_key_values
-        layers = [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
-    else:
-        cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
-        layers = model(input_ids=ids[:, -1:], past_key_values=cache).past_key_values.layers
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-
+from tests.footprint.live_cache import live_cache_bytes
+from tests.models import FAMILIES, dense_model, save_family
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in FAMILIES}
 MODELS |= {
@@ -42,7 +27,7 @@ def test_cache_of_every_family(tmp_path, name, tokens):
 
     predicted = read_structure(tmp_path, context=tokens).cache_bytes
 
-    assert 3 * predicted == live_cache_bytes(tmp_path, 3, tokens)
+    assert 3 * predicted == live_cache_bytes(dense_model(tmp_path), 3, tokens)
 
 
 def test_a_narrower_dtype_halves_the_cache(family_folder):

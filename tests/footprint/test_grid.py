@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from resmoe_dist.footprint.grid import Grid, check_grid, footprint, grids_up_to, rank_share
+from resmoe_dist.footprint.grid import Grid, check_grid, footprint, grid_for, grids_up_to
 from resmoe_dist.footprint.layout import SettingsLayout
 from resmoe_dist.footprint.structure import read_structure
+from resmoe_dist.parallel.topology import lane_positions
 from tests.checkpoints.damage import mistake
 from tests.compress_settings import compression_settings
 
@@ -43,7 +44,7 @@ def test_asked_lanes_hold_where_they_divide_ep(structure):
     [
         (Grid(3, 1, 3), "--ep 3: 4 experts do not divide among 3 ranks; choose one of 1, 2, 4"),
         (Grid(2, 28, 2), "--tp 28: model.layers.0.mlp.experts has 27 rows, fewer than ranks"),
-        (Grid(4, 1, 3), "--lanes 3: does not divide --ep 4; choose one of 1, 2, 4"),
+        (Grid(4, 1, 3), "--lanes 3: a grid with ep 4 and dp 1 has 1 or 2 or 4"),
     ],
 )
 def test_impossible_grids_are_refused(structure, grid, text):
@@ -58,13 +59,18 @@ def test_sequences_are_divided_over_lanes(structure, lanes, sequences):
 
     found = footprint(structure, layout, Grid(4, 2, lanes), batch_size=7)
 
-    assert found.cache == sequences * structure.cache_bytes
+    # Lanes of 2, 4 and 8 ranks all divide two heads between two.
+    assert found.cache == sequences * structure.cache_bytes // 2
     assert found.total == found.experts.total + found.other + found.cache
 
 
-def test_what_is_no_expert_is_whole_on_every_rank_unless_sharded():
-    assert rank_share(10, 4) == 10
-    assert rank_share(10, 4, sharded=True) == 3
+@pytest.mark.parametrize(("sequences", "lanes"), [(None, 4), (1, 1), (3, 2), (9, 4)])
+def test_a_grid_has_the_lanes_that_the_runtime_builds(structure, sequences, lanes):
+    assert grid_for(4, 2, sequences=sequences) == Grid(4, 2, lanes)
+    assert lanes == 4 // lane_positions(None, 4, 1, sequences)
+    assert Grid(4, 2, lanes) in grids_up_to(structure, 8, sequences=sequences)
+    # Asked lanes that do not divide a grid's EP do not count for that grid.
+    assert Grid(4, 2, lanes) in grids_up_to(structure, 8, lanes=3, sequences=sequences)
 
 
 def test_groups_follow_the_grid_unless_they_are_fixed(structure):

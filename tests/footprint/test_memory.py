@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
 import tests.codecs.rounded_codec  # noqa: F401  (registers codec `rounded`)
+from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.checkpoints.format import CompressionSettings
+from resmoe_dist.families.activations import PlainActivation
 from resmoe_dist.footprint.experts import ExpertBytes
 from resmoe_dist.footprint.grid import Footprint, Grid, footprint
 from resmoe_dist.footprint.layout import CheckpointLayout, SettingsLayout
 from resmoe_dist.footprint.structure import read_structure
 from resmoe_dist.parallel.topology import Topology, build_topology
+from resmoe_dist.runtime.experts import CompressedExperts
 from resmoe_dist.runtime.loading import load_model
 from resmoe_dist.runtime.rank_memory import RankMemory, rank_memory
 from tests.checkpoints.damage import bytes_by_tensor
@@ -56,9 +60,24 @@ def live_on_rank(folder: Path, ep: int, tp: int) -> RankMemory:
     return rank_memory(model)
 
 
-def largest(ranks: list[RankMemory]) -> ExpertBytes:
-    memory = max(ranks, key=lambda rank: rank.expert_bytes)
-    return ExpertBytes(memory.center_bytes, memory.residual_bytes)
+def experts_on_ranks(folder: Path, ep: int, tp: int) -> list[ExpertBytes]:
+    """Of every rank of a grid, loaded one after the other without processes."""
+    checkpoint = CompressedCheckpoint(folder)
+    activation = PlainActivation(torch.nn.SiLU())
+    found = []
+    for ep_rank, tp_rank in itertools.product(range(ep), range(tp)):
+        place = Topology(ep, tp, ep_rank=ep_rank, tp_rank=tp_rank)
+        layers = [
+            CompressedExperts.load(checkpoint, layer, place, activation)
+            for layer in checkpoint.index.layers
+        ]
+        parts = [ExpertBytes(layer.center_bytes, layer.residual_bytes) for layer in layers]
+        found.append(sum(parts, ExpertBytes()))
+    return found
+
+
+def largest(ranks: list[ExpertBytes]) -> ExpertBytes:
+    return max(ranks, key=lambda rank: rank.total)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -107,10 +126,7 @@ def test_every_codec_gives_the_bytes_of_a_row_range(family_folder, tmp_path, opt
     """Where all rows and experts take the same bytes, every slice is exact."""
     source = family_folder("mixtral")
     index = compress(source, tmp_path / "c", groups=2, **options)
-    ranks = [
-        rank_memory(load_model(tmp_path / "c", topology=Topology(tp=tp, tp_rank=i)))
-        for i in range(tp)
-    ]
+    ranks = experts_on_ranks(tmp_path / "c", 1, tp)
 
     settings = settings_for("mixtral", **options)
 
@@ -124,11 +140,7 @@ def test_a_group_that_is_split_over_ranks_is_spread_evenly(family_folder, tmp_pa
     """Masks are chosen over a whole group, so rows and experts of it differ in kept values."""
     source, settings = family_folder("mixtral"), settings_for("mixtral")
     compress(source, tmp_path / "c", groups=2)
-    ranks = [
-        rank_memory(load_model(tmp_path / "c", topology=Topology(ep, tp, 1, i, j)))
-        for i in range(ep)
-        for j in range(tp)
-    ]
+    ranks = experts_on_ranks(tmp_path / "c", ep, tp)
 
     found, planned = from_index(tmp_path / "c", ep, tp), predicted(source, settings, ep, tp)
 
@@ -147,16 +159,17 @@ def test_a_served_grid_holds_what_was_predicted(family_folder, tmp_path):
     compress(source, tmp_path / "c", groups=2, allocate="block")
 
     ranks = run_on_ranks(4, live_on_rank, tmp_path / "c", 2, 2)
+    experts = [ExpertBytes(rank.center_bytes, rank.residual_bytes) for rank in ranks]
 
     found = from_index(tmp_path / "c", 2, 2)
-    assert found.experts.center == largest(ranks).center
+    assert found.experts.center == largest(experts).center
     # The index rounds `keep`, and codecs round up: at most a value for each expert.
-    assert 0 <= found.experts.residual - largest(ranks).residual <= 2 * 2 * 4
+    assert 0 <= found.experts.residual - largest(experts).residual <= 2 * 2 * 4
     assert {found.other} == {rank.other_bytes for rank in ranks}
     # A budget of each row keeps 15 of 62 entries, which is less than a quarter.
     planned = predicted(source, settings, 2, 2)
-    assert planned.experts.center == largest(ranks).center
-    assert planned.experts.residual == pytest.approx(largest(ranks).residual, rel=0.03)
+    assert planned.experts.center == largest(experts).center
+    assert planned.experts.residual == pytest.approx(largest(experts).residual, rel=0.03)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
