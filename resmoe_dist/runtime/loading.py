@@ -80,7 +80,9 @@ def _measure_dispatch(layers: list[ResMoE], top_k: int, model: PreTrainedModel) 
     """Find out up to how many tokens `decode` pays. Collective if there are several lanes."""
     found = [layer.dispatcher for layer in layers]
     automatic = [each for each in found if isinstance(each, AutoDispatcher)]
-    if not automatic or math.isinf(automatic[0].steps.decode_limit):
+    # Without process groups one rank's shard is inspected alone.
+    alone = not automatic or automatic[0].topology.replica_group is None
+    if alone or math.isinf(automatic[0].steps.decode_limit):
         return
     hidden = layers[0].experts.layer.hidden
     limit = measure_decode_limit(automatic[0], hidden, top_k, model.dtype, model.device)

@@ -53,7 +53,13 @@ class LaneSharding:
         self._styles: dict[str, tuple[str, _Part]] = {}
 
     def plan(self, model: PreTrainedModel) -> None:
-        """Mark the parameters of which this rank reads a slice. Collective over the world."""
+        """Mark the parameters of which this rank reads a slice. Collective over the world.
+
+        A topology without process groups, as when one rank's shard is inspected alone, divides only
+        experts.
+        """
+        if self.topology.lane_group is None:
+            return
         rules = sharding_rules(model, self.expert_modules, self.topology.lane_size)
         if rules.remark is not None:
             self._say(rules.remark)
