@@ -218,7 +218,7 @@ def _stages(system: System, x_NH: Tensor, repeats: int) -> dict[str, Any]:
     mine, found = system.share(x_NH), []
     for _ in range(repeats):
         barrier()
-        found.append(stage_seconds(partial(system.run, mine), system.router, system.experts))
+        found.append(stage_seconds(partial(system.run, mine), [system.parts]))
     ranks = of_all_ranks(found)
     return {
         stage: summary([statistics.fmean(r[turn][stage] for r in ranks) for turn in range(repeats)])

@@ -29,6 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers.distributed.expert_parallel import AllReduceEP, AllToAllEP, EPImplementation
 
 from benchmarks.ranks import rank, world_size
+from benchmarks.stages import LayerParts
 from resmoe_dist.codecs import DenseMatrix
 from resmoe_dist.design_matrix import row_range
 from resmoe_dist.families.activations import PlainActivation
@@ -58,23 +59,36 @@ class Router(nn.Module):
 class System:
     """A layer on this rank.
 
-    batches: how many different batches the ranks carry together; batch: this rank's. run: tokens
-    [T, H] -> output [T, H]. router, experts: the modules whose calls are timed as such. bytes: of
-    this rank's expert weights. copied_bytes: weights that a rank copies for each token of a step.
+    batches: how many different batches the ranks carry together; batch: this rank's. parts: its
+    modules; the block turns tokens [T, H] into the output [T, H]. bytes: of this rank's expert
+    weights. copied_bytes: weights that a rank copies for each token of a step.
     """
 
     name: str
     batches: int
     batch: int
-    run: Callable[[Tensor], Tensor]
-    router: nn.Module
-    experts: nn.Module
+    parts: LayerParts
     bytes: int
     copied_bytes: int = 0
+
+    def run(self, x_TH: Tensor) -> Tensor:
+        """The layer's output for this rank's tokens."""
+        return self.parts.block(x_TH)
 
     def share(self, x_NH: Tensor) -> Tensor:
         """This rank's tokens of a step."""
         return x_NH[slice(*row_range(len(x_NH), self.batch, self.batches))]
+
+
+class _Block(nn.Module):
+    """A layer that is a function. Its parts are not submodules, so that they can be shared."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.run = (run,)
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        return self.run[0](x_TH)
 
 
 def our_systems(
@@ -95,9 +109,9 @@ def our_systems(
                     layer.shape.hidden, held, layer.shape.experts, place, dispatcher=dispatcher
                 ).eval()
                 name = f"{codec} {form}, {place.lanes} lane{'s' if place.lanes > 1 else ''}"
-                run = partial(_route_and_run, router, moe)
+                block = _Block(partial(_route_and_run, router, moe))
                 size = sum(buffer.nbytes for buffer in held.buffers())
-                yield System(name, place.lanes, place.lane, run, router, held, size)
+                yield System(name, place.lanes, place.lane, LayerParts(block, router, held), size)
 
 
 def _forms_on(place: Topology, forms: list[str]) -> list[str]:
@@ -157,33 +171,48 @@ class _Mlp(nn.Module):
 
 def deepspeed_system(layer: RandomLayer, router: Router) -> System:
     """Stock `deepspeed.moe.layer.MoE`, all ranks one expert-parallel group, no token dropped."""
-    shape, ranks = layer.shape, world_size()
+    moe, run = stock_moe(router.weight_EH, layer.gate_up, layer.down, layer.shape.top_k)
+    inner = moe.deepspeed_moe
+    size = sum(parameter.nbytes for parameter in inner.experts.parameters())
+    parts = LayerParts(_Block(run), inner.gate, inner.experts)
+    return System("deepspeed MoE", world_size(), rank(), parts, size)
+
+
+def stock_moe(
+    router_EH: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor, top_k: int
+) -> tuple[MoE, Callable[[Tensor], Tensor]]:
+    """DeepSpeed's layer over all ranks, with a copy of this rank's experts; and how to run it.
+
+    router_EH: in float32. gate_up_EJH, down_EHI: of all experts, as in transformers (J = 2I).
+    Raises UserError if the experts do not divide over the ranks.
+    """
+    ranks, (experts, hidden) = world_size(), router_EH.shape
+    owned = owned_experts(experts, rank(), ranks)
     moe = MoE(
-        shape.hidden,
+        hidden,
         nn.Identity(),
-        shape.experts,
+        experts,
         ranks,
-        shape.top_k,
+        top_k,
         min_capacity=0,
         drop_tokens=False,
         use_rts=False,
         top2_2nd_expert_sampling=False,
     ).eval()
     inner = moe.deepspeed_moe
-    inner.gate.wg.weight = router.weight_EH
-    owned = owned_experts(shape.experts, rank(), ranks)
+    inner.gate.wg.weight = nn.Parameter(router_EH, requires_grad=False)
     inner.experts.deepspeed_experts = nn.ModuleList(
-        _Mlp(layer.gate_up[k], layer.down[k]) for k in owned
+        _Mlp(gate_up_EJH[k].detach().clone(), down_EHI[k].detach().clone()) for k in owned
     )
     # Not `set_deepspeed_parallelism`: DeepSpeed would arrange the group for the grid's TP size.
-    inner._set_ep_group(torch.distributed.group.WORLD)
+    if ranks > 1:
+        inner._set_ep_group(torch.distributed.group.WORLD)
 
-    def run(x_TH: Tensor) -> Tensor:
+    def run(x: Tensor) -> Tensor:
         with _without_model_parallelism():
-            return moe(x_TH)[0]
+            return moe(x)[0]
 
-    size = sum(parameter.nbytes for parameter in inner.experts.parameters())
-    return System("deepspeed MoE", ranks, rank(), run, inner.gate, inner.experts, size)
+    return moe, run
 
 
 @contextmanager
@@ -219,7 +248,7 @@ def transformers_systems(
         for kind, name, batches in choices:
             shared = whole["ep"] if batches == 1 else whole["tp"]
             dispatch = kind(called, whole["ep"], shared)
-            run = partial(_route_and_run, router, partial(_in_dtype, dispatch))
+            block = _Block(partial(_route_and_run, router, partial(_in_dtype, dispatch)))
             batch = rank() if batches > 1 else 0
             copied = layer.shape.top_k * layer.shape.expert_bytes
             if implementation != "batched_mm":
@@ -227,7 +256,8 @@ def transformers_systems(
             elif kind is AllToAllEP:
                 copied //= ranks
             name = f"transformers {name} ({implementation})"
-            yield System(name, batches, batch, run, router, experts, size, copied)
+            parts = LayerParts(block, router, experts)
+            yield System(name, batches, batch, parts, size, copied)
 
 
 def _in_dtype(dispatch: EPImplementation, x_TH: Tensor, *routing: Tensor) -> Tensor:

@@ -1,0 +1,189 @@
+"""A whole model as each library serves it on the same ranks, with the same weights.
+
+    resmoe, resmoe-dense   `load_model` on the grid, compressed or with codec `dense`
+    deepspeed MoE          plain transformers on every rank, its MoE blocks replaced by
+                           `deepspeed.moe.layer.MoE`, one expert-parallel position per rank
+    transformers …         its own expert parallelism (`DistributedConfig`), everything else sharded
+                           by its tensor-parallel plan
+    transformers, 1 rank   the dense model on rank 0 with all cores
+
+Legend: B sequences, S prompt tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.distributed.expert_parallel import (
+    AllReduceEP,
+    AllToAllEP,
+    EPImplementation,
+    EPImplementationInterface,
+)
+
+from benchmarks.moe_systems import stock_moe
+from benchmarks.ranks import barrier, rank, world_size
+from benchmarks.stages import LayerParts
+from resmoe_dist.design_matrix import row_range
+from resmoe_dist.families.models import load_config, model_class
+from resmoe_dist.parallel.topology import Topology
+from resmoe_dist.runtime.layer import ResMoE
+from resmoe_dist.runtime.loading import load_model
+
+
+@dataclass(frozen=True)
+class ModelSystem:
+    """A model on this rank.
+
+    model: None on ranks that do not take part. batches: how many different batches the ranks carry
+    together; batch: this rank's. implementation: of transformers' experts; None for ours and
+    DeepSpeed's. threads: of this rank; None leaves them.
+    """
+
+    name: str
+    model: PreTrainedModel | None
+    batches: int
+    batch: int
+    implementation: str | None = None
+    threads: int | None = None
+
+    def share(self, ids_BS: Tensor) -> Tensor:
+        """This rank's sequences of a batch."""
+        return ids_BS[slice(*row_range(len(ids_BS), self.batch, self.batches))]
+
+    @property
+    def parts(self) -> list[LayerParts]:
+        """Its MoE layers."""
+        blocks = [] if self.model is None else [layer.mlp for layer in self.model.model.layers]
+        return [_parts_of(block) for block in blocks]
+
+
+def our_model_systems(
+    compressed: Path, dense: Path, dtype: torch.dtype, topologies: list[Topology]
+) -> Iterator[ModelSystem]:
+    """The compressed and the dense codec, on the grid with each number of lanes."""
+    for place in topologies:
+        lanes = f"{place.lanes} lane{'s' if place.lanes > 1 else ''}"
+        for name, folder in (("resmoe", compressed), ("resmoe-dense", dense)):
+            model = load_model(folder, dtype=dtype, topology=place)
+            yield ModelSystem(f"{name}, {lanes}", model, place.lanes, place.lane)
+
+
+def one_rank_systems(
+    folder: Path, dtype: torch.dtype, implementations: list[str]
+) -> Iterator[ModelSystem]:
+    """Plain transformers on rank 0, with all cores, in each implementation of experts."""
+    model = _plain_model(folder, dtype) if rank() == 0 else None
+    cores = len(os.sched_getaffinity(0))
+    for name in implementations:
+        yield ModelSystem(f"transformers, 1 rank ({name})", model, 1, 0, name, cores)
+
+
+def transformers_model_systems(
+    folder: Path, dtype: torch.dtype, implementations: list[str], kinds: list[str]
+) -> Iterator[ModelSystem]:
+    """transformers' expert parallelism over all ranks, which share one batch."""
+    ranks = world_size()
+    for kind in kinds:
+        EPImplementationInterface.register(f"timed_{kind}", _TIMED[kind])
+        model = model_class(load_config(str(folder))).from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            distributed_config=DistributedConfig(
+                tp_size=ranks, ep_size=ranks, ep_implementation=f"timed_{kind}"
+            ),
+        )
+        for name in implementations:
+            yield ModelSystem(f"transformers {kind} ({name})", model.eval(), 1, 0, name)
+
+
+def deepspeed_model_system(folder: Path, dtype: torch.dtype) -> ModelSystem:
+    """Stock DeepSpeed MoE blocks in a replicated model; every rank has its own batch."""
+    model = None
+    # One rank after the other: each needs the whole model for a moment.
+    for turn in range(world_size()):
+        if turn == rank():
+            model = _plain_model(folder, dtype)
+            for layer in model.model.layers:
+                layer.mlp = DeepSpeedBlock(layer.mlp)
+        barrier()
+    return ModelSystem("deepspeed MoE", model, world_size(), rank())
+
+
+class DeepSpeedBlock(nn.Module):
+    """A Mixtral block with DeepSpeed's MoE, which holds a copy of this rank's experts."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.moe, self.run = stock_moe(
+            block.gate.weight.float(), block.experts.gate_up_proj, block.experts.down_proj,
+            block.top_k,
+        )  # fmt: skip
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.run(hidden_states)
+
+
+class _CalledAsModule(nn.Module):
+    """A function as a module, so that its calls can be watched."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = (function,)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function[0](*inputs)
+
+
+def _timed(kind: type[EPImplementation]) -> type[EPImplementation]:
+    """The same with experts that can be watched, as `watched_experts` of their module."""
+
+    class Timed(kind):  # type: ignore[misc, valid-type]
+        def __init__(self, experts: nn.Module, *meshes: Any, **named: Any) -> None:
+            super().__init__(experts, *meshes, **named)
+            self.experts_forward = _CalledAsModule(self.experts_forward)
+            vars(experts)["watched_experts"] = self.experts_forward
+
+    return Timed
+
+
+_TIMED = {"all_to_all": _timed(AllToAllEP), "all_reduce": _timed(AllReduceEP)}
+
+
+def _parts_of(block: Any) -> LayerParts:
+    if isinstance(block, DeepSpeedBlock):
+        inner = block.moe.deepspeed_moe
+        return LayerParts(block, inner.gate, inner.experts)
+    experts = block.experts
+    if isinstance(experts, ResMoE):
+        return LayerParts(block, block.gate, experts.experts)
+    return LayerParts(block, block.gate, vars(experts).get("watched_experts", experts))
+
+
+def _plain_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    kind = model_class(load_config(str(folder)))
+    return kind.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+
+
+def resident_bytes(model: PreTrainedModel | None) -> int:
+    """Bytes of a model's tensors on this rank. Tensors that share storage count once."""
+    if model is None:
+        return 0
+    storages = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        storage = local.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    layers = [module for module in model.modules() if isinstance(module, ResMoE)]
+    prepared = sum(layer.experts.backend.prepared_bytes for layer in layers)
+    return sum(storages.values()) + prepared
