@@ -67,6 +67,7 @@ from resmoe_dist.testing.random_layer import RandomLayer, parse_shape
 
 FORMS = ("decode", "exchange", "shared_batch")
 _BASELINE = "deepspeed MoE"
+_STAGE_STEPS = 5
 # Hidden, rows, experts, experts per token: like Mixtral and like DeepSeek, narrower.
 _SHAPES = ("1024x3584x8x2", "1024x704x64x6")
 
@@ -138,6 +139,9 @@ def measure_case(
     """A row for each system that runs with `tokens` tokens, and one for each that does not."""
     case = {"shape": layer.shape.name, "tokens": tokens}
     x_NH = layer.tokens(tokens)[0]
+    # Each rank checks its share of the tokens, whatever share a system gives it.
+    checked_TH = x_NH[slice(*row_range(tokens, rank(), world_size()))]
+    exact_TH = layer.exact(checked_TH, *router(checked_TH))
     found, skipped = {}, []
     for system in systems:
         copied = tokens * system.copied_bytes
@@ -146,7 +150,7 @@ def measure_case(
             skipped.append(case | {"system": system.name, "reason": reason})
             continue
         try:
-            found[system.name] = _check(layer, router, system, x_NH)
+            found[system.name] = _check(layer, system, x_NH, exact_TH)
         except (RuntimeError, NotImplementedError) as error:
             if system.name.startswith(("resmoe", _BASELINE)):
                 raise
@@ -159,7 +163,7 @@ def measure_case(
 
     droppable = [name for name in found if name.startswith("transformers")]
     seconds = clock.compare(prepare, may_drop=droppable)
-    stages = {s.name: _stages(s, x_NH, len(seconds[s.name]["all"])) for s in running}
+    stages = {system.name: _stages(system, x_NH) for system in running}
     baseline = seconds.get(_BASELINE, {}).get("median")
     rows = [
         {
@@ -178,22 +182,20 @@ def measure_case(
     return rows, skipped
 
 
-def _check(layer: RandomLayer, router: Router, system: System, x_NH: Tensor) -> Row:
+def _check(layer: RandomLayer, system: System, x_NH: Tensor, exact_TH: Tensor) -> Row:
     """Run a system once to check its output, and once more to count its collectives.
 
-    Each rank checks its share of the step's tokens. Raises ValueError on every rank if one of
-    them finds a difference above TOLERANCE.
+    exact_TH: of this rank's share of the tokens, by float32 products. Raises ValueError on every
+    rank if one of them finds a difference above TOLERANCE.
     """
-    tokens, mine = len(x_NH), system.share(x_NH)
-    out_TH = system.run(mine)
+    tokens, mine_TH = len(x_NH), system.share(x_NH)
+    out_TH = system.run(mine_TH)
     first = row_range(tokens, system.batch, system.batches)[0]
     start, stop = row_range(tokens, rank(), world_size())
     error = 0.0
     if stop > start:
-        checked_TH = x_NH[start:stop]
-        exact_TH = layer.exact(checked_TH, *router(checked_TH))
-        ours_TH = out_TH[start - first : stop - first].float()
-        error = float(((ours_TH - exact_TH).norm(dim=1) / exact_TH.norm(dim=1)).max())
+        difference_TH = out_TH[start - first : stop - first].float() - exact_TH
+        error = float((difference_TH.norm(dim=1) / exact_TH.norm(dim=1)).max())
     error = largest(error if math.isfinite(error) else math.inf)
     if error > TOLERANCE:
         raise ValueError(
@@ -202,7 +204,7 @@ def _check(layer: RandomLayer, router: Router, system: System, x_NH: Tensor) -> 
         )
     barrier()
     with WireCount() as count:
-        system.run(mine)
+        system.run(mine_TH)
     sent = sum(of_all_ranks(count.bytes))
     return {
         "relative_error": error,
@@ -213,15 +215,15 @@ def _check(layer: RandomLayer, router: Router, system: System, x_NH: Tensor) -> 
     }
 
 
-def _stages(system: System, x_NH: Tensor, repeats: int) -> dict[str, Any]:
-    """Seconds of each stage: the mean over ranks, summarised over the repeats."""
+def _stages(system: System, x_NH: Tensor) -> dict[str, Any]:
+    """Seconds of each stage: the mean over ranks, summarised over a few steps."""
     mine, found = system.share(x_NH), []
-    for _ in range(repeats):
+    for _ in range(_STAGE_STEPS):
         barrier()
         found.append(stage_seconds(partial(system.run, mine), [system.parts]))
-    ranks = of_all_ranks(found)
+    turns = list(zip(*of_all_ranks(found), strict=True))
     return {
-        stage: summary([statistics.fmean(r[turn][stage] for r in ranks) for turn in range(repeats)])
+        stage: summary([statistics.fmean(one[stage] for one in ranks) for ranks in turns])
         for stage in STAGES
     }
 
