@@ -55,7 +55,7 @@ from benchmarks.ranks import (
 )
 from benchmarks.stages import STAGES, stage_seconds
 from benchmarks.tables import Row
-from benchmarks.timing import Clock, summary
+from benchmarks.timing import Clock
 from benchmarks.ways import DENSE
 from benchmarks.wire import WireCount
 from resmoe_dist.codecs import CodecSpec
@@ -78,7 +78,7 @@ TABLES = (
         *("ratio:.2f", "collectives", "wire/token=wire_bytes_per_token:bytes"),
         *("experts/rank=rank_bytes:bytes", "error=relative_error:.2%"),
     ),
-    ("rows", *_CASE, "system", "{} ms=stages.*:ms"),
+    ("rows", *_CASE, "system", "{} ms=stages_ms.*:.2f"),
     ("skipped", *_CASE, "left out=system", "because=reason"),
 )
 
@@ -175,7 +175,7 @@ def measure_case(
             "ratio": baseline and baseline / seconds[system.name]["median"],
             **found[system.name],
             "rank_bytes": int(largest(system.bytes)),
-            "stages": stages[system.name],
+            "stages_ms": stages[system.name],
         }
         for system in running
     ]
@@ -215,17 +215,18 @@ def _check(layer: RandomLayer, system: System, x_NH: Tensor, exact_TH: Tensor) -
     }
 
 
-def _stages(system: System, x_NH: Tensor) -> dict[str, Any]:
-    """Seconds of each stage: the mean over ranks, summarised over a few steps."""
+def _stages(system: System, x_NH: Tensor) -> dict[str, float]:
+    """Milliseconds of each stage: the mean over ranks, the median over a few steps."""
     mine, found = system.share(x_NH), []
     for _ in range(_STAGE_STEPS):
         barrier()
         found.append(stage_seconds(partial(system.run, mine), [system.parts]))
-    turns = list(zip(*of_all_ranks(found), strict=True))
-    return {
-        stage: summary([statistics.fmean(one[stage] for one in ranks) for ranks in turns])
-        for stage in STAGES
-    }
+    ranks = of_all_ranks(found)
+    means = [
+        {stage: statistics.fmean(one[stage] for one in step) for stage in STAGES}
+        for step in zip(*ranks, strict=True)
+    ]
+    return {stage: 1000 * statistics.median(mean[stage] for mean in means) for stage in STAGES}
 
 
 if __name__ == "__main__":

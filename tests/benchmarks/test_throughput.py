@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import throughput
-from tests.benchmarks.runs import results_of
+from benchmarks import harness, throughput
+from tests.benchmarks.runs import SMALL
 from tests.ranks import run_on_ranks
 
 # One attention head of 64, so tensor parallelism leaves attention whole.
@@ -15,7 +15,7 @@ LENGTHS = ("--input-len", 5, "--output-len", 4, "--batch-size", 4)
 
 def _run(folder, *arguments):
     options = ("--work", folder, *TINY, *LENGTHS, "--ep", 2, "--tp", 1, "--repeats", 2)
-    return results_of(throughput, folder, *options, *arguments)
+    return harness.run(throughput, [*map(str, (*options, *arguments))], SMALL)["results"]
 
 
 @pytest.fixture(scope="module")
