@@ -12,6 +12,7 @@ Legend: B sequences, S prompt tokens, H hidden.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -68,13 +69,17 @@ class ModelSystem:
 
 
 def our_model_systems(
-    compressed: Path, dense: Path, dtype: torch.dtype, topologies: list[Topology]
+    compressed: Path, dense: Path, dtype: torch.dtype, topologies: list[Topology], form: str
 ) -> Iterator[ModelSystem]:
-    """The compressed and the dense codec, on the grid with each number of lanes."""
+    """The compressed and the dense codec, on the grid with each number of lanes.
+
+    form: of dispatch; lanes that cannot use it take `auto`.
+    """
     for place in topologies:
         lanes = f"{place.lanes} lane{'s' if place.lanes > 1 else ''}"
         for name, folder in (("resmoe", compressed), ("resmoe-dense", dense)):
-            model = load_model(folder, dtype=dtype, topology=place)
+            usable = "auto" if form == "shared_batch" and place.replica_lanes > 1 else form
+            model = load_model(folder, dtype=dtype, topology=place, dispatch=usable)
             yield ModelSystem(f"{name}, {lanes}", model, place.lanes, place.lane)
 
 
@@ -91,33 +96,59 @@ def one_rank_systems(
 def transformers_model_systems(
     folder: Path, dtype: torch.dtype, implementations: list[str], kinds: list[str]
 ) -> Iterator[ModelSystem]:
-    """transformers' expert parallelism over all ranks, which share one batch."""
-    ranks = world_size()
+    """transformers' expert parallelism over all ranks, which share one batch.
+
+    Its tensor parallelism divides everything else, if the heads divide over the ranks.
+    The loaded model is distributed, because `from_pretrained` with a DistributedConfig needs
+    accelerate. Its parts are the same.
+    """
+    ranks, cls = world_size(), model_class(load_config(str(folder)))
+    text = load_config(str(folder)).get_text_config()
+    heads = math.gcd(text.num_attention_heads, text.num_key_value_heads)
+    plan: Any = {} if heads % ranks else "auto"
     for kind in kinds:
         EPImplementationInterface.register(f"timed_{kind}", _TIMED[kind])
-        model = model_class(load_config(str(folder))).from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            distributed_config=DistributedConfig(
-                tp_size=ranks, ep_size=ranks, ep_implementation=f"timed_{kind}"
-            ),
+        config = DistributedConfig(
+            tp_size=ranks, tp_plan=plan, ep_size=ranks, ep_implementation=f"timed_{kind}"
+        )
+        config, _, meshes = cls.prepare_distribute_model(config)
+        model = in_turns(
+            lambda config=config, meshes=meshes: _own_slices(
+                cls.maybe_distribute_model(_plain_model(folder, dtype), config, meshes)
+            )
         )
         for name in implementations:
-            yield ModelSystem(f"transformers {kind} ({name})", model.eval(), 1, 0, name)
+            yield ModelSystem(f"transformers {kind} ({name})", model, 1, 0, name)
+
+
+def _own_slices(model: PreTrainedModel) -> PreTrainedModel:
+    """Give the slices that this rank keeps memory that is not the whole tensor's."""
+    for parameter in model.parameters():
+        if isinstance(parameter.data, DTensor):
+            local = parameter.data.to_local()
+            parameter.data._local_tensor = local.clone()
+    return model
+
+
+def in_turns(load: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """What `load` returns, one rank after the other: each needs a whole model for a moment."""
+    for turn in range(world_size()):
+        if turn == rank():
+            model = load()
+        barrier()
+    return model
 
 
 def deepspeed_model_system(folder: Path, dtype: torch.dtype) -> ModelSystem:
     """Stock DeepSpeed MoE blocks in a replicated model; every rank has its own batch."""
-    model = None
-    # One rank after the other: each needs the whole model for a moment.
-    for turn in range(world_size()):
-        if turn == rank():
-            model = _plain_model(folder, dtype)
-            for layer in model.model.layers:
-                layer.mlp = DeepSpeedBlock(layer.mlp)
-        barrier()
-    return ModelSystem("deepspeed MoE", model, world_size(), rank())
+
+    def load() -> PreTrainedModel:
+        model = _plain_model(folder, dtype)
+        for layer in model.model.layers:
+            layer.mlp = DeepSpeedBlock(layer.mlp)
+        return model
+
+    return ModelSystem("deepspeed MoE", in_turns(load), world_size(), rank())
 
 
 class DeepSpeedBlock(nn.Module):

@@ -220,7 +220,7 @@ def _stages(system: System, x_NH: Tensor) -> dict[str, float]:
     mine, found = system.share(x_NH), []
     for _ in range(_STAGE_STEPS):
         barrier()
-        found.append(stage_seconds(partial(system.run, mine), [system.parts]))
+        found += stage_seconds(partial(system.run, mine), [system.parts])
     ranks = of_all_ranks(found)
     means = [
         {stage: statistics.fmean(one[stage] for one in step) for stage in STAGES}

@@ -26,18 +26,20 @@ class LayerParts:
     experts: nn.Module
 
 
-def stage_seconds(call: Callable[[], object], layers: Iterable[LayerParts]) -> dict[str, float]:
-    """Seconds of each stage during `call`, over all layers."""
-    total = dict.fromkeys(STAGES, 0.0)
+def stage_seconds(
+    call: Callable[[], object], layers: Iterable[LayerParts]
+) -> list[dict[str, float]]:
+    """Seconds of each stage, for every time that `call` runs one of the layers, in order."""
+    found: list[dict[str, float]] = []
     with ExitStack() as stack:
         for parts in layers:
-            _watch(parts, total, stack)
+            _watch(parts, found, stack)
         call()
-    return total
+    return found
 
 
-def _watch(parts: LayerParts, total: dict[str, float], stack: ExitStack) -> None:
-    """Add the stages of each call of a layer to `total`, until the stack is left."""
+def _watch(parts: LayerParts, found: list[dict[str, float]], stack: ExitStack) -> None:
+    """Append the stages of each call of a layer to `found`, until the stack is left."""
     entered: dict[nn.Module, float] = {}
     left: dict[nn.Module, float] = {}
 
@@ -47,10 +49,14 @@ def _watch(parts: LayerParts, total: dict[str, float], stack: ExitStack) -> None
     def leave(module: nn.Module, *_: object) -> None:
         left[module] = time.perf_counter()
         if module is parts.block:
-            total["router"] += left[parts.router] - entered[parts.router]
-            total["dispatch"] += entered[parts.experts] - left[parts.router]
-            total["experts"] += left[parts.experts] - entered[parts.experts]
-            total["combine"] += left[parts.block] - left[parts.experts]
+            found.append(
+                {
+                    "router": left[parts.router] - entered[parts.router],
+                    "dispatch": entered[parts.experts] - left[parts.router],
+                    "experts": left[parts.experts] - entered[parts.experts],
+                    "combine": left[parts.block] - left[parts.experts],
+                }
+            )
 
     for module in (parts.block, parts.router, parts.experts):
         stack.callback(module.register_forward_pre_hook(enter).remove)

@@ -70,6 +70,7 @@ from resmoe_dist.checkpoints.format import STORED_DTYPES, is_compressed
 from resmoe_dist.config.commands import CompressConfig
 from resmoe_dist.errors import first_line
 from resmoe_dist.launch.compress import compress
+from resmoe_dist.parallel.dispatch import FORMS
 from resmoe_dist.parallel.entry_point import launched_rank
 from resmoe_dist.parallel.topology import build_topology
 from resmoe_dist.testing.synthetic_model import VOCABULARY
@@ -106,6 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output-len", type=positive, default=32, metavar="N", help="new tokens per sequence")
     add("--batch-size", type=positive, default=8, metavar="B", help="sequences at a time, of all")
     add("--num-prompts", type=positive, metavar="P", help="per turn (default: one batch)")
+    add("--dispatch", choices=FORMS, default="auto", help="our form, if the lanes allow it")
     add("--systems", nargs="+", choices=_SYSTEMS, default=list(_SYSTEMS))
     add("--experts-implementation", nargs="+", choices=DENSE, default=["eager", "grouped_mm"])
     add("--ep-implementation", nargs="+", choices=KINDS, default=list(KINDS))
@@ -144,7 +146,9 @@ def _load(
     dtype, experts = STORED_DTYPES[args.dtype], args.experts_implementation
     loaders: dict[str, Callable[[], list[ModelSystem]]] = {
         "one_rank": lambda: list(one_rank_systems(restored, dtype, experts)),
-        "resmoe": lambda: list(our_model_systems(compressed, dense, dtype, topologies)),
+        "resmoe": lambda: list(
+            our_model_systems(compressed, dense, dtype, topologies, args.dispatch)
+        ),
         "deepspeed": lambda: [deepspeed_model_system(restored, dtype)],
         "transformers": lambda: list(
             transformers_model_systems(restored, dtype, experts, args.ep_implementation)
@@ -239,25 +243,24 @@ def _num_prompts(args: argparse.Namespace) -> int:
 
 def _watch(args: argparse.Namespace, system: ModelSystem, ids_BS: Tensor) -> Row:
     """Collectives, bytes and stages of a decode step, per MoE layer."""
-    steps = min(_WATCHED_STEPS, args.output_len - 1)
-    counts, stages = [], []
+    steps, counts = min(_WATCHED_STEPS, args.output_len - 1), []
     for new_tokens in (1, 1 + steps):
-        barrier()
         with WireCount() as wire:
             generate(system, ids_BS, new_tokens)
         counts.append((wire.collectives, sum(of_all_ranks(wire.bytes))))
-        barrier()
-        stages.append(stage_seconds(partial(generate, system, ids_BS, new_tokens), system.parts))
     per = max(1, steps) * args.layers
     (calls, sent), (more_calls, more_sent) = counts
-    found = [each for each in of_all_ranks(stages) if any(each[1].values())]
+    run = partial(generate, system, ids_BS, 1 + steps)
+    # The layers of the first step are the prefill's.
+    mine = stage_seconds(run, system.parts)[args.layers :]
+    found = [each for of_rank in of_all_ranks(mine) for each in of_rank]
     return {
         "wire": {
             "collectives": (more_calls - calls) / per,
             "bytes_per_token": (more_sent - sent) / per / args.batch_size,
         },
         "stages_ms": {
-            stage: 1000 * statistics.fmean(b[stage] - a[stage] for a, b in found) / per
+            stage: 1000 * statistics.fmean(each[stage] for each in found) if found else None
             for stage in STAGES
         },
     }
@@ -276,12 +279,12 @@ def _all_tokens(args: argparse.Namespace, system: ModelSystem, mine: Generated) 
 def _figures(args: argparse.Namespace, found: list[Generated]) -> Row:
     """Times and rates of a system from its batches."""
     steps = [slowest_steps(each) for each in found]
-    ttft = summary([each[0] for each in steps])
-    between = np.concatenate([np.diff(each) for each in steps])
+    ttft = summary([float(each[0]) for each in steps])
+    between = [float(each) for one in steps for each in np.diff(one)]
     B, N = args.batch_size, args.output_len
     row: Row = {"ttft": ttft, "prefill_rate": B * args.input_len / ttft["median"]}
     if N > 1:
-        rest = statistics.median(each[-1] - each[0] for each in steps)
+        rest = statistics.median(float(each[-1] - each[0]) for each in steps)
         row["tpot"] = {
             f"p{p}": 1000 * float(np.percentile(between, p)) for p in (50, 95)
         }  # in milliseconds

@@ -8,8 +8,8 @@ from benchmarks import harness, throughput
 from tests.benchmarks.runs import SMALL
 from tests.ranks import run_on_ranks
 
-# One attention head of 64, so tensor parallelism leaves attention whole.
-TINY = ("--layers", 2, "--hidden", 64, "--rows", 48, "--experts", 4)
+# Two attention heads, which two ranks divide.
+TINY = ("--layers", 2, "--hidden", 256, "--rows", 48, "--experts", 4)
 LENGTHS = ("--input-len", 5, "--output-len", 4, "--batch-size", 4)
 
 
@@ -22,7 +22,9 @@ def _run(folder, *arguments):
 def results(tmp_path_factory):
     """On 2 ranks in float32."""
     folder = tmp_path_factory.mktemp("throughput")
-    return run_on_ranks(2, _run, folder, "--dtype", "float32", "--num-prompts", 8)[0]
+    return run_on_ranks(
+        2, _run, folder, "--dtype", "float32", "--num-prompts", 8, "--dispatch", "decode"
+    )[0]
 
 
 def test_all_systems_generate_the_same_in_float32(results):
@@ -49,7 +51,7 @@ def test_figures_follow_from_the_moments_of_the_steps(results):
 
 def test_bytes_on_the_wire_are_those_of_a_decode_step(results):
     rows = {row["system"]: row for row in results["rows"]}
-    token = 64 * 4
+    token = 256 * 4
     assert rows["transformers, 1 rank (eager)"]["wire"] == {"collectives": 0, "bytes_per_token": 0}
     # Both lanes give two tokens with routing and their sums; the sizes once for two layers.
     decode = rows["resmoe, 2 lanes"]["wire"]
