@@ -165,7 +165,8 @@ class _Mlp(nn.Module):
         self.down_HI = nn.Parameter(down_HI, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self.gate_up_JH).chunk(2, -1)
+        # DeepSpeed gives a strided view, for which PyTorch would expand and copy the weights.
+        gate, up = F.linear(x.contiguous(), self.gate_up_JH).chunk(2, -1)
         return F.linear(F.silu(gate) * up, self.down_HI)
 
 
