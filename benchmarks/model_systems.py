@@ -3,6 +3,7 @@
     resmoe, resmoe-dense   `load_model` on the grid, compressed or with codec `dense`
     deepspeed MoE          plain transformers on every rank, its MoE blocks replaced by
                            `deepspeed.moe.layer.MoE`, one expert-parallel position per rank
+    autoep                 the same, its MoE blocks replaced by DeepSpeed AutoEP
     transformers …         its own expert parallelism (`DistributedConfig`), everything else sharded
                            by its tensor-parallel plan
     transformers, 1 rank   the dense model on rank 0 with all cores
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -31,6 +33,7 @@ from transformers.distributed.expert_parallel import (
     EPImplementationInterface,
 )
 
+from benchmarks.autoep import EXPERTS, use_autoep
 from benchmarks.moe_systems import stock_moe
 from benchmarks.ranks import barrier, rank, world_size
 from benchmarks.stages import LayerParts
@@ -151,6 +154,13 @@ def deepspeed_model_system(folder: Path, dtype: torch.dtype) -> ModelSystem:
     return ModelSystem("deepspeed MoE", in_turns(load), world_size(), rank())
 
 
+def autoep_model_systems(folder: Path, dtype: torch.dtype) -> Iterator[ModelSystem]:
+    """DeepSpeed AutoEP in a replicated model; every rank has its own batch."""
+    for experts in EXPERTS:
+        model = in_turns(lambda experts=experts: use_autoep(_plain_model(folder, dtype), experts))
+        yield ModelSystem(f"autoep ({experts})", model, world_size(), rank())
+
+
 class DeepSpeedBlock(nn.Module):
     """A Mixtral block with DeepSpeed's MoE, which holds a copy of this rank's experts."""
 
@@ -195,6 +205,8 @@ def _parts_of(block: Any) -> LayerParts:
     if isinstance(block, DeepSpeedBlock):
         inner = block.moe.deepspeed_moe
         return LayerParts(block, inner.gate, inner.experts)
+    if isinstance(block, AutoEPMoELayer):
+        return LayerParts(block, block.router, block.experts)
     experts = block.experts
     if isinstance(experts, ResMoE):
         return LayerParts(block, block.gate, experts.experts)

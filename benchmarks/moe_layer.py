@@ -13,6 +13,7 @@ A step carries --tokens tokens over all ranks together. A system divides them ov
 8 tokens and 8 ranks, DeepSpeed has one token per rank, a grid with 4 lanes two per lane, a shared
 batch all 8 on every rank.
 
+fastest       of each library; `ours` and `theirs` name the form that was
 us/token      seconds of a step / its tokens, median
 ratio         DeepSpeed's median / this one's: above 1 is faster than stock DeepSpeed
 collectives   per step on one rank, counted in PyTorch's communication library
@@ -39,6 +40,7 @@ from benchmarks.kernels import TOLERANCE
 from benchmarks.moe_systems import (
     Router,
     System,
+    autoep_systems,
     deepspeed_system,
     our_systems,
     transformers_systems,
@@ -73,6 +75,7 @@ _SHAPES = ("1024x3584x8x2", "1024x704x64x6")
 
 _CASE = ("layer=shape", "tokens")
 TABLES = (
+    ("fastest", *_CASE, "{} us/token=us.*:.0f", "ours=systems.resmoe", "theirs=theirs"),
     (
         *("rows", *_CASE, "system", "us/token=us_per_token:.0f", "step ms=seconds:ms"),
         *("ratio:.2f", "collectives", "wire/token=wire_bytes_per_token:bytes"),
@@ -102,7 +105,7 @@ def measure(args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     topologies = [place]
     if place.replica_lanes > 1:
         topologies.append(build_topology(args.ep, args.tp, lanes=place.dp))
-    results: dict[str, Any] = {"rows": [], "skipped": []}
+    results: dict[str, Any] = {"fastest": [], "rows": [], "skipped": []}
     for shape in args.shapes:
         codec = CodecSpec(name="pruned", options={"keep": args.keep})
         layer = RandomLayer(shape, codec, clock.device, args.seed)
@@ -111,6 +114,7 @@ def measure(args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
         systems = systems_of(args, layer, router, topologies)
         for tokens in args.tokens:
             rows, skipped = measure_case(clock, layer, router, systems, tokens)
+            results["fastest"].append(fastest_of(rows))
             results["rows"] += rows
             results["skipped"] += skipped
             if rank() == 0:
@@ -128,6 +132,7 @@ def systems_of(
     """
     return [
         deepspeed_system(layer, router),
+        *autoep_systems(layer, router),
         *our_systems(layer, router, topologies, args.forms),
         *transformers_systems(layer, router, tuple(args.experts)),
     ]
@@ -161,7 +166,7 @@ def measure_case(
         new_NH = layer.tokens(tokens)[0]
         return {system.name: partial(system.run, system.share(new_NH)) for system in running}
 
-    droppable = [name for name in found if name.startswith("transformers")]
+    droppable = [name for name in found if name.startswith(("transformers", "autoep"))]
     seconds = clock.compare(prepare, may_drop=droppable)
     stages = {system.name: _stages(system, x_NH) for system in running}
     baseline = seconds.get(_BASELINE, {}).get("median")
@@ -180,6 +185,21 @@ def measure_case(
         for system in running
     ]
     return rows, skipped
+
+
+def fastest_of(rows: list[Row]) -> Row:
+    """The fastest system of each library in one case, by its name's first word."""
+    best: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: -row["us_per_token"]):
+        best[row["system"].split()[0]] = row
+    theirs = min((best[n] for n in best if "resmoe" not in n), key=lambda row: row["us_per_token"])
+    return {
+        "shape": rows[0]["shape"],
+        "tokens": rows[0]["tokens"],
+        "us": {name: row["us_per_token"] for name, row in sorted(best.items())},
+        "systems": {name: row["system"] for name, row in sorted(best.items())},
+        "theirs": theirs["system"],
+    }
 
 
 def _check(layer: RandomLayer, system: System, x_NH: Tensor, exact_TH: Tensor) -> Row:

@@ -4,7 +4,7 @@ A *system* is a layer with its router: a function of the tokens that this rank c
 divide a step's tokens differently: over lanes, over all ranks, or not at all.
 
     ours            a form of dispatch and a number of lanes, on the grid of the launch
-    DeepSpeed       `deepspeed.moe.layer.MoE` with one expert-parallel position per rank
+    DeepSpeed       `deepspeed.moe.layer.MoE` with one expert-parallel position per rank; AutoEP
     transformers    its `EPImplementation`s over its experts module, in each implementation
 
 All route alike: softmax in float32 over all experts, the best K, their weights scaled to sum 1.
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers.distributed.expert_parallel import AllReduceEP, AllToAllEP, EPImplementation
 
+from benchmarks.autoep import EXPERTS, autoep_layer
 from benchmarks.ranks import rank, world_size
 from benchmarks.stages import LayerParts
 from resmoe_dist.codecs import DenseMatrix
@@ -177,6 +178,15 @@ def deepspeed_system(layer: RandomLayer, router: Router) -> System:
     size = sum(parameter.nbytes for parameter in inner.experts.parameters())
     parts = LayerParts(_Block(run), inner.gate, inner.experts)
     return System("deepspeed MoE", world_size(), rank(), parts, size)
+
+
+def autoep_systems(layer: RandomLayer, router: Router) -> Iterator[System]:
+    """DeepSpeed AutoEP over all ranks, with each way to multiply with its experts."""
+    for experts in EXPERTS:
+        run, made = autoep_layer(layer, router.weight_EH, experts)
+        size = sum(parameter.nbytes for parameter in made.experts.parameters())
+        parts = LayerParts(_Block(run), made.router, made.experts)
+        yield System(f"autoep ({experts})", world_size(), rank(), parts, size)
 
 
 def stock_moe(

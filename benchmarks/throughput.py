@@ -46,6 +46,7 @@ from benchmarks.generation import Generated, generate, slowest_steps
 from benchmarks.harness import logger, main, positive, share
 from benchmarks.model_systems import (
     ModelSystem,
+    autoep_model_systems,
     deepspeed_model_system,
     one_rank_systems,
     our_model_systems,
@@ -76,7 +77,7 @@ from resmoe_dist.parallel.topology import build_topology
 from resmoe_dist.testing.synthetic_model import VOCABULARY
 
 KINDS = ("all_reduce", "all_to_all")
-_SYSTEMS = ("one_rank", "resmoe", "deepspeed", "transformers")
+_SYSTEMS = ("one_rank", "resmoe", "deepspeed", "autoep", "transformers")
 # Decode steps that are counted and watched.
 _WATCHED_STEPS = 4
 
@@ -150,6 +151,7 @@ def _load(
             our_model_systems(compressed, dense, dtype, topologies, args.dispatch)
         ),
         "deepspeed": lambda: [deepspeed_model_system(restored, dtype)],
+        "autoep": lambda: list(autoep_model_systems(restored, dtype)),
         "transformers": lambda: list(
             transformers_model_systems(restored, dtype, experts, args.ep_implementation)
         ),

@@ -31,9 +31,9 @@ def test_all_systems_run_and_agree(results):
     assert results["skipped"] == []
     for tokens in (1, 6):
         rows = {row["system"]: row for row in results["rows"] if row["tokens"] == tokens}
-        others = {name for name in rows if name.startswith(("deepspeed", "transformers"))}
+        others = {name for name in rows if name.startswith(("deepspeed", "autoep", "transformers"))}
         assert set(rows) - others == OURS
-        assert len(others) == 1 + 3 * 3
+        assert len(others) == 1 + 2 + 3 * 3
         assert all(0 < row["relative_error"] < 0.03 for row in rows.values())
 
 
@@ -47,6 +47,16 @@ def test_ratio_is_to_deepspeed_and_time_per_token_to_all_tokens(results):
         assert row["ratio"] == pytest.approx(baseline / row["seconds"]["median"])
         assert row["us_per_token"] == pytest.approx(1e6 * row["seconds"]["median"] / row["tokens"])
         assert all(milliseconds > 0 for milliseconds in row["stages_ms"].values())
+
+
+def test_fastest_of_each_library(results):
+    for found in results["fastest"]:
+        rows = [row for row in results["rows"] if row["tokens"] == found["tokens"]]
+        assert set(found["us"]) == {"resmoe", "resmoe-dense", "deepspeed", "autoep", "transformers"}
+        for library, least in found["us"].items():
+            assert least == min(
+                row["us_per_token"] for row in rows if row["system"].split()[0] == library
+            )
 
 
 def test_bytes_on_the_wire_and_in_memory(results):
