@@ -78,6 +78,20 @@ def slowest_steps(mine: Generated) -> np.ndarray:
     return np.max([each for each in of_all_ranks(mine.moments) if each], axis=0)
 
 
+def tokens_of_all(system: ModelSystem, mine: Generated, batch_size: int) -> Tensor:
+    """The new tokens of a batch of all ranks: [batch_size, N].
+
+    Each sequence is taken from the first rank that has it.
+    """
+    parts: dict[int, Tensor] = {}
+    for batch, found in of_all_ranks((system.batch, mine.tokens_BN)):
+        if found is not None:
+            parts.setdefault(batch, found)
+    all_BN = torch.cat([parts[batch] for batch in sorted(parts)])
+    assert len(all_BN) == batch_size
+    return all_BN
+
+
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
     """Compute with `count` threads; None leaves their number."""

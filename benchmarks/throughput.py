@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import decode
-from benchmarks.generation import Generated, generate, slowest_steps
+from benchmarks.generation import Generated, generate, slowest_steps, tokens_of_all
 from benchmarks.harness import logger, main, positive, share
 from benchmarks.model_systems import (
     ModelSystem,
@@ -176,54 +176,64 @@ def measure_systems(
 
     Raises RuntimeError if a system generates different tokens in float32.
     """
-    prompts = _Prompts(args)
-    running, watched = [], {}
+    prompts, running = _Prompts(args), []
     for system in systems:
-        try:
-            watched[system.name] = _watch(args, system, prompts.batch())
+        reason = _refusal(system, prompts.batch())
+        if reason is None:
             running.append(system)
-        except (RuntimeError, ValueError, NotImplementedError) as error:
-            if system.name.startswith("resmoe"):
-                raise
-            skipped.append({"system": system.name, "reason": first_line(error)})
-        if rank() == 0:
-            logger.info("%s: tried", system.name)
+        elif system.name.startswith("resmoe"):
+            raise RuntimeError(f"{system.name}: {reason}")
+        else:
+            skipped.append({"system": system.name, "reason": reason})
+    watched = {system.name: _watch(args, system, prompts.batch()) for system in running}
     generated: dict[str, list[Generated]] = {system.name: [] for system in running}
+    batches = -(-(args.num_prompts or args.batch_size) // args.batch_size)
 
     def prepare() -> dict[str, Callable[[], None]]:
-        batches = [prompts.batch() for _ in range(-(-_num_prompts(args) // args.batch_size))]
+        given = [prompts.batch() for _ in range(batches)]
 
         def run(system: ModelSystem) -> None:
-            for ids_BS in batches:
+            for ids_BS in given:
                 generated[system.name].append(generate(system, ids_BS, args.output_len))
 
         return {system.name: partial(run, system) for system in running}
 
     clock.compare(prepare)
-    tokens = {name: [_all_tokens(args, s, g) for g in generated[name]] for name, s in
-              ((system.name, system) for system in running)}  # fmt: skip
-    first = running[0].name
-    rows = []
+    first, rows = running[0], []
+    expected = [tokens_of_all(first, each, args.batch_size) for each in generated[first.name]]
     for system in running:
-        same = [torch.equal(a, b) for a, b in zip(tokens[first], tokens[system.name], strict=True)]
-        if args.dtype == "float32" and not all(same):
-            raise RuntimeError(f"{system.name} generates other tokens than {first} in float32")
-        equal = [
-            float((a == b).float().mean())
-            for a, b in zip(tokens[first], tokens[system.name], strict=True)
-        ]
+        found = generated[system.name]
+        tokens = [tokens_of_all(system, each, args.batch_size) for each in found]
+        equal = statistics.fmean(
+            float((a_BN == b_BN).float().mean())
+            for a_BN, b_BN in zip(expected, tokens, strict=True)
+        )
+        if args.dtype == "float32" and equal < 1:
+            raise RuntimeError(f"{system.name} generates other tokens than {first.name} in float32")
+        resident = resident_bytes(system.model)
+        peak = resident + max(each.growth for each in found)
         rows.append(
             {
                 "system": system.name,
                 "batches": system.batches,
-                **_figures(args, generated[system.name]),
-                "equal_tokens": statistics.fmean(equal),
+                **_figures(args, found),
+                "equal_tokens": equal,
                 **watched[system.name],
-                "resident_bytes": max(of_all_ranks(resident_bytes(system.model))),
-                "peak_bytes": _peak(system, generated[system.name]),
+                "resident_bytes": max(of_all_ranks(resident)),
+                "peak_bytes": max(of_all_ranks(peak)),
             }
         )
     return rows
+
+
+def _refusal(system: ModelSystem, ids_BS: Tensor) -> str | None:
+    """Why a system cannot generate; None if it can. The same on all ranks."""
+    reason = ""
+    try:
+        generate(system, ids_BS, 2)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        reason = first_line(error)
+    return next((each for each in of_all_ranks(reason) if each), None)
 
 
 class _Prompts:
@@ -237,10 +247,6 @@ class _Prompts:
         """The next ones: [B, S]."""
         generator = torch.Generator().manual_seed(next(self._seeds))
         return torch.randint(VOCABULARY, self._shape, generator=generator)
-
-
-def _num_prompts(args: argparse.Namespace) -> int:
-    return args.num_prompts or args.batch_size
 
 
 def _watch(args: argparse.Namespace, system: ModelSystem, ids_BS: Tensor) -> Row:
@@ -268,16 +274,6 @@ def _watch(args: argparse.Namespace, system: ModelSystem, ids_BS: Tensor) -> Row
     }
 
 
-def _all_tokens(args: argparse.Namespace, system: ModelSystem, mine: Generated) -> Tensor:
-    """[B, N] of all ranks together; each sequence is taken from the first rank that has it."""
-    tokens_BN = torch.full((args.batch_size, args.output_len), -1)
-    for batch, found in of_all_ranks((system.batch, mine.tokens_BN))[::-1]:
-        if found is not None and len(found):
-            first = args.batch_size * batch // system.batches
-            tokens_BN[first : first + len(found)] = found
-    return tokens_BN
-
-
 def _figures(args: argparse.Namespace, found: list[Generated]) -> Row:
     """Times and rates of a system from its batches."""
     steps = [slowest_steps(each) for each in found]
@@ -292,11 +288,6 @@ def _figures(args: argparse.Namespace, found: list[Generated]) -> Row:
         }  # in milliseconds
         row["decode_rate"] = B * (N - 1) / rest
     return row
-
-
-def _peak(system: ModelSystem, found: list[Generated]) -> int:
-    growth = max(each.growth for each in found)
-    return max(of_all_ranks(resident_bytes(system.model) + growth))
 
 
 if __name__ == "__main__":
