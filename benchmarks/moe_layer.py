@@ -1,7 +1,7 @@
 """One MoE layer on several ranks: ours beside DeepSpeed's MoE and transformers' expert parallelism.
 
     python -m benchmarks.moe_layer --ep 4 --tp 2
-    deepspeed --module benchmarks.moe_layer --ep 4 --tp 2
+    deepspeed benchmarks/moe_layer.py --ep 4 --tp 2
 
 All systems (see `moe_systems.py`) run in one launch, on the same ranks, with the same tokens, the
 same routing and the same weights: those that the compressed layer restores to. They take turns; a
@@ -30,7 +30,12 @@ import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+if not __package__:
+    # As a script. Python would look for modules in this folder, whose names others have too.
+    sys.path[0] = str(Path(__file__).parents[1])
 
 import torch
 from torch import Tensor

@@ -1,7 +1,7 @@
 """A whole model on several ranks: ours beside DeepSpeed's MoE and transformers' expert parallelism.
 
     python -m benchmarks.throughput --work DIR --ep 4 --tp 2
-    deepspeed --module benchmarks.throughput --work DIR --ep 4 --tp 2
+    deepspeed benchmarks/throughput.py --work DIR --ep 4 --tp 2
 
 Makes a Mixtral with random weights, compresses it, restores that, and stores the restored experts
 with codec `dense`; all stay in DIR. Then every system (see `model_systems.py`) generates greedily
@@ -36,6 +36,10 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+if not __package__:
+    # As a script. Python would look for modules in this folder, whose names others have too.
+    sys.path[0] = str(Path(__file__).parents[1])
 
 import numpy as np
 import torch
