@@ -113,12 +113,13 @@ def measure(args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     return results
 
 
-def make_folders(args: argparse.Namespace) -> tuple[Path, Path]:
+def make_folders(args: argparse.Namespace, ep: int = 1) -> tuple[Path, Path]:
     """The compressed and the restored model, made unless they are there.
 
-    Raises UserError if `--work` holds another model.
+    ep: groups per layer. Raises UserError if `--work` holds another model.
     """
-    source, made = args.work / "source", args.work / f"{args.codec}-{args.keep:g}"
+    name = f"{args.codec}-{args.keep:g}" + (f"-ep{ep}" if ep > 1 else "")
+    source, made = args.work / "source", args.work / name
     compressed, restored = made / "compressed", made / f"restored-{args.dtype}"
     model = model_of(args)
     model.ensure_in(source)
@@ -130,7 +131,7 @@ def make_folders(args: argparse.Namespace) -> tuple[Path, Path]:
         made.mkdir(exist_ok=True)
         for stale in made.glob("restored-*"):
             shutil.rmtree(stale)
-        options = {"ep": 1, "codec": args.codec, "keep": args.keep, "resume": True}
+        options = {"ep": ep, "codec": args.codec, "keep": args.keep, "resume": True}
         compress(CompressConfig(source=source, output=compressed, **options))
     config = read_json(compressed / "config.json")
     config.pop("quantization_config")

@@ -31,7 +31,7 @@ from benchmarks.tables import table_of
 from benchmarks.timing import Clock, Effort
 from resmoe_dist.checkpoints.tensor_files import write_json
 from resmoe_dist.errors import UserError
-from resmoe_dist.parallel.entry_point import quiet_libraries, run_entry_point
+from resmoe_dist.parallel.entry_point import launched_rank, quiet_libraries, run_entry_point
 
 # One benchmark with a command, or several that share one and are named like their files.
 Benchmarks = ModuleType | Sequence[ModuleType]
@@ -55,7 +55,10 @@ def main(benchmarks: Benchmarks) -> None:
 def run(
     benchmarks: Benchmarks, arguments: Sequence[str], effort: Effort | None = None
 ) -> dict[str, Any]:
-    """Run one benchmark, print its tables, and return the report that `--json` writes."""
+    """Run one benchmark, print its tables, and return the report that `--json` writes.
+
+    Of several ranks, the first prints and writes.
+    """
     args = _parse(benchmarks, arguments)
     benchmark: ModuleType = args.benchmark
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -65,20 +68,23 @@ def run(
     threads_before = torch.get_num_threads()
     torch.set_num_threads(args.threads or threads_before)
     try:
-        machine = machine_facts()
         with torch.no_grad():
             results = benchmark.measure(args, clock)
+        # After it, because a benchmark of several ranks chooses the threads of each.
+        machine = machine_facts()
     finally:
         torch.set_num_threads(threads_before)
+    options = vars(args) | {"benchmark": _name(benchmark)}
+    options = json.loads(json.dumps(options, default=str))
+    report = {"options": options, "machine": machine, "results": results}
+    if launched_rank():
+        return report
     texts = [
         table_of(results[name], columns) for name, *columns in benchmark.TABLES if results[name]
     ]
     on = "{cpu}, {cpu_capability}: {cores} cores, {threads} threads; torch {versions[torch]}, "
     texts.append((on + "transformers {versions[transformers]}").format(**machine))
     print("\n\n".join(texts))
-    options = vars(args) | {"benchmark": _name(benchmark)}
-    options = json.loads(json.dumps(options, default=str))
-    report = {"options": options, "machine": machine, "results": results}
     if args.json:
         write_json(args.json, report)
     return report

@@ -67,7 +67,15 @@ class Clock:
         result = action()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return result, self.now() - began
+        return result, self.elapsed(began)
+
+    def elapsed(self, began: float) -> float:
+        """Seconds since `began`, by which everything is decided."""
+        return self.now() - began
+
+    def evicting_bytes(self) -> int:
+        """What is read before every turn."""
+        return self.effort.evicting_bytes
 
     def turn(self, contenders: Contenders) -> dict[str, float]:
         """Seconds of one turn of each, with cold caches, in random order.
@@ -107,7 +115,7 @@ class Clock:
         """0, 1, … as often as the options say. Three are made (or all) despite a time limit."""
         began = self.now()
         for number in range(self._repeats):
-            if number >= self.effort.least_repeats and self.now() - began > self._seconds:
+            if number >= self.effort.least_repeats and self.elapsed(began) > self._seconds:
                 return
             yield number
 
@@ -136,7 +144,7 @@ class Clock:
 
     @cached_property
     def _evicting(self) -> Tensor:
-        size = self.effort.evicting_bytes // 8
+        size = self.evicting_bytes() // 8
         return torch.ones(size, dtype=torch.float64, device=self.device)
 
 
