@@ -33,7 +33,7 @@ from transformers.distributed.expert_parallel import (
     EPImplementationInterface,
 )
 
-from benchmarks.autoep import EXPERTS, use_autoep
+from benchmarks.autoep import use_autoep
 from benchmarks.moe_systems import stock_moe
 from benchmarks.ranks import barrier, rank, world_size
 from benchmarks.stages import LayerParts
@@ -154,11 +154,10 @@ def deepspeed_model_system(folder: Path, dtype: torch.dtype) -> ModelSystem:
     return ModelSystem("deepspeed MoE", in_turns(load), world_size(), rank())
 
 
-def autoep_model_systems(folder: Path, dtype: torch.dtype) -> Iterator[ModelSystem]:
+def autoep_model_system(folder: Path, dtype: torch.dtype) -> ModelSystem:
     """DeepSpeed AutoEP in a replicated model; every rank has its own batch."""
-    for experts in EXPERTS:
-        model = in_turns(lambda experts=experts: use_autoep(_plain_model(folder, dtype), experts))
-        yield ModelSystem(f"autoep ({experts})", model, world_size(), rank())
+    model = in_turns(lambda: use_autoep(_plain_model(folder, dtype), "grouped_mm"))
+    return ModelSystem("autoep (grouped_mm)", model, world_size(), rank())
 
 
 class DeepSpeedBlock(nn.Module):

@@ -50,7 +50,7 @@ from benchmarks.generation import Generated, generate, slowest_steps, tokens_of_
 from benchmarks.harness import logger, main, positive, share
 from benchmarks.model_systems import (
     ModelSystem,
-    autoep_model_systems,
+    autoep_model_system,
     deepspeed_model_system,
     one_rank_systems,
     our_model_systems,
@@ -155,7 +155,7 @@ def _load(
             our_model_systems(compressed, dense, dtype, topologies, args.dispatch)
         ),
         "deepspeed": lambda: [deepspeed_model_system(restored, dtype)],
-        "autoep": lambda: list(autoep_model_systems(restored, dtype)),
+        "autoep": lambda: [autoep_model_system(restored, dtype)],
         "transformers": lambda: list(
             transformers_model_systems(restored, dtype, experts, args.ep_implementation)
         ),

@@ -34,7 +34,7 @@ def test_all_systems_generate_the_same_in_float32(results):
     assert {"resmoe, 2 lanes", "resmoe, 1 lane", "resmoe-dense, 2 lanes", "deepspeed MoE"} <= {
         *names
     }
-    assert {"autoep (loop)", "autoep (grouped_mm)"} <= {*names}
+    assert "autoep (grouped_mm)" in names
     assert {f"transformers {kind} (eager)" for kind in throughput.KINDS} <= {*names}
     assert all(row["equal_tokens"] == 1 for row in results["rows"])
 
