@@ -177,6 +177,9 @@ class GridConfig(CommandConfig):
 
     ep: int = option(1, "expert-parallel ranks")
     tp: int = option(1, "tensor-parallel ranks")
+    rank_timeout: float = option(
+        30, "end all ranks when one has not responded for so long", metavar="SECONDS", ge=1
+    )
 
     @model_validator(mode="after")
     def _check_grid(self) -> Self:

@@ -16,6 +16,7 @@ from resmoe_dist.config.commands import InferConfig
 from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import load_tokenizer
 from resmoe_dist.launch.execution import execution_of
+from resmoe_dist.launch.facts import facts_of
 from resmoe_dist.launch.rank_report import as_json, gather_reports, rank_table
 from resmoe_dist.parallel.entry_point import launched_rank, quiet_libraries, run_entry_point
 from resmoe_dist.parallel.launcher import start_grid
@@ -27,10 +28,10 @@ from resmoe_dist.testing.embedded import DEMO_PROMPTS, embedded_checkpoint
 
 def main() -> None:
     """One rank, from the command line."""
-    run_entry_point(_main)
+    run_entry_point(run)
 
 
-def _main() -> None:
+def run() -> None:
     """Join the grid, load this rank's shard, generate this lane's share, report."""
     # 1. What is asked for, checked before ranks are started.
     config = parse(InferConfig, InferConfig.__doc__ or "")
@@ -46,7 +47,12 @@ def _main() -> None:
         # Made by one process, which has all cores; the ranks find it in the cache.
         check_grid(embedded_checkpoint(config.ep), config.ep, config.tp)
     # 2. The grid.
-    topology = start_grid(config.ep, config.tp)
+    topology = start_grid(
+        config.ep,
+        config.tp,
+        rank_timeout=config.rank_timeout,
+        facts=facts_of(config, config.model, prompts),
+    )
     # 3. This rank's shard of the model.
     folder = config.model or embedded_checkpoint(config.ep)
     tokenizer = load_tokenizer(folder)

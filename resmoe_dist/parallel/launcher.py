@@ -7,20 +7,30 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Mapping
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
 from resmoe_dist.errors import UserError
+from resmoe_dist.parallel.agreement import check_agreement, library_versions
 from resmoe_dist.parallel.entry_point import launched_rank
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology, build_topology
+from resmoe_dist.parallel.watch import DEFAULT_TIMEOUT, current_watch
 
 # Set for ranks that `start_grid` started: they must not start more.
 STARTED_BY_US = "RESMOE_STARTED_RANKS"
 
 
-def start_grid(ep: int, tp: int, program: list[str] | None = None) -> Topology:
+def start_grid(
+    ep: int,
+    tp: int,
+    program: list[str] | None = None,
+    *,
+    rank_timeout: float = DEFAULT_TIMEOUT,
+    facts: Mapping[str, str] | None = None,
+) -> Topology:
     """Make this process one rank of an ep x tp grid and return its place in it.
 
     Under a launcher that started the right number of ranks: join them. On a machine without
@@ -28,8 +38,12 @@ def start_grid(ep: int, tp: int, program: list[str] | None = None) -> Topology:
     by the DeepSpeed launcher with ep·tp ranks, and say so. A single process with ep·tp = 1 needs no
     process group.
 
-    program: how the DeepSpeed launcher runs a rank, `this_program()` by default. Raises UserError
-    if a machine with accelerators runs a number of ranks that does not fit.
+    program: how the DeepSpeed launcher runs a rank, `this_program()` by default. rank_timeout:
+    seconds after which a rank that does not respond ends the grid. facts: what must be equal on
+    all ranks, beside the versions of the libraries; name and value as the user knows them.
+
+    Raises UserError if a machine with accelerators runs a number of ranks that does not fit, or if
+    the ranks disagree.
     """
     if ep < 1 or tp < 1:
         raise UserError(f"--ep {ep} --tp {tp}: both must be 1 or more")
@@ -47,7 +61,8 @@ def start_grid(ep: int, tp: int, program: list[str] | None = None) -> Topology:
         )
     if world == 1:
         return SINGLE_PROCESS
-    join_world()
+    join_world(rank_timeout)
+    check_agreement({"--ep": str(ep), "--tp": str(tp)} | library_versions() | dict(facts or {}))
     return build_topology(ep, tp)
 
 
@@ -58,8 +73,15 @@ def this_program() -> list[str]:
     return [*start, *sys.argv[1:]]
 
 
-def join_world() -> None:
-    """Join the ranks that a launcher started: gloo on CPUs, else the accelerator's backend."""
+def join_world(rank_timeout: float = DEFAULT_TIMEOUT) -> None:
+    """Join the ranks that a launcher started: gloo on CPUs, else the accelerator's backend.
+
+    If this process watches the others, a rank that does not respond for `rank_timeout` seconds
+    ends all of them.
+    """
+    watch = current_watch()
+    if watch is not None:
+        watch.join(rank_timeout)
     accelerator = get_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if accelerator.device_name() == "cpu":
@@ -86,6 +108,8 @@ def _start_ranks_on_cpu(ranks: int, program: list[str]) -> None:
     """Replace this process by DeepSpeed's launcher. If several were started, rank 0 does it."""
     if launched_rank():
         sys.exit(0)
+    if watch := current_watch():
+        watch.dismiss()
     print(f"no accelerator here: starting {ranks} ranks on the CPU", file=sys.stderr, flush=True)
     started = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
     environment = {k: v for k, v in os.environ.items() if k not in (*started, "MASTER_PORT")}
