@@ -78,8 +78,11 @@ def _run(main: Callable[[], int | None], watch: Watch | None) -> int:
         if watch is not None and may_be_lost_peer(error):
             # The watch says which one, and ends this process.
             time.sleep(_LOST_PEER_SECONDS)
-        rank = watch.place.rank if watch is not None and watch.joined else None
-        _fail(exit_code(error), describe(error, rank), watch)
+        if watch is None or watch.place.world == 1:
+            text = describe(error)
+        else:
+            text = describe(error, watch.place.rank, joined=watch.joined)
+        _fail(exit_code(error), text, watch)
     if watch is not None:
         watch.finish()
     if _is_joined():
@@ -138,10 +141,13 @@ def _interrupts_raised(seen: list[int], watch: Watch | None) -> Iterator[None]:
     def leave_after_delay() -> None:
         while arrived := os.read(read_end, 1):
             if arrived[0] in INTERRUPTS:
+                code = _SIGNALLED + arrived[0]
                 if watch is not None:
-                    watch.notice_signal(_SIGNALLED + arrived[0])
+                    watch.notice_signal(code)
                 time.sleep(_INTERRUPT_SECONDS)
-                os._exit(_SIGNALLED + arrived[0])
+                if watch is not None:
+                    watch.leave_after_signal(code, "")
+                os._exit(code)
         os.close(read_end)
 
     read_end, write_end = os.pipe()

@@ -25,16 +25,17 @@ def exit_code(error: Exception) -> int:
     return USER_ERROR if isinstance(error, UserError) else UNEXPECTED
 
 
-def describe(error: Exception, rank: int | None) -> str:
+def describe(error: Exception, rank: int | None = None, *, joined: bool = True) -> str:
     """The text to print for an exception.
 
-    rank: of this process on a grid; None for a process alone, or for an error that does not depend
-    on the rank. An unexpected error of a single process comes with its traceback.
+    rank: of this process, None if it is alone. joined: whether the rank has joined the others; the
+    mistakes found before are mistakes of all ranks. An unexpected error of a single process comes
+    with its traceback.
     """
-    alike = rank is None or isinstance(error, DisagreementError)
-    prefix = "error: " if alike else f"error: rank {rank}: "
+    prefix = "error: " if rank is None else f"error: rank {rank}: "
     if isinstance(error, UserError):
-        return prefix + str(error)
+        alike = not joined or isinstance(error, DisagreementError)
+        return f"error: {error}" if alike else f"{prefix}{error}"
     if _is_out_of_memory(error):
         return (
             f"{prefix}out of memory ({first_line(error)}); use more ranks (--ep, --tp), fewer "

@@ -64,6 +64,7 @@ class Watch:
         self._printer: int | None = None
         self._mute: set[int] = set()
         self._signalled = False
+        self._signal_line = ""
         self._posted: deque[Callable[[], None]] = deque()
         self._wake, self._woken = socket.socketpair()
         for end in (self._wake, self._woken):
@@ -102,9 +103,12 @@ class Watch:
         self._post(lambda: self._get_signal(code))
 
     def leave_after_signal(self, code: int, text: str) -> NoReturn:
-        """Leave with `text`, unless the signal came because another rank failed."""
+        """Leave, unless another rank's failure was the reason: then the thread ends the process.
+
+        text: printed instead of the line that says which rank was ended.
+        """
         self._may_leave.wait(_GRACE_SECONDS)
-        leave(code, text)
+        leave(code, text or self._signal_line)
 
     def finish(self) -> None:
         """Wait until all ranks have finished. If one fails meanwhile, this process fails too."""
@@ -209,8 +213,8 @@ class Watch:
             if not self._signalled:
                 self._signalled = True
                 os.kill(os.getpid(), signal.Signals(cause.code - 128))
-            elif cause.rank == self.place.rank and self.joined:
-                write_line(cause.text)
+            elif cause.rank == self.place.rank and self._peers.all_met:
+                self._signal_line = cause.text
             self._may_leave.set()
             return
         able = sorted([self.place.rank, *(peer.rank for peer in self._peers.open())])
