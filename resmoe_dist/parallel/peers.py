@@ -18,17 +18,32 @@ class Peer:
     """Another rank.
 
     process: None on another host. heard: when its last message came, in seconds of the monotonic
-    clock. joined: it has joined the grid. finished: it has nothing left to do. closed: when its
-    connection closed.
+    clock. ticks: its processor time at some moment since then. joined: it has joined the grid.
+    finished: it has nothing left to do. closed: when its connection closed.
     """
 
     rank: int
     link: Link
     process: ProcessId | None
     heard: float
+    ticks: int | None = None
     joined: bool = False
     finished: bool = False
     closed: float | None = None
+
+    def is_silent(self, seconds: float, now: float) -> bool:
+        """Whether nothing has come from it for `seconds`.
+
+        A process of this host that computes is not silent: one long call of a library can keep its
+        thread from running.
+        """
+        if self.process is not None and now - self.heard > seconds / 2:
+            ticks = self.process.cpu_ticks()
+            if self.ticks is None:
+                self.ticks = ticks
+            elif now - self.heard > seconds and ticks > self.ticks:
+                self.ticks, self.heard = ticks, now - seconds / 2
+        return now - self.heard > seconds
 
 
 class Peers:
@@ -64,7 +79,7 @@ class Peers:
                 self._unnamed.discard(link)
                 link.close()
             if peer is not None:
-                peer.heard = now
+                peer.heard, peer.ticks = now, None
                 for message in messages:
                     yield peer, message
                 if closed:

@@ -41,6 +41,11 @@ class ProcessId:
         code = stat.exit_status >> 8
         return f"ended with exit code {code}"
 
+    def cpu_ticks(self) -> int:
+        """Processor time that it has used, in clock ticks; 0 if it has ended."""
+        stat = _stat(self.pid)
+        return stat.ticks if stat is not None and stat.started == self.started else 0
+
     def kill(self) -> None:
         """Send SIGKILL, if it still runs and belongs to this user."""
         if self.is_running():
@@ -54,6 +59,7 @@ class ProcessId:
 class _Stat:
     state: str
     parent: int
+    ticks: int
     started: int
     exit_status: int
 
@@ -65,7 +71,13 @@ def _stat(pid: int) -> _Stat | None:
         return None
     # The name before the fields is in parentheses and may hold anything.
     fields = text.rpartition(")")[2].split()
-    return _Stat(fields[0], int(fields[1]), int(fields[19]), int(fields[49]))
+    return _Stat(
+        state=fields[0],
+        parent=int(fields[1]),
+        ticks=int(fields[11]) + int(fields[12]),
+        started=int(fields[19]),
+        exit_status=int(fields[49]),
+    )
 
 
 def this_process() -> ProcessId:

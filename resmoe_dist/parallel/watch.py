@@ -179,7 +179,7 @@ class Watch:
                 ending = peer.process.ending() if peer.process else None
                 if ending or not peer.process or now - peer.closed > _ENDING_SECONDS:
                     self._notice(causes.lost(peer.rank, ending))
-            elif not known and now - peer.heard > limit:
+            elif not known and peer.is_silent(limit, now):
                 self._notice(causes.silent(peer.rank, limit))
         if self._finished and all(peer.finished for peer in peers):
             self._stop()
