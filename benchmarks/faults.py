@@ -34,7 +34,7 @@ import psutil
 from benchmarks.processes import ROOT
 from resmoe_dist.checkpoints.tensor_files import write_json
 from resmoe_dist.parallel.entry_point import run_entry_point
-from resmoe_dist.parallel.launcher import free_port
+from resmoe_dist.parallel.rendezvous import free_port
 from resmoe_dist.testing.embedded import embedded_checkpoint
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}

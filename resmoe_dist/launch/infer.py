@@ -7,7 +7,10 @@ Without --model the embedded tiny model is used: trained and compressed on first
 
 from __future__ import annotations
 
+import sys
+
 import torch
+from transformers import TextStreamer
 
 from resmoe_dist.checkpoints.format import STORED_DTYPES
 from resmoe_dist.checkpoints.tensor_files import write_json
@@ -20,7 +23,7 @@ from resmoe_dist.launch.facts import facts_of
 from resmoe_dist.launch.rank_report import as_json, gather_reports, rank_table
 from resmoe_dist.parallel.entry_point import launched_rank, quiet_libraries, run_entry_point
 from resmoe_dist.parallel.launcher import start_grid
-from resmoe_dist.runtime.generation import GenerationOptions, generate_on_lane
+from resmoe_dist.runtime.generation import GenerationOptions, check_chat, generate_on_lane
 from resmoe_dist.runtime.loading import check_grid, load_model
 from resmoe_dist.runtime.rank_memory import rank_memory
 from resmoe_dist.testing.embedded import DEMO_PROMPTS, embedded_checkpoint
@@ -38,11 +41,18 @@ def run() -> None:
     quiet_libraries()
     prompts = read_prompts(config)
     options = GenerationOptions(
-        config.max_new_tokens, config.temperature, config.top_p, config.seed
+        config.max_new_tokens,
+        config.temperature,
+        config.top_p,
+        config.seed,
+        config.batch_size,
+        config.chat,
     )
     execution = execution_of(config)
     if config.model:
         check_grid(config.model, config.ep, config.tp)
+        if config.chat:
+            check_chat(load_tokenizer(config.model))
     elif launched_rank() == 0:
         # Made by one process, which has all cores; the ranks find it in the cache.
         check_grid(embedded_checkpoint(config.ep), config.ep, config.tp)
@@ -56,16 +66,23 @@ def run() -> None:
     # 3. This rank's shard of the model.
     folder = config.model or embedded_checkpoint(config.ep)
     tokenizer = load_tokenizer(folder)
+    if config.chat:
+        check_chat(tokenizer)
     dtype = STORED_DTYPES[config.dtype] if config.dtype else None
     model = load_model(folder, dtype=dtype, topology=topology, execution=execution)
-    # 4. This lane's prompts.
-    output = generate_on_lane(model, tokenizer, prompts, topology, options)
+    # 4. This lane's prompts. A single one is printed as it is completed.
+    is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    streamer = None
+    if is_first and len(prompts) == 1 and sys.stdout.isatty():
+        print(f"--- 1: {prompts[0]!r}\n{prompts[0]}", end="", flush=True)
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    output = generate_on_lane(model, tokenizer, prompts, topology, options, streamer)
     # 5. Rank 0 reports for all.
     reports = gather_reports(topology, output, rank_memory(model))
-    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+    if not is_first:
         return
     completions = {i: text for each in reports for i, text in each.output.completions.items()}
-    for i, prompt in enumerate(prompts):
+    for i, prompt in enumerate(prompts if streamer is None else []):
         print(f"--- {i + 1}: {prompt!r}\n{prompt}{completions[i]}")
     print(rank_table(reports))
     if config.json_file:

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
+from resmoe_dist.parallel.affinity import widen_affinity
 from resmoe_dist.parallel.failures import describe, exit_code, may_be_lost_peer
 from resmoe_dist.parallel.launched import launched
 from resmoe_dist.parallel.watch import Watch, start_watch, write_line
@@ -42,6 +43,8 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
     """
     seen: list[int] = []
     place = launched()
+    if place is not None:
+        widen_affinity(place)
     watch = start_watch(place) if place is not None else None
     try:
         with _interrupts_raised(seen, watch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import socket
 import sys
 from collections.abc import Mapping
 
@@ -16,6 +15,9 @@ from deepspeed.accelerator import get_accelerator
 from resmoe_dist.errors import UserError
 from resmoe_dist.parallel.agreement import check_agreement, library_versions
 from resmoe_dist.parallel.entry_point import launched_rank
+from resmoe_dist.parallel.hosts import connect_hosts
+from resmoe_dist.parallel.launched import LaunchedRank, launched
+from resmoe_dist.parallel.rendezvous import free_port, rendezvous_environment
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology, build_topology
 from resmoe_dist.parallel.watch import DEFAULT_TIMEOUT, current_watch
 
@@ -33,31 +35,35 @@ def start_grid(
 ) -> Topology:
     """Make this process one rank of an ep x tp grid and return its place in it.
 
-    Under a launcher that started the right number of ranks: join them. On a machine without
-    accelerators, where the `deepspeed` launcher starts one rank per NUMA node: replace this process
-    by the DeepSpeed launcher with ep·tp ranks, and say so. A single process with ep·tp = 1 needs no
-    process group.
+    Under a launcher that started the right number of ranks (`deepspeed`, `torchrun`, `mpirun`,
+    `srun`): join them. On a machine without accelerators, where the `deepspeed` launcher starts one
+    rank per NUMA node: replace this process by the DeepSpeed launcher with ep·tp ranks, and say so.
+    A single process with ep·tp = 1 needs no process group.
 
     program: how the DeepSpeed launcher runs a rank, `this_program()` by default. rank_timeout:
     seconds after which a rank that does not respond ends the grid. facts: what must be equal on
     all ranks, beside the versions of the libraries; name and value as the user knows them.
 
-    Raises UserError if a machine with accelerators runs a number of ranks that does not fit, or if
-    the ranks disagree.
+    Raises UserError if the number of ranks does not fit and was chosen by the user, or if the ranks
+    disagree.
     """
     if ep < 1 or tp < 1:
         raise UserError(f"--ep {ep} --tp {tp}: both must be 1 or more")
     program = this_program() if program is None else program
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world % (ep * tp) and get_accelerator().device_name() == "cpu":
+    place = launched() or LaunchedRank()
+    world, by_hand = place.world, place.world > 1 and chosen_number(place)
+    if world % (ep * tp) and get_accelerator().device_name() == "cpu" and not by_hand:
         if os.environ.get(STARTED_BY_US):
             raise UserError(f"started {ep * tp} ranks, found {world}; give --ep and --tp once")
         _start_ranks_on_cpu(ep * tp, program)
     if world % (ep * tp):
         shown = " ".join(program[:2] if program[0] == "--module" else program[:1])
+        start = "deepspeed --num_gpus"
+        if place.by_mpi:
+            start, shown = "mpirun -n", f"python {shown.replace('--module', '-m')}"
         raise UserError(
             f"--ep {ep} --tp {tp} needs {ep * tp} ranks or a multiple, {world} were started; run "
-            f"deepspeed --num_gpus {ep * tp} {shown} …"
+            f"{start} {ep * tp} {shown} …"
         )
     if world == 1:
         return SINGLE_PROCESS
@@ -82,26 +88,27 @@ def join_world(rank_timeout: float = DEFAULT_TIMEOUT) -> None:
     watch = current_watch()
     if watch is not None:
         watch.join(rank_timeout)
+    place = launched() or LaunchedRank()
+    if place.by_mpi:
+        os.environ |= rendezvous_environment(place)
     accelerator = get_accelerator()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if accelerator.device_name() == "cpu":
         # Ranks on one host share its cores.
-        local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_size))
         # DeepSpeed would compile a shared-memory all-reduce. Nothing here calls it, and its
         # segments, 66 MB per rank, stay in /dev/shm after the process ends.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     else:
-        accelerator.set_device(local_rank)
+        accelerator.set_device(place.local_rank)
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    if watch is not None and place.local_size < place.world:
+        connect_hosts(watch)
 
 
-def free_port() -> int:
-    """A TCP port that is free at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def chosen_number(place: LaunchedRank) -> bool:
+    """Whether the user, not the machine, chose how many ranks were started."""
+    return place.by_mpi or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _start_ranks_on_cpu(ranks: int, program: list[str]) -> None:

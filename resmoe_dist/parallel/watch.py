@@ -88,6 +88,10 @@ class Watch:
         self._timeout = timeout
         self.joined = True
 
+    def ranks_here(self) -> set[int]:
+        """The ranks of this host, this one included."""
+        return {self.place.rank, *self._peers.all}
+
     def add(self, link: Link) -> None:
         """Watch a rank of another host."""
         self._post(lambda: self._peers.add(link))

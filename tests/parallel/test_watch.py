@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from resmoe_dist.parallel.launcher import free_port
+from resmoe_dist.parallel.rendezvous import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 WAITS = "time.sleep(60)"
