@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from benchmarks.faults import inject
@@ -9,11 +11,12 @@ from benchmarks.faults import inject
 pytestmark = pytest.mark.slow
 
 LINES = {
-    "kill": "error: rank 0 was killed by SIGKILL",
+    # Without the signal if the launcher has asked first.
+    "kill": "error: rank 0 (was killed by SIGKILL|ended without a message)",
     "stop": "error: rank 0 stopped responding for ",
     "launcher": "error: the launcher of rank ",
-    "raise": "error: rank 1 failed: ValueError: injected fault (",
-    "memory": "error: rank 1: out of memory (",
+    "raise": "error: rank 1 failed: ValueError: injected fault [(]",
+    "memory": "error: rank 1: out of memory [(]",
     "damage": "error: rank 3: ",
 }
 
@@ -26,7 +29,7 @@ def test_a_fault_ends_all_processes_with_one_line(kind, compressed):
     outcome = inject(kind, rank, compressed, ranks=ranks, delay=4, rank_timeout=4)
 
     (line,) = outcome.lines
-    assert line.startswith(LINES[kind])
+    assert re.match(LINES[kind], line)
     assert outcome.code not in (0, None)
     assert (outcome.code == 2) == (kind == "damage")
     assert outcome.left == []
