@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import shutil
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,6 +17,7 @@ from resmoe_dist.evaluation.perplexity import evaluate, load_tokenizer
 from resmoe_dist.parallel.topology import SINGLE_PROCESS
 from resmoe_dist.runtime.generation import GenerationOptions, generate_on_lane
 from resmoe_dist.runtime.loading import load_model
+from tests.jobs.runs import REPOSITORY
 from tests.launch.commands import own_lines, run
 
 PROMPTS = ["def __init__(self", "import os\n", "class Error"]
@@ -78,3 +84,31 @@ def test_one_failing_rank_ends_all_ranks_with_one_line(compressed, tmp_path):
     assert "Traceback" not in out + err
     (line,) = own_lines(err)
     assert line.startswith("error: ") and bad.name in line
+
+
+def test_a_single_prompt_appears_once_on_a_terminal(compressed):
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "launch/infer.py", "--model", compressed, "--prompt", PROMPTS[0]],
+        stdout=end,
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+    )
+    os.close(end)
+    shown = b""
+    # Reading fails when the process has ended and closed the terminal.
+    with suppress(OSError):
+        while data := os.read(terminal, 4096):
+            shown += data
+    assert process.wait(timeout=60) == 0
+
+    expected = generate_on_lane(
+        load_model(compressed),
+        load_tokenizer(compressed),
+        PROMPTS[:1],
+        SINGLE_PROCESS,
+        GenerationOptions(64),
+    ).completions[0]
+    text = shown.decode().replace("\r\n", "\n")
+    assert text.count(f"--- 1: {PROMPTS[0]!r}\n{PROMPTS[0]}{expected}\n") == 1
+    assert text.count(PROMPTS[0]) == 2
