@@ -231,6 +231,7 @@ def _run_launcher(args: argparse.Namespace, clock: Clock, batch: int, *folders: 
         prompts.write_text("\n".join(f"def answer_{i}(question):" for i in range(batch)))
         options = f"--max-new-tokens {args.new_tokens} --dtype {args.dtype}".split()
         options += ["--prompts", str(prompts), "--json", str(output)]
+        options += ["--batch-size", str(batch)]
 
         def infer(name: str, folder: Path) -> None:
             script = [sys.executable, str(ROOT / "launch" / "infer.py"), "--model"]

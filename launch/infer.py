@@ -3,7 +3,15 @@
 deepspeed launch/infer.py --ep 4 --tp 2 [--model DIR] [--prompt TEXT …]
 """
 
-from resmoe_dist.launch.infer import main
+from resmoe_dist.parallel.entry_point import run_entry_point
+
+
+def main() -> int | None:
+    """One rank; the others watch it from here on, while the heavy libraries load."""
+    from resmoe_dist.launch.infer import run
+
+    return run()
+
 
 if __name__ == "__main__":
-    main()
+    run_entry_point(main)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from resmoe_dist.parallel.launcher import free_port
+from resmoe_dist.parallel.rendezvous import free_port
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(

@@ -194,6 +194,9 @@ class GridConfig(CommandConfig):
         "how tokens travel to experts: auto (measured), exchange, decode or shared_batch",
         metavar="FORM",
     )
+    rank_timeout: float = option(
+        30, "end all ranks when one has not responded for so long", metavar="SECONDS", ge=1
+    )
 
     @model_validator(mode="after")
     def _check_grid(self) -> Self:
@@ -242,7 +245,9 @@ class InferConfig(ExecutionConfig, GridConfig):
     max_new_tokens: int = option(64, "per prompt", ge=1)
     temperature: float | None = option(None, "sample; greedy without it", gt=0)
     top_p: float | None = option(None, "nucleus sampling, with --temperature", gt=0, le=1)
-    seed: int = option(0, "of the sampling")
+    seed: int = option(0, "of the sampling; the same text on every grid")
+    batch_size: int = option(8, "prompts that a lane works on at a time", ge=1)
+    chat: bool = option(False, "prompts are messages: use the tokenizer's chat template")
     json_file: Path | None = option(
         None, "write completions and figures here", name="json", metavar="F"
     )

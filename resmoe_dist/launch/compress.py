@@ -34,10 +34,10 @@ from resmoe_dist.parallel.entry_point import quiet_libraries, run_entry_point
 
 def main() -> None:
     """One rank, from the command line."""
-    run_entry_point(_main)
+    run_entry_point(run)
 
 
-def _main() -> int:
+def run() -> int:
     """Check the options and compress."""
     return run_compress(parse(CompressConfig, CompressConfig.__doc__ or ""))
 

@@ -18,6 +18,7 @@ from resmoe_dist.evaluation.perplexity import (
     sequences_from_text,
 )
 from resmoe_dist.launch.execution import execution_of
+from resmoe_dist.launch.facts import facts_of
 from resmoe_dist.parallel.entry_point import quiet_libraries, run_entry_point
 from resmoe_dist.parallel.launcher import start_grid
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
@@ -26,10 +27,10 @@ from resmoe_dist.runtime.loading import check_grid, load_model
 
 def main() -> None:
     """One rank, from the command line."""
-    run_entry_point(_main)
+    run_entry_point(run)
 
 
-def _main() -> None:
+def run() -> None:
     """Check the options, join the grid, evaluate; rank 0 reports."""
     config = parse(GridEvaluateConfig, GridEvaluateConfig.__doc__ or "")
     quiet_libraries()
@@ -37,7 +38,13 @@ def _main() -> None:
     execution_of(config)
     check_grid(config.model, config.ep, config.tp)
     sequences = read_sequences(config)
-    topology = start_grid(config.ep, config.tp, lanes=config.lanes)
+    topology = start_grid(
+        config.ep,
+        config.tp,
+        lanes=config.lanes,
+        rank_timeout=config.rank_timeout,
+        facts=facts_of(config, config.model, sequences),
+    )
     result = run_evaluate(config, sequences, topology, config.dispatch)
     if topology.lane == topology.lane_rank == 0:
         report(result, config)

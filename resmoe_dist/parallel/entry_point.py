@@ -12,21 +12,21 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-from resmoe_dist.errors import UserError
+from resmoe_dist.parallel.affinity import widen_affinity
+from resmoe_dist.parallel.failures import describe, exit_code, may_be_lost_peer
+from resmoe_dist.parallel.launched import launched
+from resmoe_dist.parallel.watch import Watch, start_watch, write_line
 
-USER_ERROR = 2
 # Exit codes of a process that a signal ended, as shells report them.
 _SIGNALLED = 128
 _BROKEN_PIPE = _SIGNALLED + signal.SIGPIPE
-_FAILED_KEY = "resmoe_dist/failed"
-# The launchers check their ranks about once a second.
-_GRACE_SECONDS = 10
+# A rank that lost its peer learns from its watch what happened within this time.
+_LOST_PEER_SECONDS = 5
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 _INTERRUPT_SECONDS = 2
 
@@ -34,30 +34,34 @@ _INTERRUPT_SECONDS = 2
 def run_entry_point(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit with its code.
 
-    A UserError becomes one line on standard error and exit code 2; if several ranks fail, only the
-    first one prints. SIGINT and SIGTERM raise KeyboardInterrupt in `main`: its text, if any, is
-    printed, and the exit code is 130 or 143. Any failure ends this process at once, without
-    destructors, which could wait for ranks that wait for this one. The launcher then takes the
-    other ranks down.
+    A UserError becomes one line on standard error and exit code 2. SIGINT and SIGTERM raise
+    KeyboardInterrupt in `main`: its text, if any, is printed, and the exit code is 130 or 143. Any
+    failure ends this process at once, without destructors, which could wait for ranks that wait
+    for this one.
+
+    A rank of a launch watches the others (`watch`): if one fails, all end, and one line is printed.
     """
     seen: list[int] = []
+    place = launched()
+    if place is not None:
+        widen_affinity(place)
+    watch = start_watch(place) if place is not None else None
     try:
-        with _interrupts_raised(seen):
-            code = _run(main)
+        with _interrupts_raised(seen, watch):
+            code = _run(main, watch)
     except KeyboardInterrupt as interruption:
-        if str(interruption):
-            print(interruption, file=sys.stderr, flush=True)
-        leave(_SIGNALLED + (seen or [signal.SIGINT])[0])
-    if _is_joined():
-        import torch
-
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        end = _SIGNALLED + (seen or [signal.SIGINT])[0]
+        with suppress(OSError):
+            sys.stdout.flush()
+        if watch is not None:
+            watch.leave_after_signal(end, str(interruption))
+        write_line(str(interruption))
+        leave(end)
     sys.exit(code)
 
 
-def _run(main: Callable[[], int | None]) -> int:
-    """Run `main` and return its code; end the process if it fails.
+def _run(main: Callable[[], int | None], watch: Watch | None) -> int:
+    """Run `main` and return its code when all ranks are done; end the process if one fails.
 
     A signal during this, even while a failure is being reported, raises KeyboardInterrupt.
     """
@@ -66,13 +70,38 @@ def _run(main: Callable[[], int | None]) -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader of the output closed it (`… | head`); no message can reach it.
-        os._exit(_BROKEN_PIPE)
-    except UserError as error:
-        _fail(f"error: {error}", USER_ERROR)
-    except Exception:
-        # Ranks that lose a peer fail as well; only the first failure explains anything.
-        _fail(f"rank {launched_rank()} failed\n{traceback.format_exc()}", 1)
+        _fail(_BROKEN_PIPE, "", watch)
+    except SystemExit as left:
+        if left.code and watch is not None:
+            _fail(left.code if isinstance(left.code, int) else 1, "", watch)
+        if watch is not None:
+            watch.dismiss()
+        raise
+    except Exception as error:
+        if watch is not None and may_be_lost_peer(error):
+            # The watch says which one, and ends this process.
+            time.sleep(_LOST_PEER_SECONDS)
+        if watch is None or watch.place.world == 1:
+            text = describe(error)
+        else:
+            text = describe(error, watch.place.rank, joined=watch.joined)
+        _fail(exit_code(error), text, watch)
+    if watch is not None:
+        watch.finish()
+    if _is_joined():
+        import torch
+
+        with suppress(Exception):
+            torch.distributed.destroy_process_group()
     return code
+
+
+def _fail(code: int, text: str, watch: Watch | None) -> NoReturn:
+    """Print and end this process, and with it all other ranks."""
+    if watch is not None:
+        watch.fail(code, text)
+    write_line(text)
+    leave(code)
 
 
 def quiet_libraries() -> None:
@@ -88,11 +117,8 @@ def quiet_libraries() -> None:
 
 def launched_rank() -> int:
     """This process's rank as its launcher set it; 0 for a process that was started alone."""
-    found = (
-        os.environ.get(name)
-        for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
-    )
-    return int(next((rank for rank in found if rank), "0"))
+    place = launched()
+    return place.rank if place is not None else 0
 
 
 def _is_joined() -> bool:
@@ -101,32 +127,8 @@ def _is_joined() -> bool:
     return distributed is not None and distributed.is_initialized()
 
 
-def _fail(text: str, code: int) -> None:
-    """Print to standard error and leave. A rank that is not the first to fail waits first.
-
-    The launcher usually ends it meanwhile: the launcher reports the first exit code that it sees,
-    which must be that of the first failure. A rank that is still running after the wait prints and
-    leaves too.
-    """
-    first = launched_rank() == 0
-    if _is_joined():
-        from torch.distributed.distributed_c10d import _get_default_store
-
-        # Rank 0 hosts the store: if it is gone, rank 0 has already explained why.
-        first = False
-        with suppress(Exception), _muted_standard_error():
-            first = _get_default_store().add(_FAILED_KEY, 1) == 1
-    if not first:
-        # The launcher's SIGTERM ends this rank without a message.
-        for number in INTERRUPTS:
-            signal.signal(number, signal.SIG_DFL)
-        time.sleep(_GRACE_SECONDS)
-    print(text, file=sys.stderr, flush=True)
-    leave(code)
-
-
 @contextmanager
-def _interrupts_raised(seen: list[int]) -> Iterator[None]:
+def _interrupts_raised(seen: list[int], watch: Watch | None) -> Iterator[None]:
     """Make the first SIGINT or SIGTERM raise KeyboardInterrupt and append its number to `seen`.
 
     Later signals do nothing, because the process is already leaving: Ctrl-C reaches ranks directly
@@ -142,8 +144,13 @@ def _interrupts_raised(seen: list[int]) -> Iterator[None]:
     def leave_after_delay() -> None:
         while arrived := os.read(read_end, 1):
             if arrived[0] in INTERRUPTS:
+                code = _SIGNALLED + arrived[0]
+                if watch is not None:
+                    watch.notice_signal(code)
                 time.sleep(_INTERRUPT_SECONDS)
-                os._exit(_SIGNALLED + arrived[0])
+                if watch is not None:
+                    watch.leave_after_signal(code, "")
+                os._exit(code)
         os.close(read_end)
 
     read_end, write_end = os.pipe()
@@ -162,20 +169,6 @@ def _interrupts_raised(seen: list[int]) -> Iterator[None]:
             signal.signal(number, handler)
         signal.set_wakeup_fd(other_end)
         os.close(write_end)
-
-
-@contextmanager
-def _muted_standard_error() -> Iterator[None]:
-    """Discard standard error, C++'s too: c10d logs a lost store with a backtrace."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def leave(code: int) -> NoReturn:

@@ -35,11 +35,15 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class Workload:
-    """sequences: to complete together. prompt_tokens: of the longest. new_tokens: of each."""
+    """sequences: to complete. prompt_tokens: of the longest. new_tokens: of each.
+
+    max_batch: sequences that a lane works on at a time.
+    """
 
     sequences: int
     prompt_tokens: int
     new_tokens: int
+    max_batch: int
 
 
 def fastest_topology(
@@ -60,9 +64,11 @@ def fastest_topology(
 
 def _seconds(topology: Topology, sizes: LayerSizes, load: Workload, device: torch.device) -> float:
     """Of communication in one layer, from the prompts to the last token."""
-    batch = -(-load.sequences // topology.lanes)
+    share = -(-load.sequences // topology.lanes)
+    batch = min(share, load.max_batch)
     prompt = _layer_seconds(topology, sizes, batch * load.prompt_tokens, device)
-    return prompt + load.new_tokens * _layer_seconds(topology, sizes, batch, device)
+    step = _layer_seconds(topology, sizes, batch, device)
+    return -(-share // batch) * (prompt + load.new_tokens * step)
 
 
 def _layer_seconds(

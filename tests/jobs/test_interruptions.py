@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from resmoe_dist.parallel.launcher import free_port
+from resmoe_dist.parallel.rendezvous import free_port
 from tests.jobs.runs import (
     COMMAND_OPTIONS,
     SLOW_COMPRESS,

@@ -14,7 +14,7 @@ import pytest
 
 from resmoe_dist.errors import UserError
 from resmoe_dist.jobs.workers import DeepSpeedWorkers, find_workers
-from resmoe_dist.parallel.launcher import free_port
+from resmoe_dist.parallel.rendezvous import free_port
 from tests.checkpoints.damage import copy_of, edit_tensors, names_in
 from tests.jobs.runs import (
     COMMAND_OPTIONS,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import shutil
-import time
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 
 from resmoe_dist.evaluation.perplexity import evaluate, load_tokenizer
 from resmoe_dist.parallel.topology import SINGLE_PROCESS
 from resmoe_dist.runtime.generation import GenerationOptions, generate_on_lane
 from resmoe_dist.runtime.loading import load_model
-from tests.jobs.runs import end_command, start_command
+from tests.jobs.runs import REPOSITORY
 from tests.launch.commands import own_lines, run
 
 PROMPTS = ["def __init__(self", "import os\n", "class Error"]
@@ -84,31 +87,29 @@ def test_one_failing_rank_ends_all_ranks_with_one_line(compressed, tmp_path):
     assert line.startswith("error: ") and bad.name in line
 
 
-def test_a_killed_rank_ends_the_other_ranks(compressed):
-    process = start_command(
-        *("deepspeed", "--num_gpus", "2", "launch/infer.py", "--ep", "2", "--model", compressed),
-        *("--prompt", "import", "--max-new-tokens", "900"),
+def test_a_single_prompt_appears_once_on_a_terminal(compressed):
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "launch/infer.py", "--model", compressed, "--prompt", PROMPTS[0]],
+        stdout=end,
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
     )
-    try:
-        ranks = _wait_for_ranks(process.pid, 2)
-        time.sleep(5)  # loading or generating by now; both must end
-        ranks[0].kill()
-        killed = time.monotonic()
-        process.communicate(timeout=60)
-        assert process.returncode != 0
-        assert time.monotonic() - killed < 30
-        assert not any(rank.is_running() and rank.status() != "zombie" for rank in ranks)
-    finally:
-        end_command(process)
+    os.close(end)
+    shown = b""
+    # Reading fails when the process has ended and closed the terminal.
+    with suppress(OSError):
+        while data := os.read(terminal, 4096):
+            shown += data
+    assert process.wait(timeout=60) == 0
 
-
-def _wait_for_ranks(pid: int, count: int) -> list[psutil.Process]:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        children = psutil.Process(pid).children(recursive=True)
-        scripts = [child for child in children if "launch/infer.py" in child.cmdline()]
-        ranks = [script for script in scripts if not script.children()]
-        if len(ranks) == count:
-            return ranks
-        time.sleep(0.5)
-    raise AssertionError("the ranks did not start")
+    expected = generate_on_lane(
+        load_model(compressed),
+        load_tokenizer(compressed),
+        PROMPTS[:1],
+        SINGLE_PROCESS,
+        GenerationOptions(64),
+    ).completions[0]
+    text = shown.decode().replace("\r\n", "\n")
+    assert text.count(f"--- 1: {PROMPTS[0]!r}\n{PROMPTS[0]}{expected}\n") == 1
+    assert text.count(PROMPTS[0]) == 2

@@ -37,7 +37,7 @@ def _start(body, *, ignored=False, rank=None):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment | ({} if rank is None else {"RANK": str(rank)}),
+        env=environment | ({} if rank is None else {"RANK": str(rank), "WORLD_SIZE": "2"}),
         preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None,
     )
     assert process.stdout.readline() == "begun\n"

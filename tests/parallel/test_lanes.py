@@ -14,7 +14,7 @@ SIZES = LayerSizes(hidden=16, num_experts=4, top_k=2, dtype=torch.float32)
 
 def _choose(ep: int, tp: int, sequences: int) -> Topology:
     place = build_topology(ep, tp, sequences=sequences)
-    load = Workload(sequences=sequences, prompt_tokens=7, new_tokens=5)
+    load = Workload(sequences=sequences, prompt_tokens=7, new_tokens=5, max_batch=2)
     chosen = fastest_topology(place, SIZES, load, torch.device("cpu"))
     torch.distributed.barrier()
     return chosen.without_groups()

@@ -28,7 +28,7 @@ def machine(monkeypatch):
     def pretend(device: str, world: int) -> None:
         monkeypatch.setattr(launcher, "get_accelerator", lambda: _Accelerator(device))
         monkeypatch.setenv("WORLD_SIZE", str(world))
-        monkeypatch.delenv("RANK", raising=False)
+        monkeypatch.setenv("RANK", "0")
 
     return pretend
 
@@ -38,6 +38,20 @@ def test_a_wrong_number_of_gpu_ranks_is_refused_with_the_right_command(machine):
 
     with pytest.raises(UserError, match=r"needs 8 ranks .* 3 were .* deepspeed --num_gpus 8"):
         launcher.start_grid(4, 2, ["launch/infer.py"])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_wrong_number_of_mpi_ranks_is_refused_with_the_right_command(
+    machine, monkeypatch, device
+):
+    machine(device, 3)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "3")
+
+    with pytest.raises(UserError, match=r"3 were started; run mpirun -n 8 python -m a\.b …"):
+        launcher.start_grid(4, 2, ["--module", "a.b"])
 
 
 def test_a_single_gpu_is_refused_a_larger_grid(machine):

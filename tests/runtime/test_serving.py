@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.checkpoints.restore import restore_checkpoint
 from resmoe_dist.design_matrix import row_range
+from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import evaluate, load_tokenizer
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, build_topology, owned_experts
-from resmoe_dist.runtime.generation import GenerationOptions, generate_on_lane
+from resmoe_dist.runtime.generation import GenerationOptions, check_chat, generate_on_lane
 from resmoe_dist.runtime.loading import load_model
 from resmoe_dist.runtime.rank_memory import rank_memory
 from tests.models import compress
@@ -146,18 +147,54 @@ def test_logits_do_not_depend_on_other_rows_of_the_batch(compressed):
     assert float((together - alone).abs().max() / alone.abs().max()) <= 1e-5
 
 
-def _sampled(folder: Path, ep: int, tp: int) -> dict[int, str]:
+def _sampled(folder: Path, ep: int, tp: int, batch: int = 8) -> dict[int, str]:
     topology = build_topology(ep, tp)
-    options = GenerationOptions(max_new_tokens=24, temperature=1.0, top_p=0.9, seed=3)
+    options = GenerationOptions(max_new_tokens=24, temperature=1.0, top_p=0.9, seed=3, batch=batch)
     model, tokenizer = load_model(folder, topology=topology), load_tokenizer(folder)
     return generate_on_lane(model, tokenizer, PROMPTS, topology, options).completions
 
 
-def test_sampling_draws_the_same_tokens_on_the_ranks_of_a_lane(compressed):
-    first, second = run_on_ranks(2, _sampled, compressed, 1, 2)
+@pytest.mark.slow
+def test_a_seed_gives_the_same_text_on_every_grid(compressed):
+    expected = run_on_ranks(1, _sampled, compressed, 1, 1)[0]
+    assert expected != run_on_ranks(1, _sampled_greedily, compressed)[0]
 
-    assert first == second
-    assert first != run_on_ranks(1, _sampled_greedily, compressed)[0]
+    first, second = run_on_ranks(2, _sampled, compressed, 1, 2)
+    assert first == second == expected
+    lanes = run_on_ranks(2, _sampled, compressed, 2, 1, 1)
+    assert lanes[0] | lanes[1] == expected
+
+
+@pytest.mark.slow
+def test_batches_of_any_size_give_the_same_text(compressed):
+    texts = [_completed(compressed, batch) for batch in (1, 2, 8)]
+
+    assert texts[0] == texts[1] == texts[2]
+    assert list(texts[0]) == list(range(len(PROMPTS)))
+
+
+def _completed(folder: Path, batch: int) -> dict[int, str]:
+    options = GenerationOptions(max_new_tokens=24, batch=batch)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    return generate_on_lane(model, tokenizer, PROMPTS, SINGLE_PROCESS, options).completions
+
+
+def test_chat_puts_prompts_into_the_template(compressed):
+    model, tokenizer = load_model(compressed), load_tokenizer(compressed)
+    with pytest.raises(UserError, match="--chat: the tokenizer has no chat template"):
+        check_chat(tokenizer)
+    tokenizer.chat_template = (
+        "{% for message in messages %}def {{ message.content }}(self{% endfor %}"
+    )
+    check_chat(tokenizer)
+
+    chat, plain = (
+        generate_on_lane(
+            model, tokenizer, prompts, SINGLE_PROCESS, GenerationOptions(8, chat=is_chat)
+        ).completions
+        for prompts, is_chat in ((["read"], True), (["def read(self"], False))
+    )
+    assert chat == plain
 
 
 def _sampled_greedily(folder: Path) -> dict[int, str]:

@@ -1,0 +1,42 @@
+"""Whether all ranks of a grid were started alike: options, checkpoint, versions of libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from resmoe_dist.errors import DisagreementError
+from resmoe_dist.version import __version__
+
+_LIBRARIES = ("torch", "transformers", "deepspeed")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what must be equal on all ranks, by name."""
+    found = {"resmoe-dist": __version__}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def check_agreement(facts: Mapping[str, str]) -> None:
+    """Raise DisagreementError on every rank unless all ranks have the same facts. Collective.
+
+    facts: name and value, as the user knows them.
+    """
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, dict(facts))
+    for rank, theirs in enumerate(everyone):
+        for name in sorted(theirs.keys() | everyone[0].keys()):
+            first, other = everyone[0].get(name), theirs.get(name)
+            if first != other:
+                raise DisagreementError(
+                    f"rank {rank} disagrees with rank 0: {name} is {other} on rank {rank}, {first} "
+                    "on rank 0; start all ranks alike"
+                )
