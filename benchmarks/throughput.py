@@ -21,7 +21,8 @@ wire          of a decode step, per MoE layer, attention included: collectives o
               bytes that leave ranks for others, per token, all ranks together (see `wire.py`)
 stages        of a decode step, per MoE layer: the mean over ranks and steps
 resident      bytes of the model's tensors on the rank that has most
-peak          resident and what memory grew by while the system ran
+peak          resident and what the process grew by while the system ran: at least so much, because
+              memory that the process had freed before may be used again
 
 Legend: B sequences, S prompt tokens, N new tokens.
 """
