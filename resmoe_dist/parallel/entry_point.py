@@ -46,17 +46,18 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
     if place is not None:
         widen_affinity(place)
     watch = start_watch(place) if place is not None else None
-    try:
-        with _interrupts_raised(seen, watch):
+    # What follows a signal happens inside as well: here, launchers' second signals do nothing.
+    with _interrupts_raised(seen, watch):
+        try:
             code = _run(main, watch)
-    except KeyboardInterrupt as interruption:
-        end = _SIGNALLED + (seen or [signal.SIGINT])[0]
-        with suppress(OSError):
-            sys.stdout.flush()
-        if watch is not None:
-            watch.leave_after_signal(end, str(interruption))
-        write_line(str(interruption))
-        leave(end)
+        except KeyboardInterrupt as interruption:
+            end = _SIGNALLED + (seen or [signal.SIGINT])[0]
+            with suppress(OSError):
+                sys.stdout.flush()
+            if watch is not None:
+                watch.leave_after_signal(end, str(interruption))
+            write_line(str(interruption))
+            leave(end)
     sys.exit(code)
 
 

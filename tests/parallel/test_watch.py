@@ -192,6 +192,17 @@ def test_ctrl_c_ends_all_ranks_silently():
     assert ranks.end(within=6) == ([130, 130], "")
 
 
+def test_the_text_of_an_interrupted_rank_is_printed_although_launchers_signal_twice():
+    waits = "try: time.sleep(60)\n    except KeyboardInterrupt: raise KeyboardInterrupt('at 7')"
+    ranks = Ranks(waits, WAITS)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        for rank in range(2):
+            ranks.signal(rank, number)
+        time.sleep(0.02)
+
+    assert ranks.end(within=6) == ([130, 130], "at 7\n")
+
+
 def test_a_rank_that_has_finished_fails_if_another_one_fails_later():
     codes, printed = Ranks("pass", "time.sleep(2); raise UserError('f: damaged')").end(within=8)
 
