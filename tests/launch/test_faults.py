@@ -34,5 +34,5 @@ def test_a_fault_ends_all_processes_with_one_line(kind, compressed):
     assert (outcome.code == 2) == (kind == "damage")
     assert outcome.left == []
     assert not outcome.traceback
-    # Before ranks have joined, they get four times as long.
+    # Before ranks have joined, they get twice as long.
     assert outcome.seconds < (30 if kind == "stop" else 20)

@@ -184,7 +184,7 @@ def test_chat_puts_prompts_into_the_template(compressed):
     with pytest.raises(UserError, match="--chat: the tokenizer has no chat template"):
         check_chat(tokenizer)
     tokenizer.chat_template = (
-        "{% for message in messages %}def {{ message.content }}(self{% endfor %}"
+        "{{ bos_token }}{% for message in messages %}def {{ message.content }}(self{% endfor %}"
     )
     check_chat(tokenizer)
 
