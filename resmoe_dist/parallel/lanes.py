@@ -16,7 +16,7 @@ from resmoe_dist.parallel.collectives import gather, sum_over
 from resmoe_dist.parallel.dispatch.auto import AutoDispatcher
 from resmoe_dist.parallel.dispatch.base import Dispatcher
 from resmoe_dist.parallel.dispatch.forms import dispatcher_for
-from resmoe_dist.parallel.dispatch.measure import median_seconds, random_call
+from resmoe_dist.parallel.dispatch.measure import least_seconds, random_call
 from resmoe_dist.parallel.topology import Topology, build_topology, lane_choices
 
 # More tokens than this are not tried: their time is proportional to their number.
@@ -90,7 +90,7 @@ def _layer_seconds(
         routed, metadata = form.dispatch(*call)
         form.combine(torch.zeros_like(routed.x_RH), metadata)
 
-    mine = min(median_seconds(partial(round_trip, form), device) for form in forms)
+    mine = min(least_seconds(partial(round_trip, form), device) for form in forms)
     world = torch.distributed.group.WORLD
     assert world is not None
     slowest = gather(torch.tensor([mine], dtype=torch.float64, device=device), world).max()
