@@ -38,7 +38,7 @@ _PRINT_SECONDS = 2.0
 _GRACE_SECONDS = 10.0
 _TICK_SECONDS = 0.1
 # A longer pause of the thread is not held against the peers.
-_OWN_PAUSE_SECONDS = 2.0
+_OWN_PAUSE_SECONDS = 0.5
 # Imports can keep a thread from running, so ranks that have not joined yet get more time.
 _UNJOINED_FACTOR = 2
 _MEETING_SECONDS = 300.0

@@ -115,7 +115,7 @@ def test_a_stopped_rank_ends_the_others_after_the_timeout_and_does_not_stay(stop
 
 
 def test_ranks_that_all_stand_still_for_longer_than_the_timeout_go_on():
-    ranks = Ranks(*["time.sleep(3)"] * 2, timeout=1)
+    ranks = Ranks(*["time.sleep(3)"] * 2, timeout=2)
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for rank in range(2):
             ranks.signal(rank, number)
@@ -125,7 +125,7 @@ def test_ranks_that_all_stand_still_for_longer_than_the_timeout_go_on():
 
 
 def test_computing_for_longer_than_the_timeout_is_no_failure():
-    ranks = Ranks("ctypes.CDLL(None).usleep(3_000_000)", "sum(range(100_000_000))", timeout=1)
+    ranks = Ranks("ctypes.CDLL(None).usleep(3_000_000)", "sum(range(100_000_000))", timeout=2)
 
     assert ranks.end(within=60) == ([0, 0], "")
 

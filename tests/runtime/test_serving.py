@@ -184,17 +184,18 @@ def test_chat_puts_prompts_into_the_template(compressed):
     with pytest.raises(UserError, match="--chat: the tokenizer has no chat template"):
         check_chat(tokenizer)
     tokenizer.chat_template = (
-        "{{ bos_token }}{% for message in messages %}def {{ message.content }}(self{% endfor %}"
+        "{% for message in messages %}def {{ message.content }}(self{% endfor %}"
     )
     check_chat(tokenizer)
 
-    chat, plain = (
-        generate_on_lane(
-            model, tokenizer, prompts, SINGLE_PROCESS, GenerationOptions(8, chat=is_chat)
-        ).completions
-        for prompts, is_chat in ((["read"], True), (["def read(self"], False))
-    )
-    assert chat == plain
+    options = GenerationOptions(8, chat=True)
+    found = generate_on_lane(model, tokenizer, ["read"], SINGLE_PROCESS, options).completions
+
+    # Special tokens are the template's business.
+    inputs = tokenizer("def read(self", return_tensors="pt", add_special_tokens=False)
+    output_S = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0]
+    expected = tokenizer.decode(output_S[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert found == {0: expected}
 
 
 def _sampled_greedily(folder: Path) -> dict[int, str]:
