@@ -42,10 +42,11 @@ def expected(compressed) -> list[str]:
 
 @pytest.fixture
 def infer(compressed, tmp_path):
-    """The script with its options: two prompts' batches per lane, on EP 2."""
+    """The script with its options: two prompts' batches per lane, on two lanes."""
     (tmp_path / "prompts").write_text("".join(f"{prompt.rstrip()}\n" for prompt in PROMPTS))
     return (
         *("launch/infer.py", "--ep", "2", "--model", compressed, *SAMPLING, "--batch-size", "1"),
+        *("--lanes", "2"),
         *("--json", tmp_path / "r.json"),
         *(option for prompt in PROMPTS for option in ("--prompt", prompt)),
     )
