@@ -186,7 +186,7 @@ def test_other_quantisations_are_named(deepseek, method):
 
 
 @pytest.mark.parametrize("size", [None, [], [128], [0, 128], [128, -1], [1, 2, 3], "no", 128])
-def test_blocks_that_are_none(deepseek, size):
+def test_invalid_block_sizes(deepseek, size):
     edit_json(
         deepseek / "config.json", lambda c: c["quantization_config"].update(weight_block_size=size)
     )
@@ -214,7 +214,7 @@ def test_scales_of_another_shape(deepseek, name):
         SourceCheckpoint(deepseek)
 
 
-def test_scales_of_a_type_that_is_none(deepseek):
+def test_scales_of_an_unsupported_dtype(deepseek):
     name = f"{WEIGHT}_scale_inv"
     edit_tensors(deepseek / "model.safetensors", lambda t: t.update({name: t[name].int()}))
     with mistake(f"'{re.escape(name)}' is stored as I32; supported are F32, F16, BF16, F8_E8M0"):
@@ -238,7 +238,7 @@ def test_a_vector_in_float8(deepseek):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", [WEIGHT, OTHER])
-def test_scale_that_is_no_number(deepseek, name, value):
+def test_non_finite_scale(deepseek, name, value):
     edit_tensors(
         deepseek / "model.safetensors", lambda t: t[f"{name}_scale_inv"][-1, -1].fill_(value)
     )
@@ -249,7 +249,7 @@ def test_scale_that_is_no_number(deepseek, name, value):
 
 
 @pytest.mark.parametrize("name", [WEIGHT, OTHER])
-def test_value_that_is_no_number(deepseek, name):
+def test_non_finite_value(deepseek, name):
     edit_tensors(
         deepseek / "model.safetensors", lambda t: t[name].view(torch.uint8)[5, 3].fill_(0x7F)
     )

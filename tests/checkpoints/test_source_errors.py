@@ -40,7 +40,7 @@ def test_missing_config(mixtral):
 
 
 @pytest.mark.parametrize("text", ["{broken", "", "[]", "3", '{"model_type": "no-such-model"}'])
-def test_config_that_is_none(mixtral, text):
+def test_unreadable_config(mixtral, text):
     edit_text(mixtral / "config.json", text)
     with mistake(f"{mixtral}.*not a readable Hugging Face model folder"):
         SourceCheckpoint(mixtral)
@@ -106,7 +106,7 @@ def test_truncated_shard(shards, part):
 @pytest.mark.parametrize(
     "text", ["{broken", "[1]", "{}", '{"weight_map": ["x"]}', '{"weight_map": {"x": 1}}', "\xff"]
 )
-def test_index_that_is_none(shards, text):
+def test_unreadable_index(shards, text):
     (shards / INDEX).write_bytes(text.encode("latin-1"))
     with mistake(f"{shards / INDEX}: "):
         SourceCheckpoint(shards)
@@ -121,7 +121,7 @@ def test_index_that_leads_out_of_the_folder(shards, name):
         SourceCheckpoint(shards)
 
 
-def test_index_that_promises_a_tensor_its_shard_has_not(shards):
+def test_index_names_a_tensor_missing_from_its_shard(shards):
     weight_map = json.loads((shards / INDEX).read_text())["weight_map"]
     moved = next(name for name, where in weight_map.items() if where == FIRST)
     write_index(shards, weight_map | {moved: SECOND})
@@ -130,7 +130,7 @@ def test_index_that_promises_a_tensor_its_shard_has_not(shards):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_value_that_is_no_number_in_an_expert_of_its_own(mixtral, value):
+def test_non_finite_value_in_a_separate_expert(mixtral, value):
     edit_tensors(mixtral / "model.safetensors", lambda t: t[EXPERT][5, 7].fill_(value))
     source = SourceCheckpoint(mixtral)
 
@@ -140,7 +140,7 @@ def test_value_that_is_no_number_in_an_expert_of_its_own(mixtral, value):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_value_that_is_no_number_in_a_fused_tensor(fused_mixtral, value):
+def test_non_finite_value_in_a_fused_tensor(fused_mixtral, value):
     name = "model.layers.1.mlp.experts.gate_up_proj"
     edit_tensors(fused_mixtral / "model.safetensors", lambda t: t[name][2, 5, 7].fill_(value))
     source = SourceCheckpoint(fused_mixtral)

@@ -177,7 +177,7 @@ def test_tensor_that_is_not_there(tmp_path):
 
 @pytest.mark.parametrize("read", [TensorFile, tensor_bytes])
 @pytest.mark.parametrize("content", [None, b"", b"12345", b"\xff" * 20, b"\2\0\0\0\0\0\0\0{}x"])
-def test_file_that_is_no_safetensors(tmp_path, read, content):
+def test_file_that_is_not_safetensors(tmp_path, read, content):
     if content is not None:
         (tmp_path / "x").write_bytes(content)
     with mistake(f"{tmp_path}/x: (this file is missing|not a whole safetensors file)"):

@@ -79,7 +79,7 @@ def test_output_that_exists_is_left_alone(sharded_source, tmp_path, kind):
 
 
 @pytest.mark.parametrize("output", [".", "..", "/"])
-def test_output_without_a_name_of_its_own(sharded_source, tmp_path, monkeypatch, output):
+def test_output_path_without_a_final_name(sharded_source, tmp_path, monkeypatch, output):
     monkeypatch.chdir(tmp_path)
     with mistake("exists already; remove it or choose another one"):
         run(sharded_source, pipeline.Path(output))

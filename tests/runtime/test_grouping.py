@@ -81,7 +81,7 @@ def test_every_grid_gives_the_logits_of_the_restored_model(family_folder, tmp_pa
             assert relative_difference(mine, want) <= TOLERANCE, f"rank {rank}, {folder.name}"
 
 
-def test_a_rank_opens_only_files_with_experts_of_its_own(family_folder, tmp_path):
+def test_a_rank_opens_only_files_that_hold_its_experts(family_folder, tmp_path):
     compress(family_folder("mixtral"), tmp_path / "c")
     regroup(tmp_path / "c", tmp_path / "r", [[0, 3], [1], [2]])
     for path in (tmp_path / "r").glob("resmoe-*-group-001.safetensors"):

@@ -69,7 +69,7 @@ def _load(folders: dict[str, Path], grid: dict[str, Any]) -> dict[str, tuple]:
     [({"ep": 1, "tp": 2}, 2), ({"ep": 4, "tp": 1, "lanes": 1}, 4), ({"ep": 2, "tp": 2}, 2)],
     ids=str,
 )
-def test_ranks_of_a_lane_share_everything_that_is_no_expert(folders, grid, ranks_of_a_lane):
+def test_ranks_of_a_lane_share_everything_but_experts(folders, grid, ranks_of_a_lane):
     world = grid["ep"] * grid["tp"]
     results = run_on_ranks(world, _load, folders, grid)
 
