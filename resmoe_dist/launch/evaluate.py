@@ -46,7 +46,7 @@ def run() -> None:
         facts=facts_of(config, config.model, sequences),
     )
     result = run_evaluate(config, sequences, topology, config.dispatch)
-    if topology.lane == topology.lane_rank == 0:
+    if topology.rank == 0:
         report(result, config)
 
 

@@ -12,11 +12,16 @@ from functools import partial
 
 import torch
 
-from resmoe_dist.parallel.collectives import gather, sum_over
+from resmoe_dist.parallel.collectives import sum_over
 from resmoe_dist.parallel.dispatch.auto import AutoDispatcher
 from resmoe_dist.parallel.dispatch.base import Dispatcher
 from resmoe_dist.parallel.dispatch.forms import dispatcher_for
-from resmoe_dist.parallel.dispatch.measure import least_seconds, random_call
+from resmoe_dist.parallel.dispatch.measure import (
+    least_seconds,
+    random_call,
+    round_trip,
+    slowest_rank,
+)
 from resmoe_dist.parallel.topology import Topology, build_topology, lane_choices
 
 # More tokens than this are not tried: their time is proportional to their number.
@@ -57,7 +62,9 @@ def fastest_topology(
     choices = [n for n in lane_choices(place.ep, place.dp) if n <= max(load.sequences, place.dp)]
     if len(choices) < 2:
         return place
-    found = {n: build_topology(place.ep, place.tp, n) for n in choices}
+    found = {
+        n: place if n == place.lanes else build_topology(place.ep, place.tp, n) for n in choices
+    }
     seconds = {n: _seconds(topology, sizes, load, device) for n, topology in found.items()}
     return found[min(choices, key=seconds.__getitem__)]
 
@@ -84,14 +91,12 @@ def _layer_seconds(
         forms = [dispatcher.decode, dispatcher.exchange]
     lane = topology.lane_group
 
-    def round_trip(form: Dispatcher) -> None:
+    def layer(form: Dispatcher) -> None:
         if lane is not None:
             sum_over(call[0], lane)
-        routed, metadata = form.dispatch(*call)
-        form.combine(torch.zeros_like(routed.x_RH), metadata)
+        round_trip(form, call)
 
-    mine = min(least_seconds(partial(round_trip, form), device) for form in forms)
+    mine = min(least_seconds(partial(layer, form), device) for form in forms)
     world = torch.distributed.group.WORLD
     assert world is not None
-    slowest = gather(torch.tensor([mine], dtype=torch.float64, device=device), world).max()
-    return float(slowest) * tokens / tried
+    return slowest_rank(mine, world, device) * tokens / tried

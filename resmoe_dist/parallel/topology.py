@@ -44,6 +44,11 @@ class Topology:
     peer_group: torch.distributed.ProcessGroup | None = None
 
     @property
+    def rank(self) -> int:
+        """This rank's number in the world."""
+        return (self.dp_rank * self.ep + self.ep_rank) * self.tp + self.tp_rank
+
+    @property
     def lanes(self) -> int:
         """Number of lanes of the whole grid."""
         return self.dp * self.replica_lanes

@@ -92,14 +92,13 @@ class LaneSharding:
 
     def _say(self, text: str) -> None:
         """Once per grid."""
-        place = self.topology
-        if place.ep_rank == place.tp_rank == place.dp_rank == 0:
+        if self.topology.rank == 0:
             logger.warning(text)
 
     def _part(self, size: int) -> _Part:
         place = self.topology
         world = range(place.dp * place.replica_size)
-        rank = (place.dp_rank * place.ep + place.ep_rank) * place.tp + place.tp_rank
+        rank = place.rank
         existing = [group for group in (place.lane_group, place.tp_group) if group is not None]
         group = group_of(rank, [world[i : i + size] for i in world[::size]], existing)
         return _Part(size, rank % size, group)

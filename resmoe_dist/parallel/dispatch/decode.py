@@ -52,15 +52,15 @@ class DecodeDispatcher(Dispatcher):
         padding = (0, 0, 0, self.capacity - T)
         rows_CB = F.pad(pack(x_TH, top_k_index_TK, top_k_weights_TK), padding)
         peers = self.topology.peer_group
-        rows_RB = rows_CB if peers is None else gather(rows_CB, peers)
+        assert peers is not None, "one lane needs no dispatch"
+        rows_RB = gather(rows_CB, peers)
         routed = self.routed_to_local(*unpack(rows_RB, H, x_TH.dtype, K))
         return routed, DecodeMetadata(T, self.capacity)
 
     def combine(self, y_RH: Tensor, metadata: DecodeMetadata) -> Tensor:
-        replica, place = self.topology.replica_group, self.topology
-        if replica is None:
-            return y_RH[: metadata.tokens]
+        place = self.topology
+        assert place.replica_group is not None
         y_GCH = y_RH.view(place.replica_lanes, metadata.capacity, y_RH.shape[1])
         # The ranks of a lane are neighbours.
-        parts_PCH = exchange(y_GCH.repeat_interleave(place.lane_size, 0), replica)
+        parts_PCH = exchange(y_GCH.repeat_interleave(place.lane_size, 0), place.replica_group)
         return add_up(parts_PCH)[: metadata.tokens]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from resmoe_dist.parallel.collectives import gather
+from resmoe_dist.parallel.collectives import Group, gather
 from resmoe_dist.parallel.dispatch.auto import AutoDispatcher
 from resmoe_dist.parallel.dispatch.base import Dispatcher
+
+# Tokens [T, H], top_k_index [T, K] and top_k_weights [T, K].
+Call = tuple[Tensor, Tensor, Tensor]
 
 # Tokens per lane that are tried, each four times as many.
 _SIZES = (4, 16, 64, 256)
@@ -46,7 +50,7 @@ def random_call(
     top_k: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Call:
     """Arguments of `dispatch`: tokens [T, H] and a random routing [T, K], the same on all ranks."""
     generator = torch.Generator().manual_seed(tokens)
     x_TH = torch.randn(tokens, hidden, generator=generator).to(device, dtype)
@@ -68,14 +72,19 @@ def least_seconds(call: Callable[[], None], device: torch.device) -> float:
     return min(found[1:])
 
 
-def _seconds(form: Dispatcher, call: tuple[Tensor, Tensor, Tensor]) -> float:
-    """The time of a round trip without experts, on the slowest rank."""
+def round_trip(form: Dispatcher, call: Call) -> None:
+    """Dispatch and combine without experts. Collective over the replica."""
+    routed, metadata = form.dispatch(*call)
+    form.combine(torch.zeros_like(routed.x_RH), metadata)
 
-    def round_trip() -> None:
-        routed, metadata = form.dispatch(*call)
-        form.combine(torch.zeros_like(routed.x_RH), metadata)
 
-    device = call[0].device
-    mine = torch.tensor([least_seconds(round_trip, device)], dtype=torch.float64, device=device)
-    replica = form.topology.replica_group
-    return float((mine if replica is None else gather(mine, replica)).max())
+def slowest_rank(seconds: float, group: Group, device: torch.device) -> float:
+    """The largest of the ranks' times."""
+    return float(gather(torch.tensor([seconds], dtype=torch.float64, device=device), group).max())
+
+
+def _seconds(form: Dispatcher, call: Call) -> float:
+    """The time of a round trip, on the slowest rank."""
+    device, replica = call[0].device, form.topology.replica_group
+    assert replica is not None
+    return slowest_rank(least_seconds(partial(round_trip, form, call), device), replica, device)
