@@ -23,7 +23,9 @@ from resmoe_dist.kernels.reference import FUSED_ACTIVATIONS
 from resmoe_dist.routing import RoutedTokens
 
 # Fastest first.
-INSTRUCTION_SETS = ["avx512_bf16", "avx512", "avx2", "portable"]
+INSTRUCTION_SETS = ["amx", "avx512_bf16", "avx512", "avx2", "portable"]
+# Those whose bfloat16 instructions treat denormal numbers as zeros.
+FLUSHING_SETS = ("amx", "avx512_bf16")
 
 # Error of a float32 sum, relative to the sum of its terms' magnitudes: sixteen roundings. n terms
 # are rounded n times in the worst case, but rounding errors are random and grow like √n.

@@ -5,7 +5,7 @@ namespace resmoe {
 namespace {
 
 // Fastest first.
-const InstructionSet* const kSets[] = {&kAvx512Bf16, &kAvx512, &kAvx2, &kPortable};
+const InstructionSet* const kSets[] = {&kAmx, &kAvx512Bf16, &kAvx512, &kAvx2, &kPortable};
 
 const InstructionSet* chosen = nullptr;
 

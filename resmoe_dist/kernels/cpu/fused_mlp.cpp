@@ -18,9 +18,6 @@ namespace {
 
 using at::Tensor;
 
-// Jobs with at least this many copies use the packed kernels.
-constexpr int64_t kPackedCopies = 12;
-
 // Upper bound of the per-thread sums, all threads together.
 constexpr int64_t kMaxSummedBytes = 64 << 20;
 
@@ -143,7 +140,8 @@ Tensor fused_mlp(const c10::intrusive_ptr<Layer>& layer, const Tensor& x_TH, con
   for (size_t k = 0; k < jobs.size(); ++k) {
     if (!jobs[k].copies) continue;
     const bool shared = shares && layer->center_of[k] >= 0;
-    const bool packed = many_tokens || (!shared && jobs[k].copies >= kPackedCopies);
+    const bool packed =
+        many_tokens || (!shared && jobs[k].copies >= kernels.lane_layout.min_copies);
     (packed ? many : few).push_back(jobs[k]);
   }
   const Tensor x = with_padding(x_TH);

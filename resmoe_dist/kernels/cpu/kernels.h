@@ -114,6 +114,7 @@ struct Mlp : RoutedInput {
 struct LaneLayout {
   int64_t vector_lanes;  // lanes of one vector
   int64_t max_vectors;   // of one chunk
+  int64_t min_copies;    // of a job: with fewer, the kernels for few copies are faster
 };
 
 // The copies of a job, split into chunks of whole vectors of nearly equal size. Each chunk is stored
@@ -188,6 +189,7 @@ struct InstructionSet {
   Kernels float32;
 };
 
+extern const InstructionSet kAmx;
 extern const InstructionSet kAvx512Bf16;
 extern const InstructionSet kAvx512;
 extern const InstructionSet kAvx2;

@@ -33,7 +33,8 @@ constexpr int64_t kPackedDepth = 256;
 
 template <class Scalar>
 constexpr LaneLayout packed_layout() {
-  return {Primitives<Scalar>::kLanes, Primitives<Scalar>::kMaxVectors};
+  using P = Primitives<Scalar>;
+  return {P::kLanes, P::kMaxVectors, P::kMinPackedCopies};
 }
 
 inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }

@@ -46,6 +46,8 @@ struct VectorPrimitives {
   // `multiply` has copies side by side in vectors of kLanes, and takes up to kMaxVectors of them.
   static constexpr int64_t kLanes = kWidth;
   static constexpr int kMaxVectors = 4;
+  // From how many copies of a job on packing them pays.
+  static constexpr int64_t kMinPackedCopies = 12;
   // How many products one step of `multiply` adds to each sum.
   static constexpr int64_t kDepthPerStep = 1;
   // How many rows `multiply` takes together with this many vectors. The sums fill 24 of 32

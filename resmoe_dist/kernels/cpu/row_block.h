@@ -69,10 +69,16 @@ class RowBlock {
   }
 
   // As next_tile, of all rows, with the entries of two rows side by side: row p of the result is
-  // [row 2p column 0, row 2p+1 column 0, row 2p column 1, …], of 2 · width entries.
-  MatrixView<const Scalar> next_tile_of_row_pairs(int64_t columns, int64_t width) {
+  // [row 2p column 0, row 2p+1 column 0, row 2p column 1, …], of 2 · width entries. Rows of zeros
+  // follow, up to a multiple of `row_multiple`.
+  MatrixView<const Scalar> next_tile_of_row_pairs(int64_t columns, int64_t width,
+                                                  int64_t row_multiple = 2) {
     using P = Primitives<Scalar>;
-    const Tile<Scalar, Use::kWeightPairs> pairs((rows() + 1) / 2, 2 * width);
+    const int64_t num_pairs = round_up(rows(), row_multiple) / 2;
+    const Tile<Scalar, Use::kWeightPairs> pairs(num_pairs, 2 * width);
+    for (int64_t p = (rows() + 1) / 2; p < num_pairs; ++p) {
+      std::fill(pairs.row(p), pairs.row(p) + 2 * width, Scalar{});
+    }
     for (int64_t r = 0; r < rows(); r += 4) {
       const int64_t count = std::min<int64_t>(4, rows() - r);
       int64_t taken = 0;
