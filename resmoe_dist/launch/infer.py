@@ -24,6 +24,7 @@ from resmoe_dist.launch.lanes import with_fastest_lanes
 from resmoe_dist.launch.rank_report import as_json, gather_reports, rank_table
 from resmoe_dist.parallel.entry_point import launched_rank, quiet_libraries, run_entry_point
 from resmoe_dist.parallel.launcher import start_grid
+from resmoe_dist.runtime.checking import check_steps
 from resmoe_dist.runtime.generation import GenerationOptions, check_chat, generate_on_lane
 from resmoe_dist.runtime.loading import check_grid, load_model
 from resmoe_dist.runtime.rank_memory import rank_memory
@@ -77,6 +78,8 @@ def run() -> None:
     model = load_model(
         folder, dtype=dtype, topology=topology, execution=execution, dispatch=config.dispatch
     )
+    if config.check:
+        check_steps(model, topology)
     # 4. This lane's prompts. A single one is printed as it is completed.
     is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     streamer = None
