@@ -18,9 +18,9 @@ from typing import Any
 
 from resmoe_dist.parallel.rendezvous import free_port
 
-# The children fork from a server that has imported the heavy libraries once.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["resmoe_dist.runtime.loading"])
+# What the server that children fork from imports once.
+_PRELOADED = ["resmoe_dist.runtime.loading", "transformers.models.mixtral.modeling_mixtral"]
 
 
 def run_alone(world: int, threads: int, function: Callable[..., Any], *args: Any) -> Any:
@@ -44,6 +44,8 @@ def run_together(world: int, threads: int, function: Callable[..., Any], *args: 
 def _run(
     ranks: int, world: int, threads: int, backend: str, function: Callable[..., Any], args: tuple
 ) -> list[Any]:
+    # No effect if the server runs already.
+    _context.set_forkserver_preload(_PRELOADED)
     port, pipes, processes = free_port(), [], []
     for rank in range(ranks):
         receiver, sender = _context.Pipe(duplex=False)
