@@ -28,11 +28,6 @@ def run_alone(world: int, threads: int, function: Callable[..., Any], *args: Any
     return _run(1, world, threads, "fake", function, args)[0]
 
 
-def run_apart(world: int, threads: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """The same for every rank, all at the same time, which share the cores and nothing else."""
-    return _run(world, world, threads, "fake", function, args)
-
-
 def run_together(world: int, threads: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What `function(*args)` returns on each of `world` ranks on gloo, in their order.
 

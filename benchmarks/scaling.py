@@ -11,10 +11,11 @@ their data sheets, or on gloo between processes of this machine, fitted to measu
 
 The model takes all ranks to be as busy as rank 0, and nothing to overlap. A rank has one core, or
 --threads. For the grids of --check all ranks run here too, and the last table compares. They share
-the cores, so their computation is measured on all ranks at the same time.
+the cores, so computation is multiplied by the threads of all ranks / the cores.
 
 form          of dispatch, forced; `auto` takes the faster one
-compute       milliseconds of a step of one rank without its peers, median
+compute       milliseconds of a step of one rank without its peers; the least, because whatever else
+              the machine does only adds to it
 per layer     collectives of one rank, and the bytes that it sends to others, attention included
 TPOT, TTFT    time of a decode step, and of the prefill of the whole batch; suffix: the link
 
@@ -24,10 +25,11 @@ Legend: B sequences of all lanes, S prompt tokens.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +37,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.child_ranks import run_alone, run_apart, run_together
+from benchmarks.child_ranks import run_alone, run_together
 from benchmarks.decode import make_compressed
 from benchmarks.generation import generate
 from benchmarks.harness import logger, main, positive, share
@@ -211,20 +213,27 @@ def _cases(lanes: Sequence[int]) -> Iterator[tuple[int, str]]:
             yield count, form
 
 
-def step_seconds(moments: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Medians over repeats: of the prefill, and of a decode step."""
-    prefill = statistics.median(each[0] for each in moments)
-    return prefill, statistics.median(float(s) for each in moments for s in np.diff(each))
+def step_seconds(
+    moments: Sequence[Sequence[float]], of: Callable[[list[float]], float]
+) -> tuple[float, float]:
+    """Of the prefill, and of a decode step: `of` all repeats and steps."""
+    return of([each[0] for each in moments]), of([float(s) for m in moments for s in np.diff(m)])
 
 
-def predicted(layers: int, grid: Grid, run: Run, networks: dict[str, Network]) -> Row:
-    """A row of the model, from what one rank did without its peers."""
+def predicted(
+    layers: int, grid: Grid, run: Run, networks: dict[str, Network], sharing: float = 1
+) -> Row:
+    """A row of the model, from what one rank did without its peers.
+
+    sharing: ranks that share a core.
+    """
     row: Row = {"grid": str(grid), "lanes": run.lanes, "form": run.form}
-    prefill, decode = step_seconds(run.moments)
-    for phase, compute, messages in (
+    prefill, decode = step_seconds(run.moments, min)
+    for phase, alone, messages in (
         ("prefill", prefill, run.prefill),
         ("decode", decode, run.decode),
     ):
+        compute = sharing * alone
         row[phase] = {
             "compute_ms": 1000 * compute,
             "collectives": len(messages) / layers,
@@ -240,12 +249,14 @@ def predicted(layers: int, grid: Grid, run: Run, networks: dict[str, Network]) -
 def _checked(args: argparse.Namespace, work: Work, link: Link) -> list[Row]:
     """The model beside the same steps of real ranks on gloo, for each case of a grid."""
     ranks, threads = work.grid.ep * work.grid.tp, args.threads or 1
-    network = Network(link, link, ranks)
-    apart, together = (run(ranks, threads, run_forms, work) for run in (run_apart, run_together))
-    rows = []
-    for alone, real in zip(zip(*apart, strict=True), zip(*together, strict=True), strict=True):
-        row = predicted(args.layers, work.grid, slowest(alone), {_MEASURED: network})
-        measured = step_seconds(slowest(real).moments)
+    sharing = max(1, ranks * threads / len(os.sched_getaffinity(0)))
+    networks, rows = {_MEASURED: Network(link, link, ranks)}, []
+    alone = run_alone(ranks, threads, run_forms, work)
+    together = run_together(ranks, threads, run_forms, work)
+    for mine, *real in zip(alone, *together, strict=True):
+        row = predicted(args.layers, work.grid, mine, networks, sharing)
+        slowest = np.max([run.moments for run in real], axis=0).tolist()
+        measured = step_seconds(slowest, statistics.median)
         for phase, seconds in zip(("prefill", "decode"), measured, strict=True):
             model_ms = row[phase]["model_ms"][_MEASURED]
             row[phase] |= {
@@ -255,11 +266,6 @@ def _checked(args: argparse.Namespace, work: Work, link: Link) -> list[Row]:
             }
         rows.append(row)
     return rows
-
-
-def slowest(runs: Sequence[Run]) -> Run:
-    """The first rank's run of a case, with the moments of the slowest rank at each step."""
-    return replace(runs[0], moments=np.max([run.moments for run in runs], axis=0).tolist())
 
 
 def _fitted(worlds: Sequence[int]) -> Link:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 
 import pytest
 
@@ -61,7 +62,7 @@ def test_a_rank_without_peers_can_belong_to_any_grid(folder):
 def test_a_prediction_is_computation_and_collectives():
     link = Link("x", base=1e-3, per_peer=1e-3, bandwidth=1e6, origin="test")
     message = Message("all_to_all", (0, 1, 2, 3), 1000)  # 4 ms and 1 ms
-    run = Run(2, "decode", [[0.1, 0.13, 0.15]], prefill=2 * [message], decode=4 * [message])
+    run = Run(2, "decode", [[0.1, 0.13, 0.155]], prefill=2 * [message], decode=4 * [message])
 
     row = predicted(2, Grid(2, 2), run, {"x": Network(link, link, 8)})
 
@@ -73,8 +74,20 @@ def test_a_prediction_is_computation_and_collectives():
     assert row["decode"]["sent_bytes"] == 2000
 
 
-def test_steps_are_medians_over_repeats():
-    assert step_seconds([[1.0, 1.5], [2.0, 2.7], [4.0, 4.1]]) == pytest.approx((2.0, 0.5))
+def test_steps_are_those_of_all_repeats():
+    moments = [[1.0, 1.5], [2.0, 2.7], [4.0, 4.1]]
+
+    assert step_seconds(moments, statistics.median) == pytest.approx((2.0, 0.5))
+    assert step_seconds(moments, min) == pytest.approx((1.0, 0.1))
+
+
+def test_ranks_that_share_a_core_compute_for_longer():
+    run = Run(1, "shared_batch", [[0.1, 0.13]], prefill=[], decode=[])
+    link = Link("x", base=0, per_peer=0, bandwidth=1, origin="test")
+
+    row = predicted(1, Grid(2, 2), run, {"x": Network(link, link, 8)}, sharing=2)
+
+    assert row["decode"]["model_ms"]["x"] == pytest.approx(60)
 
 
 def test_a_report_says_that_it_is_a_model_and_compares_it(tmp_path, capsys):
