@@ -118,10 +118,19 @@ def make_folders(args: argparse.Namespace, ep: int = 1) -> tuple[Path, Path]:
 
     ep: groups per layer. Raises UserError if `--work` holds another model.
     """
+    compressed = make_compressed(args, ep)
+    restored = compressed.with_name(f"restored-{args.dtype}")
+    if not restored.exists():
+        logger.info("restoring")
+        restore_checkpoint(compressed, restored, STORED_DTYPES[args.dtype])
+    return compressed, restored
+
+
+def make_compressed(args: argparse.Namespace, ep: int = 1) -> Path:
+    """The compressed model, made unless it is there. See `make_folders`."""
     name = f"{args.codec}-{args.keep:g}" + (f"-ep{ep}" if ep > 1 else "")
     source, made = args.work / "source", args.work / name
-    compressed, restored = made / "compressed", made / f"restored-{args.dtype}"
-    model = model_of(args)
+    compressed, model = made / "compressed", model_of(args)
     model.ensure_in(source)
     # No token ends a sequence, so all have the same length.
     write_json(source / "generation_config.json", {"bos_token_id": 1, "pad_token_id": 0})
@@ -137,10 +146,7 @@ def make_folders(args: argparse.Namespace, ep: int = 1) -> tuple[Path, Path]:
     config.pop("quantization_config")
     if config != model.config():
         raise UserError(f"{compressed}: of another model; remove it or choose another folder")
-    if not restored.exists():
-        logger.info("restoring")
-        restore_checkpoint(compressed, restored, STORED_DTYPES[args.dtype])
-    return compressed, restored
+    return compressed
 
 
 def generate(model: PreTrainedModel, ids_BS: Tensor, new_tokens: int) -> Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,21 +27,35 @@ _SPACES = ("c10d", "_c10d_functional")
 _SILENT = ("barrier", "monitored_barrier_", "recv_", "recv_any_source_", "irecv")
 
 
-class WireCount(TorchDispatchMode):
-    """Counts the collectives that this rank takes part in while entered.
+class Message(NamedTuple):
+    """One collective: its operator, the ranks of its group, and the bytes that this rank sends."""
 
-    calls: how many of each operator. bytes: sent by this rank to others.
-    """
+    operator: str
+    ranks: tuple[int, ...]
+    bytes: int
+
+
+class WireCount(TorchDispatchMode):
+    """Notes the collectives that this rank takes part in while entered, as `messages`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: Counter[str] = Counter()
-        self.bytes = 0
+        self.messages: list[Message] = []
+
+    @property
+    def calls(self) -> Counter[str]:
+        """How many of each operator."""
+        return Counter(message.operator for message in self.messages)
 
     @property
     def collectives(self) -> int:
         """Calls of all operators."""
-        return sum(self.calls.values())
+        return len(self.messages)
+
+    @property
+    def bytes(self) -> int:
+        """Sent by this rank to others."""
+        return sum(message.bytes for message in self.messages)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in _SPACES:
@@ -49,8 +63,8 @@ class WireCount(TorchDispatchMode):
             names = [argument.name for argument in func._schema.arguments]
             given = dict(zip(names, args, strict=False)) | (kwargs or {})
             if name not in _SILENT and ("process_group" in given or "group_name" in given):
-                self.calls[name] += 1
-                self.bytes += sent_bytes(name, given)
+                ranks = torch.distributed.get_process_group_ranks(_group_of(given))
+                self.messages.append(Message(name, tuple(ranks), sent_bytes(name, given)))
         return func(*args, **(kwargs or {}))
 
 

@@ -17,10 +17,10 @@ from benchmarks.harness import logger
 from benchmarks.processes import MemoryWatch, add_compress_options, memory_of, reset_high_water
 from benchmarks.synthetic import add_model_arguments, source_and_scratch
 from benchmarks.timing import Clock, summary
-from resmoe_dist.compression.heap import return_freed_memory
 from resmoe_dist.compression.stages import record_stages
 from resmoe_dist.config.arguments import parse
 from resmoe_dist.config.commands import CompressConfig
+from resmoe_dist.heap import return_freed_memory
 from resmoe_dist.launch.compress import compress
 
 # In the order in which a group passes them.

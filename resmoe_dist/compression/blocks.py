@@ -16,8 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from resmoe_dist.compression.heap import return_freed_memory
 from resmoe_dist.compression.scaling import power_of_two_scale
+from resmoe_dist.heap import return_freed_memory
 
 CPU = torch.device("cpu")
 

@@ -169,6 +169,11 @@ class ExecutionConfig(CommandConfig):
         metavar="SIZE",
     )
     dtype: Dtype | None = option(None, "to compute in (default: the checkpoint's)")
+    check: bool = option(
+        False,
+        "after each step, end all ranks if those of a lane route differently or a value is not "
+        "finite",
+    )
 
     @model_validator(mode="after")
     def _check_cache(self) -> Self:

@@ -20,11 +20,11 @@ from resmoe_dist.compression.activations import LayerActivations
 from resmoe_dist.compression.blocks import CPU
 from resmoe_dist.compression.clustering import cluster_experts
 from resmoe_dist.compression.encoding import GroupCodecs
-from resmoe_dist.compression.heap import return_freed_memory
 from resmoe_dist.compression.losses import Loss
 from resmoe_dist.compression.stages import stage
 from resmoe_dist.compression.stored_size import StoredSize
 from resmoe_dist.errors import UserError
+from resmoe_dist.heap import return_freed_memory
 from resmoe_dist.jobs.memory_budget import ExpertStore, GroupMemory
 from resmoe_dist.methods import Dense, GroupPlan, Method, SourceGroup, method_of
 

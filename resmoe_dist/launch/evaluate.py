@@ -22,6 +22,7 @@ from resmoe_dist.launch.facts import facts_of
 from resmoe_dist.parallel.entry_point import quiet_libraries, run_entry_point
 from resmoe_dist.parallel.launcher import start_grid
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
+from resmoe_dist.runtime.checking import check_steps
 from resmoe_dist.runtime.loading import check_grid, load_model
 
 
@@ -76,6 +77,8 @@ def run_evaluate(
     model = load_model(
         config.model, dtype=dtype, topology=topology, execution=execution, dispatch=dispatch
     )
+    if config.check:
+        check_steps(model, topology)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     check_vocabulary(config.data, sequences, vocabulary)
     return evaluate(model, sequences, topology)

@@ -24,8 +24,10 @@ from resmoe_dist.launch.lanes import with_fastest_lanes
 from resmoe_dist.launch.rank_report import as_json, gather_reports, rank_table
 from resmoe_dist.parallel.entry_point import launched_rank, quiet_libraries, run_entry_point
 from resmoe_dist.parallel.launcher import start_grid
+from resmoe_dist.runtime.checking import check_steps
 from resmoe_dist.runtime.generation import GenerationOptions, check_chat, generate_on_lane
 from resmoe_dist.runtime.loading import check_grid, load_model
+from resmoe_dist.runtime.loading_cost import loading_cost
 from resmoe_dist.runtime.rank_memory import rank_memory
 from resmoe_dist.testing.embedded import DEMO_PROMPTS, embedded_checkpoint
 
@@ -74,9 +76,12 @@ def run() -> None:
         topology = with_fastest_lanes(topology, folder, tokenizer, prompts, config)
     # 3. This rank's shard of the model.
     dtype = STORED_DTYPES[config.dtype] if config.dtype else None
-    model = load_model(
-        folder, dtype=dtype, topology=topology, execution=execution, dispatch=config.dispatch
-    )
+    with loading_cost() as loading:
+        model = load_model(
+            folder, dtype=dtype, topology=topology, execution=execution, dispatch=config.dispatch
+        )
+    if config.check:
+        check_steps(model, topology)
     # 4. This lane's prompts. A single one is printed as it is completed.
     is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     streamer = None
@@ -85,7 +90,7 @@ def run() -> None:
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     output = generate_on_lane(model, tokenizer, prompts, topology, options, streamer)
     # 5. Rank 0 reports for all.
-    reports = gather_reports(topology, output, rank_memory(model))
+    reports = gather_reports(topology, output, rank_memory(model), loading)
     if not is_first:
         return
     completions = {i: text for each in reports for i, text in each.output.completions.items()}

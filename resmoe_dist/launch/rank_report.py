@@ -10,22 +10,27 @@ import torch
 from resmoe_dist.evaluation.tables import human_bytes, text_table
 from resmoe_dist.parallel.topology import Topology
 from resmoe_dist.runtime.generation import LaneOutput
+from resmoe_dist.runtime.loading_cost import LoadingCost
 from resmoe_dist.runtime.rank_memory import RankMemory
 
 
 @dataclass(frozen=True)
 class RankReport:
-    """One rank: its place in the grid, what its lane generated, and the bytes it holds."""
+    """One rank: its place in the grid, what its lane generated, the bytes it holds, and what
+    loading them cost."""
 
     place: Topology
     output: LaneOutput
     memory: RankMemory
+    loading: LoadingCost
 
 
-def gather_reports(topology: Topology, output: LaneOutput, memory: RankMemory) -> list[RankReport]:
+def gather_reports(
+    topology: Topology, output: LaneOutput, memory: RankMemory, loading: LoadingCost
+) -> list[RankReport]:
     """Every rank's report, in rank order. Collective over the world."""
     # Process groups cannot be sent.
-    report = RankReport(topology.without_groups(), output, memory)
+    report = RankReport(topology.without_groups(), output, memory, loading)
     if not torch.distributed.is_initialized():
         return [report]
     reports: list[Any] = [None] * torch.distributed.get_world_size()
@@ -62,8 +67,24 @@ def rank_table(reports: list[RankReport]) -> str:
         f"{text_table(header, rows, left=0)}\n"
         f"experts on all ranks together {human_bytes(held)}, dense {human_bytes(dense)}: "
         f"{held / dense if dense else 0:.1%}\n"
+        f"{_loading_line(reports)}"
         f"ep {place.ep} x tp {place.tp} x dp {place.dp}: {tokens} tokens in {seconds:.2f} s, "
         f"{tokens / seconds:.1f} tokens/s in all"
+    )
+
+
+def _loading_line(reports: list[RankReport]) -> str:
+    """Of the rank whose memory grew most; empty if that is not known."""
+    known = [(r.loading.peak_bytes or 0, rank) for rank, r in enumerate(reports)]
+    peak, rank = max(known)
+    if not peak:
+        return ""
+    report = reports[rank]
+    read = report.loading.read_bytes
+    return (
+        f"loading: memory grew by {human_bytes(peak)} at most (rank {rank}, which keeps "
+        f"{human_bytes(report.memory.all_bytes)}"
+        f"{'' if read is None else f' and read {human_bytes(read)}'})\n"
     )
 
 
@@ -82,6 +103,8 @@ def as_json(
             "center_bytes": report.memory.center_bytes,
             "residual_bytes": report.memory.residual_bytes,
             "other_bytes": report.memory.other_bytes,
+            "loading_peak_bytes": report.loading.peak_bytes,
+            "loading_read_bytes": report.loading.read_bytes,
             "new_tokens": report.output.new_tokens,
             "seconds": report.output.seconds,
         }

@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 
-from resmoe_dist.errors import DisagreementError, UserError, first_line
+from resmoe_dist.errors import DisagreementError, FailedCheckError, UserError, first_line
 
 USER_ERROR = 2
 UNEXPECTED = 1
@@ -36,6 +36,8 @@ def describe(error: Exception, rank: int | None = None, *, joined: bool = True) 
     if isinstance(error, UserError):
         alike = not joined or isinstance(error, DisagreementError)
         return f"error: {error}" if alike else f"{prefix}{error}"
+    if isinstance(error, FailedCheckError):
+        return f"error: {error}"
     if _is_out_of_memory(error):
         return (
             f"{prefix}out of memory ({first_line(error)}); use more ranks (--ep, --tp), fewer "

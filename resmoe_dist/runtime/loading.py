@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from resmoe_dist.checkpoints.format import is_compressed, read_index
 from resmoe_dist.errors import UserError, first_line
 from resmoe_dist.families.models import load_config, model_class
+from resmoe_dist.heap import return_freed_memory
 from resmoe_dist.parallel.dispatch import AutoDispatcher, check_form, measure_decode_limit
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology, build_topology, owned_experts
 from resmoe_dist.runtime.execution import Execution
@@ -72,6 +73,7 @@ def load_model(
     layers = [module for module in model.modules() if isinstance(module, ResMoE)]
     for layer in layers:
         layer.experts.prepare()
+    return_freed_memory()
     _measure_dispatch(layers, getattr(config.get_text_config(), "num_experts_per_tok", 2), model)
     return model
 

@@ -24,6 +24,7 @@ from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.checkpoints.format import LayerEntry
 from resmoe_dist.errors import UserError
 from resmoe_dist.families.sites import ExpertsAdapter, adapter_for, replace_experts
+from resmoe_dist.heap import return_freed_memory
 from resmoe_dist.parallel.dispatch import StepSizes, dispatcher_for
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
 from resmoe_dist.registration import QUANT_METHOD
@@ -125,6 +126,7 @@ class ResMoEQuantizer(HfQuantizer):
                 adapter=placeholder.adapter,
             )
             model.set_submodule(layer.module, moe.to(model.device).eval())
+            return_freed_memory()
 
     def is_serializable(self) -> bool:
         """A loaded model holds one rank's shard; the checkpoint on disk is what to copy."""

@@ -30,6 +30,11 @@ class RankMemory:
         """Centre and residuals."""
         return self.center_bytes + self.residual_bytes
 
+    @property
+    def all_bytes(self) -> int:
+        """Experts and everything else."""
+        return self.expert_bytes + self.other_bytes
+
 
 def rank_memory(model: PreTrainedModel) -> RankMemory:
     """Measure a model. Tensors that share storage are counted once."""

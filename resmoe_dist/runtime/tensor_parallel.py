@@ -75,15 +75,20 @@ class LaneSharding:
                 self._styles[name] = division.style, part
 
     def finish(self, model: PreTrainedModel) -> None:
-        """Make the loaded slices plain tensors, and let their modules work together."""
+        """Make the loaded slices plain tensors, and let their modules work together.
+
+        Whole parameters are copied too. They are views of mapped files, and one that is left would
+        keep all pages of its file that were read in this process.
+        """
+        if self.topology.lane_group is None:
+            return
         # Tied modules keep sharing one parameter.
         made: dict[int, nn.Parameter] = {}
         for module in model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
-                if isinstance(parameter.data, DTensor):
-                    if id(parameter) not in made:
-                        made[id(parameter)] = _own_copy(parameter.data.to_local())
-                    module.register_parameter(name, made[id(parameter)])
+                if id(parameter) not in made:
+                    made[id(parameter)] = _own_copy(parameter.data)
+                module.register_parameter(name, made[id(parameter)])
         for name, (style, part) in self._styles.items():
             forward = _FORWARDS.get(style)
             if forward is not None:
@@ -104,10 +109,10 @@ class LaneSharding:
         return _Part(size, rank % size, group)
 
 
-def _own_copy(slice_: Tensor) -> nn.Parameter:
-    """A parameter of this slice, without the memory of the tensor that it may be a view of."""
-    whole = slice_.untyped_storage().nbytes() > slice_.nbytes
-    return nn.Parameter(slice_.detach().clone() if whole else slice_.detach(), requires_grad=False)
+def _own_copy(data: Tensor) -> nn.Parameter:
+    """A parameter of this rank's slice, without the memory that it is a view of."""
+    local = data.to_local() if isinstance(data, DTensor) else data
+    return nn.Parameter(local.detach().clone(), requires_grad=False)
 
 
 def _rowwise(module: Any, part: _Part, x: Tensor) -> Tensor:
