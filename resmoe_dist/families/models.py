@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from resmoe_dist.errors import UserError
+from resmoe_dist.model_paths import check_model_folder
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -27,8 +30,9 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 def load_config(folder: str) -> PretrainedConfig:
     """The config of a model folder or a config.json. Raises UserError if it cannot be read.
 
-    Code that a folder brings along is never run.
+    Code that a folder brings along is never run, and links out of the folder are refused.
     """
+    check_model_folder(Path(folder))
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers' errors for a bad config have no common class
