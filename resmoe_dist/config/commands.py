@@ -169,6 +169,7 @@ class ExecutionConfig(CommandConfig):
         metavar="SIZE",
     )
     dtype: Dtype | None = option(None, "to compute in (default: the checkpoint's)")
+    verify: bool = option(False, "compare the files that are read with their digests")
 
     @model_validator(mode="after")
     def _check_cache(self) -> Self:

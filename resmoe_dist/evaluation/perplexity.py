@@ -35,9 +35,10 @@ class Evaluation:
         except OverflowError:
             return math.inf
 
-    def as_dict(self) -> dict[str, float]:
-        """For JSON."""
-        return {"perplexity": self.perplexity, "nll": self.nll, "tokens": self.tokens}
+    def as_dict(self) -> dict[str, float | None]:
+        """For JSON, which has no infinity: a perplexity beyond the largest float is None."""
+        perplexity = self.perplexity if math.isfinite(self.perplexity) else None
+        return {"perplexity": perplexity, "nll": self.nll, "tokens": self.tokens}
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -129,7 +129,7 @@ def check_runs(folder: Path, model: PreTrainedModel) -> None:
 
 @contextmanager
 def refusing(folder: Path, what: str) -> Iterator[None]:
-    """Whatever fails in the block is the folder's fault: UserError instead of any other exception.
+    """Whatever fails in the block is the folder's fault: UserError instead of other exceptions.
 
     Not if memory runs out or another rank ended. RESMOE_TRACEBACK=1 shows where it failed.
     """
@@ -141,8 +141,8 @@ def refusing(folder: Path, what: str) -> Iterator[None]:
         if is_out_of_memory(error) or may_be_lost_peer(error):
             raise
         raise UserError(
-            f"{folder}: {what} ({type(error).__name__}: {first_line(error)}); config.json may be "
-            "damaged or not fit the files; fetch or rebuild the folder"
+            f"{folder}: {what} ({type(error).__name__}: {first_line(error)}); a file of the "
+            "folder is damaged or does not fit the others; fetch or rebuild it"
         ) from error
 
 
