@@ -32,8 +32,8 @@ from resmoe_dist.methods import method_named
 from resmoe_dist.parallel.entry_point import quiet_libraries, run_entry_point
 
 _TARGET_REMARK = (
-    "--target-bytes chose how much to keep with {groups} groups per layer, not the number of groups; "
-    "fewer leave more to keep at the same size, often with a smaller error (--ep, --groups-per-rank)"
+    "--target-bytes chose how much to keep with {groups} groups per layer, not how many groups; "
+    "fewer leave room to keep more, often with a smaller error (--ep, --groups-per-rank)"
 )
 
 
