@@ -45,7 +45,7 @@ class Hang(BaseException):
     """Not an Exception: nothing may catch it."""
 
 
-class Failure(AssertionError):
+class FaultError(AssertionError):
     """What a damaged folder must not cause."""
 
 
@@ -66,18 +66,18 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 
 def attempt(what: str, action: Callable[[], Any]) -> tuple[str, Any]:
-    """("ok", result) or ("refused", message). Raises Failure for anything else."""
+    """("ok", result) or ("refused", message). Raises FaultError for anything else."""
     try:
         with time_limit(HANG_SECONDS):
             return "ok", action()
     except UserError as error:
         if "\n" in str(error):
-            raise Failure(f"{what}: more than one line: {error}") from error
+            raise FaultError(f"{what}: more than one line: {error}") from error
         return "refused", str(error)
     except Hang as error:
-        raise Failure(f"{what}: hangs\n{traceback.format_exc()}") from error
+        raise FaultError(f"{what}: hangs\n{traceback.format_exc()}") from error
     except Exception as error:
-        raise Failure(f"{what}: {traceback.format_exc()}") from error
+        raise FaultError(f"{what}: {traceback.format_exc()}") from error
 
 
 def evaluation(folder: Path, ids: Path) -> tuple[float, int]:
@@ -100,7 +100,7 @@ class CompressedFolder:
         self.nll = evaluation(work / "pristine", self.ids)
 
     def check(self, seed: int) -> str:
-        """Damage a copy and see. Raises Failure."""
+        """Damage a copy and see. Raises FaultError."""
         folder = self.work / "damaged"
         _copy(self.work / "pristine", folder)
         how = mutate(folder, seed)
@@ -110,14 +110,14 @@ class CompressedFolder:
             loaded, model = attempt("load_model", lambda: load_model(folder))
             sound = verified == "ok" and not faults
             if sound and evaluated == "ok" and nll != self.nll:
-                raise Failure(f"evaluate: {nll} instead of {self.nll}, unnoticed")
+                raise FaultError(f"evaluate: {nll} instead of {self.nll}, unnoticed")
             if sound and loaded == "ok" and not torch.equal(logits_of(model), self.logits):
-                raise Failure("load_model: other logits, unnoticed")
+                raise FaultError("load_model: other logits, unnoticed")
             if "ok" in (evaluated, loaded):
                 return "served, nothing to notice" if sound else "served, found by verify"
             return "refused"
-        except Failure as failure:
-            raise Failure(f"{seed} {how}\n{failure}") from failure
+        except FaultError as failure:
+            raise FaultError(f"{seed} {how}\n{failure}") from failure
 
 
 class SourceFolder:
@@ -129,7 +129,7 @@ class SourceFolder:
         save_family(FAMILIES["mixtral"], work / "pristine")
 
     def check(self, seed: int) -> str:
-        """Compress a damaged copy, and evaluate what comes out. Raises Failure."""
+        """Compress a damaged copy, and evaluate what comes out. Raises FaultError."""
         folder, output = self.work / "damaged", self.work / "output"
         _copy(self.work / "pristine", folder)
         shutil.rmtree(output, ignore_errors=True)
@@ -140,15 +140,15 @@ class SourceFolder:
             if done == "refused":
                 left = [p.name for p in self.work.iterdir() if p.name.startswith("output")]
                 if left:
-                    raise Failure(f"compress: refused, and left {left}")
+                    raise FaultError(f"compress: refused, and left {left}")
                 return "refused"
             _, faults = attempt("verify", lambda: CompressedCheckpoint(output).faults())
             if faults:
-                raise Failure(f"verify of the result: {faults}")
+                raise FaultError(f"verify of the result: {faults}")
             served, _ = attempt("evaluate", lambda: evaluation(output, self.ids))
             return "compressed" if served == "ok" else "compressed, refused by evaluate"
-        except Failure as failure:
-            raise Failure(f"{seed} {how}\n{failure}") from failure
+        except FaultError as failure:
+            raise FaultError(f"{seed} {how}\n{failure}") from failure
 
 
 def _copy(folder: Path, target: Path) -> None:
@@ -174,7 +174,7 @@ def main() -> None:
         for seed in range(args.first, args.first + args.count):
             try:
                 counts[folder.check(seed)] += 1
-            except Failure as failure:
+            except FaultError as failure:
                 counts["FAILED"] += 1
                 print(f"--- {failure}", flush=True)
             if (seed + 1) % 500 == 0:

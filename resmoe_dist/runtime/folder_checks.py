@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,10 +17,6 @@ from resmoe_dist.errors import UserError, first_line
 from resmoe_dist.families.models import load_config, meta_model, model_class
 from resmoe_dist.parallel.failures import is_out_of_memory, may_be_lost_peer
 
-# Entries of a config that transformers counts through when it builds a model.
-_COUNTED = re.compile(r"layers?$|experts?$|blocks?$|stages?$|depths?$")
-# Models of so many layers are built in seconds, whatever the files hold.
-_FEW = 512
 # A model may hold tied tensors, and buffers that it computes, beside what the files hold.
 _BEYOND_FILES = 4
 _ANY_MODEL = 1 << 24
@@ -46,44 +40,18 @@ def check_loadable(folder: Path, config: PretrainedConfig) -> None:
     raw = read_json(folder / "config.json")
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder}: has an adapter_config.json; merge the adapter into the model")
+    generation = folder / "generation_config.json"
+    # transformers would ignore one that it cannot read.
+    if generation.exists() and not isinstance(read_json(generation), dict):
+        raise UserError(f"{generation}: not a JSON object; fetch it again")
     if "transformers_weights" in raw:
         raise UserError(
             f"{folder}: config.json names a file of weights; remove transformers_weights"
         )
-    for name, value in _entries(raw):
-        if name.endswith(("attn_implementation", "experts_implementation")):
-            for chosen in value.values() if isinstance(value, dict) else [value]:
-                if "/" in str(chosen):
-                    raise UserError(
-                        f"{folder}: config.json asks for code from elsewhere ({name} {chosen!r}); "
-                        "remove it"
-                    )
     if (folder / SINGLE_FILE).exists() and (folder / SHARD_INDEX).exists():
         raise UserError(f"{folder}: has both {SINGLE_FILE} and {SHARD_INDEX}; remove one")
     files = ModelFiles(folder)
-    _check_counts(folder, raw, files)
     _check_size(folder, meta_model(config), files)
-
-
-def _check_counts(folder: Path, raw: Any, files: ModelFiles) -> None:
-    """Refuse numbers of layers or experts that no model with these files can have.
-
-    transformers would build them one by one.
-    """
-    most = max(_FEW, len(files.locations))
-    if is_compressed(folder):
-        most += sum(layer.num_experts for layer in read_index(folder).layers)
-    else:
-        # Fused tensors hold the experts of a layer.
-        shapes = (files.holding(name).shape(name) for name in files.locations)
-        most += max((size for shape in shapes for size in shape[:1]), default=0)
-    for name, value in _entries(raw):
-        counted = isinstance(value, int | float) and bool(_COUNTED.search(name))
-        if counted and not -most <= value <= most:
-            raise UserError(
-                f"{folder}: config.json has {name} {value:.6g}, which does not fit the "
-                f"{len(files.locations)} tensors of the files"
-            )
 
 
 def _check_size(folder: Path, model: nn.Module, files: ModelFiles) -> None:
@@ -144,15 +112,3 @@ def refusing(folder: Path, what: str) -> Iterator[None]:
             f"{folder}: {what} ({type(error).__name__}: {first_line(error)}); a file of the "
             "folder is damaged or does not fit the others; fetch or rebuild it"
         ) from error
-
-
-def _entries(value: Any) -> Iterator[tuple[str, Any]]:
-    """All names and values of JSON objects, however deep."""
-    pending = [value]
-    while pending:
-        found = pending.pop()
-        if isinstance(found, dict):
-            yield from found.items()
-            pending += found.values()
-        elif isinstance(found, list):
-            pending += found
