@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +75,7 @@ def _surplus(path: Path, draw: random.Random) -> str:
     name = draw.choice(
         ("model.safetensors", "adapter_config.json", "tokenizer_config.json", "chat_template.jinja")
     )
-    shutil.copyfile(path, path.with_name(name))
+    path.with_name(name).write_bytes(path.read_bytes())
     return f"copied to {name}"
 
 
