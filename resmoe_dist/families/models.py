@@ -22,8 +22,9 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
     Raises UserError if transformers has none of them.
     """
-    for name in config.architectures or []:
-        found = getattr(transformers, name, None)
+    named = config.architectures
+    for name in named if isinstance(named, list) else []:
+        found = getattr(transformers, str(name), None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
     raise UserError(

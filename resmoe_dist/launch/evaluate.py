@@ -67,6 +67,7 @@ def check(config: EvaluateConfig) -> None:
     """Raise UserError for a model that predicts no tokens, and an output that cannot be written."""
     if config.json_file and not launched_rank():
         check_writable(config.json_file)
+    check_grid(config.model, 1, 1)
     check_language_model(config.model)
 
 
