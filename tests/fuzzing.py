@@ -132,14 +132,14 @@ class SourceFolder:
         """Compress a damaged copy, and evaluate what comes out. Raises FaultError."""
         folder, output = self.work / "damaged", self.work / "output"
         _copy(self.work / "pristine", folder)
-        shutil.rmtree(output, ignore_errors=True)
+        for left in self.work.glob("output*"):
+            shutil.rmtree(left)
         how = mutate(folder, seed)
         config = CompressConfig(source=folder, output=output, ep=2)
         try:
             done, _ = attempt("compress", lambda: compress(config))
             if done == "refused":
-                left = [p.name for p in self.work.iterdir() if p.name.startswith("output")]
-                if left:
+                if left := [path.name for path in self.work.glob("output*")]:
                     raise FaultError(f"compress: refused, and left {left}")
                 return "refused"
             _, faults = attempt("verify", lambda: CompressedCheckpoint(output).faults())

@@ -201,8 +201,8 @@ class CompressionSettings(_Entry):
     keeps the source's.
     """
 
-    groups: Count
-    groups_per_rank: Count = 1
+    groups: int
+    groups_per_rank: int = 1
     method: MethodSpec
     center_codec: CodecSpec = DENSE
     residual_codec: CodecSpec

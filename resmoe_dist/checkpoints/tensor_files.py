@@ -191,9 +191,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, indented, as atomically as `write_tensors`.
 
-    Raises ValueError for NaN and infinity, which JSON does not have.
+    Infinity, which JSON does not have, is written as transformers writes it in configs.
     """
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(value, indent=2, ensure_ascii=False)
     with _replacing(path) as temporary:
         # Half a surrogate pair, which UTF-8 does not have, becomes JSON's escape again.
         temporary.write_bytes((text + "\n").encode("utf-8", "backslashreplace"))
