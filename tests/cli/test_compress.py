@@ -44,7 +44,7 @@ def test_a_target_says_that_it_does_not_choose_the_groups(family_folder, run, tm
 
     assert code == 0
     assert out.splitlines()[-1].startswith(
-        "--target-bytes chose how much to keep with 2 groups per layer, not the number of groups"
+        "--target-bytes chose how much to keep with 2 groups per layer, not how many groups"
     )
 
 
