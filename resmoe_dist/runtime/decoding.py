@@ -69,8 +69,8 @@ def _padding(
 class TextEnds(StoppingCriteria):
     """Ends each row at an ending token or a stop string, and notes where.
 
-    lengths: by row, tokens up to the end of its text, prompt included; None while it goes on. An
-    ending token is not counted, a stop string is.
+    lengths: by row, tokens up to the end of its text, prompt and end included; None while it goes
+    on.
     """
 
     def __init__(self, config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -84,15 +84,13 @@ class TextEnds(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         """Whether each row of input_ids [B, S] has ended: [B]."""
         self.eos_token_id = self.eos_token_id.to(input_ids.device)
-        by_token = torch.isin(input_ids[:, -1], self.eos_token_id)
-        ended = by_token
+        ended = torch.isin(input_ids[:, -1], self.eos_token_id)
         for string in self._strings:
             ended = ended | string(input_ids, scores)
-        length = input_ids.shape[1]
         self.lengths = self.lengths or [None] * len(input_ids)
         for row in ended.nonzero().flatten().tolist():
             if self.lengths[row] is None:
-                self.lengths[row] = length - int(by_token[row])
+                self.lengths[row] = input_ids.shape[1]
         return ended
 
     def texts(self, output_BS: Tensor, start: int) -> list[list[int]]:

@@ -46,8 +46,8 @@ class GenerationOptions:
 class LaneOutput:
     """What one rank generated.
 
-    completions: by the prompt's number. new_tokens: of all completions, without the tokens that end
-    them. seconds: of generating.
+    completions: by the prompt's number. new_tokens: of all completions, padding aside. seconds: of
+    generating.
     """
 
     completions: dict[int, str]

@@ -52,21 +52,22 @@ def model_folder(pristine, folder: Path, generation: dict | None, **special: str
 
 
 def expected_ids(model, prompt: str, end: int | None) -> list[int]:
-    """Greedy decoding by whole forward passes, one prompt at a time, up to the token `end`."""
+    """Greedy decoding by whole forward passes, one prompt at a time, with the token `end`."""
     ids = [CHARACTERS.index(character) + 3 for character in prompt]
     new: list[int] = []
     while len(new) < NEW_TOKENS:
         with torch.no_grad():
             token = int(model(torch.tensor([ids + new]), use_cache=False).logits[0, -1].argmax())
+        new.append(token)
         if token == end:
             break
-        new.append(token)
     return new
 
 
-def text_of(ids: list[int]) -> str:
-    """The characters of token ids."""
-    return "".join("" if i < 3 else CHARACTERS[i - 3] for i in ids)
+def text_of(ids: list[int], *special: str) -> str:
+    """The text of token ids without special tokens."""
+    texts = ["<p>", "<s>", "</s>", *CHARACTERS]
+    return "".join(texts[i] for i in ids if texts[i] not in special)
 
 
 def complete(folder: Path, prompts: list[str] = PROMPTS, **options) -> tuple[list[str], int]:
@@ -114,7 +115,7 @@ def test_one_greedy_sequence_for_each_prompt(pristine, tmp_path, name, special):
 
     texts, new_tokens = complete(folder)
 
-    assert texts == [text_of(ids) for ids in expected]
+    assert texts == [text_of(ids, *special.values()) for ids in expected]
     assert new_tokens == sum(map(len, expected))
 
 
@@ -129,7 +130,7 @@ def test_each_row_ends_at_its_own_ending_token(pristine, tmp_path):
     plain = model_folder(pristine, tmp_path / "a", {})
     free = [expected_ids(load_model(plain), prompt, None) for prompt in PROMPTS]
     end = free[0][4]
-    expected = [ids[: ids.index(end)] if end in ids else ids for ids in free]
+    expected = [ids[: ids.index(end) + 1] if end in ids else ids for ids in free]
     # No padding token at all, and an ending token that the tokenizer does not know as special.
     folder = model_folder(pristine, tmp_path / "c", {"eos_token_id": [2, end]})
 
