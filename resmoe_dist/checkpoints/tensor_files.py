@@ -215,6 +215,14 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError as `read_json` does, and for other values."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object; fetch it again")
+    return value
+
+
 def tensor_bytes(path: Path) -> dict[str, int]:
     """Bytes of each tensor in a safetensors file, from its header.
 

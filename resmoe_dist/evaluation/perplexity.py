@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from resmoe_dist.checkpoints.tensor_files import read_json
+from resmoe_dist.checkpoints.tensor_files import read_json, read_json_object
 from resmoe_dist.errors import UserError, first_line
 from resmoe_dist.model_paths import check_model_folder, is_plain_name
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
@@ -50,7 +50,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"{folder}: no such folder; give a model folder")
     check_model_folder(folder)
     config = folder / "tokenizer_config.json"
-    named = _other_files(config, read_json(config)) if config.exists() else {}
+    named = _other_files(config, read_json_object(config)) if config.exists() else {}
     try:
         return AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False, **named
@@ -62,15 +62,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _other_files(path: Path, config: Any) -> dict[str, None]:
+def _other_files(path: Path, config: dict[str, Any]) -> dict[str, None]:
     """What to give a tokenizer instead of the paths in its tokenizer_config.json.
 
     Many released models keep a path of the machine that wrote them, which is not to be read.
     transformers finds the folder's own files without it. Raises UserError for paths that
     transformers would read all the same.
     """
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a tokenizer's config; fetch it again")
     if config.get("init_inputs"):
         raise UserError(f"{path}: 'init_inputs' is not supported; remove it")
     versions = config.get("fast_tokenizer_files") or []

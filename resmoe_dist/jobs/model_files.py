@@ -20,7 +20,7 @@ from resmoe_dist.checkpoints.model_folder import (
     write_shard_index,
 )
 from resmoe_dist.checkpoints.source import SourceCheckpoint
-from resmoe_dist.checkpoints.tensor_files import copy_file, read_json, sha256_of, write_json
+from resmoe_dist.checkpoints.tensor_files import copy_file, read_json_object, sha256_of, write_json
 from resmoe_dist.checkpoints.upgrade import FORMAT_VERSION
 from resmoe_dist.compression.stages import stage
 from resmoe_dist.model_paths import is_plain_name
@@ -93,7 +93,7 @@ def write_model_files(
 
 
 def _write_config(folder: Path, source: SourceCheckpoint, settings: CompressionSettings) -> None:
-    config = read_json(source.folder / "config.json")
+    config = read_json_object(source.folder / "config.json")
     if settings.dtype:
         set_dtype(config, settings.dtype)
     config["quantization_config"] = {

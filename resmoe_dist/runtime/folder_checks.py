@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from resmoe_dist.checkpoints.format import is_compressed, read_index
 from resmoe_dist.checkpoints.model_folder import SHARD_INDEX, SINGLE_FILE, ModelFiles
-from resmoe_dist.checkpoints.tensor_files import is_finite, read_json
+from resmoe_dist.checkpoints.tensor_files import is_finite, read_json_object
 from resmoe_dist.errors import UserError, first_line
 from resmoe_dist.families.models import load_config, meta_model, model_class
 from resmoe_dist.parallel.failures import is_out_of_memory, may_be_lost_peer
@@ -37,13 +37,13 @@ def check_loadable(folder: Path, config: PretrainedConfig) -> None:
 
     Reads headers only, and builds the model without memory.
     """
-    raw = read_json(folder / "config.json")
+    raw = read_json_object(folder / "config.json")
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder}: has an adapter_config.json; merge the adapter into the model")
     generation = folder / "generation_config.json"
     # transformers would ignore one that it cannot read.
-    if generation.exists() and not isinstance(read_json(generation), dict):
-        raise UserError(f"{generation}: not a JSON object; fetch it again")
+    if generation.exists():
+        read_json_object(generation)
     if "transformers_weights" in raw:
         raise UserError(
             f"{folder}: config.json names a file of weights; remove transformers_weights"
