@@ -20,6 +20,7 @@ from resmoe_dist.evaluation.perplexity import (
     sequences_from_json,
     sequences_from_text,
 )
+from resmoe_dist.families.models import load_config
 from resmoe_dist.launch.execution import execution_of
 from resmoe_dist.launch.facts import facts_of
 from resmoe_dist.parallel.entry_point import launched_rank, quiet_libraries, run_entry_point
@@ -74,8 +75,14 @@ def check(config: EvaluateConfig) -> None:
 def read_sequences(config: EvaluateConfig) -> list[list[int]]:
     """Token ids of the sequences to score. Raises UserError for a file that cannot be used."""
     if config.text:
-        return sequences_from_text(config.text, load_tokenizer(config.model), config.context)
-    return sequences_from_json(config.data)
+        tokenizer = load_tokenizer(config.model)
+        sequences = sequences_from_text(config.text, tokenizer, config.context)
+    else:
+        sequences = sequences_from_json(config.data)
+    vocabulary = getattr(load_config(str(config.model)).get_text_config(), "vocab_size", None)
+    if isinstance(vocabulary, int):
+        check_vocabulary(config.data, sequences, vocabulary)
+    return sequences
 
 
 def run_evaluate(

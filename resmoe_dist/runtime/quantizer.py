@@ -7,6 +7,7 @@ that, a placeholder takes the place of each experts module; afterwards, a loaded
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -146,8 +147,8 @@ def _folder_of(model: PreTrainedModel, checkpoint_files: list[str] | None) -> Pa
     if not folder.is_dir():
         # A model of the Hugging Face hub, in its cache.
         folder = Path(checkpoint_files[0]).parent
-    expected = {str(folder / name) for name in ModelFiles(folder).locations.values()}
-    if surplus := sorted({str(file) for file in checkpoint_files} - expected):
+    expected = {os.path.abspath(folder / name) for name in ModelFiles(folder).locations.values()}
+    if surplus := sorted({os.path.abspath(file) for file in checkpoint_files} - expected):
         raise UserError(
             f"{surplus[0]}: not one of the files that {folder / SHARD_INDEX} should name"
         )

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from resmoe_dist import load_model
@@ -20,6 +21,7 @@ from resmoe_dist.families.models import load_config
 from resmoe_dist.testing.corpus import byte_tokenizer
 from tests.checkpoints.damage import INDEX, copy_of, edit_json, edit_text, mistake
 from tests.cli.commands import COMMAND
+from tests.models import logits_of
 
 SHARD = "model-00001-of-00001.safetensors"
 
@@ -118,6 +120,15 @@ def test_a_folder_that_is_itself_reached_by_a_link_is_read(pristine, tmp_path):
     (tmp_path / "linked").symlink_to(pristine)
 
     load_model(tmp_path / "linked")
+
+
+@pytest.mark.parametrize("written", ["./c/", "c/../c", "c"])
+def test_a_folder_may_be_written_in_any_way(folder, monkeypatch, written):
+    monkeypatch.chdir(folder.parent)
+
+    expected = logits_of(load_model(folder))
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(written)), expected)
+    assert torch.equal(logits_of(load_model(written)), expected)
 
 
 @pytest.mark.parametrize(
