@@ -10,8 +10,11 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .PHONY: demo test lint format clean
 
+# Without an accelerator, DeepSpeed would warn of that in every process.
 demo: $(VENV)/installed
-	$(RUN) deepspeed launch/infer.py --ep 4 --tp 2 --temperature 0.7 --max-new-tokens 120
+	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.accelerator.is_available())' \
+	    || export DS_ACCELERATOR=cpu; \
+	$(RUN) deepspeed --quiet launch/infer.py --ep 4 --tp 2 --temperature 0.7 --max-new-tokens 120
 
 test: $(VENV)/installed lint
 	$(RUN) $(BIN)/python -m pytest

@@ -35,7 +35,7 @@ def main() -> None:
     print(f"experts: {before} bytes before, {after} after ({after / before:.1%})")
 
     # `import resmoe_dist` has registered the format with transformers.
-    compressed = AutoModelForCausalLM.from_pretrained(args.output).eval()
+    compressed = AutoModelForCausalLM.from_pretrained(args.output, trust_remote_code=False).eval()
     dense = load_model(args.source)
     tokens = torch.randint(dense.config.vocab_size, (1, 16))
     with torch.no_grad():

@@ -36,7 +36,7 @@ def main() -> None:
     # On a machine without accelerators this starts ep * tp ranks on the CPU.
     topology = start_grid(args.ep, args.tp)
     model = load_model(args.folder, ep=args.ep, tp=args.tp)
-    tokenizer = AutoTokenizer.from_pretrained(args.folder)
+    tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=False)
     prompt = PROMPTS[topology.lane % len(PROMPTS)]
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     with torch.no_grad():

@@ -24,16 +24,20 @@ from torch import Tensor
 
 from resmoe_dist.checkpoints.format import (
     INDEX_FILE,
+    LISTS_ALL_FILES,
     STORED_DTYPES,
     FileEntry,
     GroupEntry,
     LayerEntry,
+    index_digest,
     read_index,
 )
-from resmoe_dist.checkpoints.tensor_files import TensorFile, sha256_of
+from resmoe_dist.checkpoints.model_folder import SHARD_INDEX, ModelFiles
+from resmoe_dist.checkpoints.tensor_files import TensorFile, is_finite, read_json, sha256_of
 from resmoe_dist.checkpoints.upgrade import FORMAT_VERSION, stored_tensor_name
 from resmoe_dist.codecs import ByteKind, EncodedMatrix, codec_named
-from resmoe_dist.errors import UserError
+from resmoe_dist.errors import UserError, first_line
+from resmoe_dist.model_paths import files_in
 
 CENTER = "center"
 _OUTPUT_BIAS = "output_bias"
@@ -119,7 +123,10 @@ class GroupFile:
         """Output bias [H] of one stored expert; None for families without output biases."""
         if not self.layer.output_bias:
             return None
-        return self._file.read(self._stored_name(_expert_tensor(expert, _OUTPUT_BIAS)))
+        name = _expert_tensor(expert, _OUTPUT_BIAS)
+        bias_H = self._file.read(self._stored_name(name))
+        self._check_finite(name, bias_H)
+        return bias_H
 
     def _read_matrix(
         self, codec: str, prefix: str, what: str, start: int, stop: int
@@ -129,9 +136,16 @@ class GroupFile:
 
         try:
             columns = self.layer.shape.columns
-            return codec_named(codec).read(read, columns, start, stop, self._dtype)
+            matrix = codec_named(codec).read(read, columns, start, stop, self._dtype)
         except (ValueError, IndexError, RuntimeError) as error:
-            raise self._damaged(f"{what}: {error}") from error
+            raise self._damaged(f"{what}: {first_line(error)}") from error
+        for name, tensor in matrix.tensors().items():
+            self._check_finite(f"{prefix}.{name}", tensor)
+        return matrix
+
+    def _check_finite(self, name: str, tensor: Tensor) -> None:
+        if not is_finite(tensor):
+            raise self._damaged(f"tensor {name!r} holds NaN or infinite values")
 
     def _stored_name(self, name: str) -> str:
         return stored_tensor_name(name, self._version)
@@ -192,17 +206,25 @@ class GroupFile:
 class CompressedCheckpoint:
     """A compressed checkpoint on disk: its index, and its files on demand.
 
-    Raises UserError if the folder is not a compressed checkpoint, its format version is newer than
-    this program, or the index is damaged.
+    verify: compare each file that is opened, and once all files that are not groups', with their
+    digests. Raises UserError if the folder is not a compressed checkpoint or links out of itself,
+    its format version is newer than this program, or the index is damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, verify: bool = False) -> None:
         self.folder = folder
         self.index = read_index(folder)
+        self._verify = verify
+        if verify:
+            self._refuse(self._index_faults())
+            self._refuse(self._faults_of(self.index.other_files))
 
     def open_group(self, layer: LayerEntry, group: GroupEntry) -> GroupFile:
         """The file of one group. Raises UserError as `GroupFile` does."""
-        return GroupFile(self.folder, layer, group, self.index.format_version)
+        file = GroupFile(self.folder, layer, group, self.index.format_version)
+        if self._verify:
+            self._refuse(self._faults_of([group.file]))
+        return file
 
     def files(self) -> list[FileEntry]:
         """Every file that the index lists."""
@@ -210,19 +232,12 @@ class CompressedCheckpoint:
         return self.index.other_files + groups
 
     def faults(self) -> list[str]:
-        """One line for each file that is missing or differs from the index; empty if all are whole.
+        """One line for each file that is missing, surplus or differs from the index.
 
-        Reads every file once for its digest, and checks group files against the index.
+        Reads every file once for its digest, checks group files against the index, and the tensors
+        of the other files against theirs. Empty if all is well.
         """
-        faults = []
-        for entry in self.files():
-            path = self.folder / entry.file
-            if not path.is_file():
-                faults.append(f"{entry.file}: missing")
-            elif (size := path.stat().st_size) != entry.bytes:
-                faults.append(f"{entry.file}: {size} bytes, the index says {entry.bytes}")
-            elif sha256_of(path) != entry.sha256:
-                faults.append(f"{entry.file}: its sha256 differs from the index")
+        faults = [*self._index_faults(), *self._faults_of(self.files())]
         bad = {fault.split(":", 1)[0] for fault in faults}
         for layer in self.index.layers:
             for group in layer.groups:
@@ -231,7 +246,51 @@ class CompressedCheckpoint:
                         self.open_group(layer, group)
                     except UserError as error:
                         faults.append(f"{group.file.file}: {error}")
+        if not faults:
+            faults += self._surplus_tensors()
         return faults
+
+    def _refuse(self, faults: Iterator[str]) -> None:
+        for fault in faults:
+            raise UserError(f"{self.folder}/{fault}; compress again or copy it anew")
+
+    def _index_faults(self) -> Iterator[str]:
+        """Is the index as it was written, and does it list every file that a reader may open?"""
+        if self.index.format_version < LISTS_ALL_FILES:
+            return
+        if self.index.digest != index_digest(read_json(self.folder / INDEX_FILE)):
+            yield f"{INDEX_FILE}: differs from its digest"
+        listed = {INDEX_FILE, *(entry.file for entry in self.files())}
+        for name in files_in(self.folder):
+            if name not in listed and not _is_document(name):
+                yield f"{name}: {INDEX_FILE} does not list it"
+
+    def _faults_of(self, entries: list[FileEntry]) -> Iterator[str]:
+        for entry in entries:
+            path = self.folder / entry.file
+            if not path.is_file():
+                yield f"{entry.file}: missing"
+            elif (size := path.stat().st_size) != entry.bytes:
+                yield f"{entry.file}: {size} bytes, the index says {entry.bytes}"
+            elif sha256_of(path) != entry.sha256:
+                yield f"{entry.file}: its sha256 differs from the index"
+
+    def _surplus_tensors(self) -> Iterator[str]:
+        """Tensors of shards that the folder's index does not list or puts elsewhere."""
+        try:
+            files = ModelFiles(self.folder)
+        except UserError as error:
+            yield f"{SHARD_INDEX}: {error}"
+            return
+        for name in sorted(set(files.locations.values())):
+            for tensor in sorted(files.file(name).names):
+                if files.locations.get(tensor) != name:
+                    yield f"{name}: tensor {tensor!r} is not in {SHARD_INDEX}"
+
+
+def _is_document(name: str) -> bool:
+    """Whether a file is for people alone."""
+    return name.endswith(".md") or name.upper().startswith(("LICENSE", "NOTICE"))
 
 
 def _expert_tensor(expert: int, name: str) -> str:

@@ -6,19 +6,21 @@ model has. Versions 1 and 2 are upgraded when they are read.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
 
+from resmoe_dist.checkpoints.tensor_files import read_json, write_json
 from resmoe_dist.checkpoints.upgrade import FORMAT_VERSION, upgrade
 from resmoe_dist.codecs import DENSE, ByteKind, CodecSpec, codec_named
 from resmoe_dist.design_matrix import ExpertShape
 from resmoe_dist.errors import UserError
 from resmoe_dist.families.storage import ExpertStorage
+from resmoe_dist.model_paths import check_model_folder, is_plain_name, is_relative_name
 
 INDEX_FILE = "resmoe.json"
 
@@ -33,28 +35,41 @@ STORED_DTYPES: dict[DtypeName, torch.dtype] = {
 # In an expert map: this expert of the model is not stored.
 DROPPED = -1
 
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\Z")
+# From this version on, the index has a digest, and lists every file that a reader may open.
+LISTS_ALL_FILES = 3
+
+# More than any model has, and few enough to count through.
+_MOST = 1 << 20
 
 
-def _plain_file_name(name: str) -> str:
-    if not _PLAIN_NAME.match(name):
-        raise ValueError(f"{name!r} is not a plain file name")
+def _relative_name(name: str) -> str:
+    if not is_relative_name(name):
+        raise ValueError(f"{name!r} is not a plain file name, or one in a plain folder")
     return name
 
 
-FileName = Annotated[str, AfterValidator(_plain_file_name)]
+FileName = Annotated[str, AfterValidator(_relative_name)]
+Count = Annotated[int, Field(ge=1, le=_MOST)]
+Bytes = Annotated[int, Field(ge=0, lt=1 << 60)]
+Squares = list[Annotated[FiniteFloat, Field(ge=0)]]
 
 
 class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class FileEntry(_Entry):
     """One file of the checkpoint: name, size in bytes and digest."""
 
     file: FileName
-    bytes: int
+    bytes: Bytes
     sha256: str
+
+
+def _in_no_subfolder(entry: FileEntry) -> FileEntry:
+    if not is_plain_name(entry.file):
+        raise ValueError(f"{entry.file!r} is not a plain file name")
+    return entry
 
 
 class GroupEntry(_Entry):
@@ -70,17 +85,17 @@ class GroupEntry(_Entry):
     did not record it.
     """
 
-    file: FileEntry
+    file: Annotated[FileEntry, AfterValidator(_in_no_subfolder)]
     experts: list[int]
-    squared_errors: list[float]
-    squared_norms: list[float]
-    source_bytes: int
-    center_bytes: int
-    residual_bytes: dict[ByteKind, int]
-    objective: float
-    keep: float | None = None
-    weighted_squared_errors: list[float] | None = None
-    weighted_squared_norms: list[float] | None = None
+    squared_errors: Squares
+    squared_norms: Squares
+    source_bytes: Annotated[Bytes, Field(ge=1)]
+    center_bytes: Bytes
+    residual_bytes: dict[ByteKind, Bytes]
+    objective: FiniteFloat
+    keep: FiniteFloat | None = None
+    weighted_squared_errors: Squares | None = None
+    weighted_squared_norms: Squares | None = None
 
     @property
     def has_center(self) -> bool:
@@ -104,9 +119,9 @@ class LayerEntry(_Entry):
     """
 
     module: str
-    num_experts: int
-    rows: int
-    hidden: int
+    num_experts: Count
+    rows: Count
+    hidden: Count
     gated: bool
     row_bias: bool
     output_bias: bool
@@ -116,7 +131,7 @@ class LayerEntry(_Entry):
     dtype: DtypeName
     storage: ExpertStorage
     expert_map: list[Annotated[int, Field(ge=DROPPED)]] | None = None
-    groups: list[GroupEntry]
+    groups: Annotated[list[GroupEntry], Field(min_length=1)]
 
     @property
     def shape(self) -> ExpertShape:
@@ -155,6 +170,13 @@ class LayerEntry(_Entry):
         experts = sorted(k for group in self.groups for k in group.experts)
         if experts != list(range(self.stored_experts)):
             raise ValueError(f"{self.module}: the groups do not hold each expert once")
+        for group in self.groups:
+            squares = (
+                *(group.squared_errors, group.squared_norms),
+                *(group.weighted_squared_errors, group.weighted_squared_norms),
+            )
+            if any(given is not None and len(given) != len(group.experts) for given in squares):
+                raise ValueError(f"{self.module}: errors or norms are not one for each expert")
 
 
 class MethodSpec(_Entry):
@@ -184,7 +206,7 @@ class CompressionSettings(_Entry):
     method: MethodSpec
     center_codec: CodecSpec = DENSE
     residual_codec: CodecSpec
-    target_bytes: float | None = None
+    target_bytes: FiniteFloat | None = None
     calibration: str | None = None
     layers: list[int]
     dtype: DtypeName | None = None
@@ -193,14 +215,30 @@ class CompressionSettings(_Entry):
 class CheckpointIndex(_Entry):
     """The content of resmoe.json. format_version: of the folder, also if older than this program's.
 
-    The entries are in the current version's form, whichever version was read.
+    The entries are in the current version's form, whichever version was read. digest: SHA-256 of
+    everything else in the file (`index_digest`); None before version 3. other_files: all files that
+    a reader may open, except the groups' and the index itself.
     """
 
     format_version: int
     producer: str
     settings: CompressionSettings
-    layers: list[LayerEntry]
+    layers: Annotated[list[LayerEntry], Field(min_length=1)]
     other_files: list[FileEntry]
+    digest: str | None = None
+
+    def check(self) -> None:
+        """Raise ValueError for entries that contradict each other."""
+        for layer in self.layers:
+            layer.check()
+        names = [group.file.file for layer in self.layers for group in layer.groups]
+        names += [entry.file for entry in self.other_files]
+        modules = [layer.module for layer in self.layers]
+        for what, found in (("file", names), ("layer", modules)):
+            if len(set(found)) < len(found):
+                raise ValueError(f"{what} {max(found, key=found.count)!r} is listed twice")
+        if not set(self.settings.layers) <= set(range(len(self.layers))):
+            raise ValueError(f"the settings name layers {self.settings.layers}")
 
 
 def dtype_name(dtype: torch.dtype) -> DtypeName:
@@ -221,17 +259,19 @@ def is_compressed(folder: Path) -> bool:
 def read_index(folder: Path) -> CheckpointIndex:
     """Read the index of a compressed checkpoint, of this or an older format version.
 
-    Raises UserError if the folder has no index, or the index is damaged or of a newer version.
+    Raises UserError if the folder has no index or links out of it, or the index is damaged or of a
+    newer version.
     """
+    check_model_folder(folder)
     path = folder / INDEX_FILE
     if not path.is_file():
         raise UserError(
             f"{folder}: no {INDEX_FILE} here; give a folder made by resmoe-dist compress"
         )
+    raw = read_json(path)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
         version = raw["format_version"]
-        if not isinstance(version, int):
+        if type(version) is not int or version < 1:
             raise ValueError(f"format_version is {version!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from error
@@ -242,11 +282,23 @@ def read_index(folder: Path) -> CheckpointIndex:
         )
     try:
         index = CheckpointIndex.model_validate(upgrade(raw))
-        for layer in index.layers:
-            layer.check()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        index.check()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, error) from error
     return index
+
+
+def write_index(folder: Path, index: CheckpointIndex) -> None:
+    """Write the index of a compressed checkpoint, with its digest."""
+    raw = index.model_dump()
+    write_json(folder / INDEX_FILE, raw | {"digest": index_digest(raw)})
+
+
+def index_digest(raw: Any) -> str:
+    """SHA-256 of the content of resmoe.json without its `digest`: keys sorted, no spaces."""
+    content = {key: value for key, value in raw.items() if key != "digest"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

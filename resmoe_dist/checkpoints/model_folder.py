@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from resmoe_dist.checkpoints.tensor_files import TensorFile, tensor_bytes, write_json
+from resmoe_dist.checkpoints.tensor_files import TensorFile, read_json, tensor_bytes, write_json
 from resmoe_dist.errors import UserError
+from resmoe_dist.model_paths import is_plain_name
 
 SINGLE_FILE = "model.safetensors"
 SHARD_INDEX = "model.safetensors.index.json"
@@ -68,11 +68,11 @@ def set_dtype(config: dict[str, Any], dtype: str) -> None:
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name, from the index of a sharded model."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index)["weight_map"]
         files = set(weight_map.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: not a safetensors index ({error}); fetch it again") from error
     for name in files:
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+        if not is_plain_name(name):
             raise UserError(f"{index}: {name!r} is not a plain file name")
     return weight_map

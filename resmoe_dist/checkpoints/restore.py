@@ -19,7 +19,12 @@ from resmoe_dist.checkpoints.model_folder import (
     shard_name,
     write_shard_index,
 )
-from resmoe_dist.checkpoints.tensor_files import copy_file, read_json, write_json, write_tensors
+from resmoe_dist.checkpoints.tensor_files import (
+    copy_file,
+    read_json_object,
+    write_json,
+    write_tensors,
+)
 from resmoe_dist.errors import UserError
 
 
@@ -101,7 +106,7 @@ def _write_model(
         write_tensors(staging / name, tensors, {})
         weight_map |= dict.fromkeys(tensors, name)
     write_shard_index(staging, weight_map)
-    config = read_json(checkpoint.folder / "config.json")
+    config = read_json_object(checkpoint.folder / "config.json")
     config.pop("quantization_config", None)
     if dtype is not None:
         set_dtype(config, str(dtype).removeprefix("torch."))

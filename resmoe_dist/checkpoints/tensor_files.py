@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from resmoe_dist.errors import UserError
+from resmoe_dist.errors import UserError, first_line
 
 # Errors of a full disk, or of a user's full quota.
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -43,6 +43,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+_CHECKED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class TensorFile:
@@ -187,10 +189,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, indented, as atomically as `write_tensors`."""
+    """Write a JSON file, indented, as atomically as `write_tensors`.
+
+    Infinity, which JSON does not have, is written as transformers writes it in configs.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False)
     with _replacing(path) as temporary:
-        text = json.dumps(value, indent=2, ensure_ascii=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+        # Half a surrogate pair, which UTF-8 does not have, becomes JSON's escape again.
+        temporary.write_bytes((text + "\n").encode("utf-8", "backslashreplace"))
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -203,8 +209,18 @@ def read_json(path: Path) -> Any:
     """The value of a JSON file. Raises UserError if it is missing or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({error}); fetch it again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: not a readable JSON file ({first_line(error)}); fetch it again"
+        ) from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError as `read_json` does, and for other values."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object; fetch it again")
+    return value
 
 
 def tensor_bytes(path: Path) -> dict[str, int]:
@@ -216,13 +232,37 @@ def tensor_bytes(path: Path) -> dict[str, int]:
     return {name: file.size(name) for name in file.names}
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity. Integers and float8 count as finite."""
+    if tensor.dtype not in _CHECKED or not tensor.numel():
+        return True
+    # NaN propagates through min and max. torch.isfinite would make three copies.
+    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
 def sha256_of(path: Path) -> str:
-    """Hex digest of a file."""
+    """Hex digest of a file. Raises UserError if it cannot be read."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_HASH_CHUNK):
-            digest.update(chunk)
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(_HASH_CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     return digest.hexdigest()
+
+
+def check_writable(path: Path) -> None:
+    """Raise UserError, before any work, if a file could not be written to `path` after it."""
+    folder = path.parent
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file")
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: no such folder; make it, or choose another place for {path.name}"
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: cannot be written to; choose another place for {path.name}")
 
 
 @contextmanager

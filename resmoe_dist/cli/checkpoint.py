@@ -5,13 +5,15 @@ from __future__ import annotations
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.checkpoints.format import STORED_DTYPES
 from resmoe_dist.checkpoints.restore import restore_checkpoint
-from resmoe_dist.checkpoints.tensor_files import write_json
+from resmoe_dist.checkpoints.tensor_files import check_writable, write_json
 from resmoe_dist.config.commands import InspectConfig, RestoreConfig, VerifyConfig
 from resmoe_dist.evaluation.report import describe, layer_table, settings_line
 
 
 def run_inspect(config: InspectConfig) -> int:
     """Print what a folder holds; exit code 0."""
+    if config.json_file:
+        check_writable(config.json_file)
     description = describe(CompressedCheckpoint(config.folder))
     settings = settings_line(description["settings"])
     print(f"{config.folder}: {settings}; written by {description['producer']}")

@@ -54,7 +54,7 @@ def make_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: exit code 0, 1 for a failed check, 2 for invalid input."""
     given = sys.argv[1:] if arguments is None else arguments
-    run_entry_point(lambda: run_command(given))
+    run_entry_point(lambda: run_command(given), alone=given[:1] != ["compress"])
 
 
 def run_command(arguments: Sequence[str]) -> int:

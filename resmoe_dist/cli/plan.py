@@ -8,7 +8,7 @@ from resmoe_dist.checkpoints.format import (
     MethodSpec,
     is_compressed,
 )
-from resmoe_dist.checkpoints.tensor_files import write_json
+from resmoe_dist.checkpoints.tensor_files import check_writable, write_json
 from resmoe_dist.config.commands import PlanConfig, StorageConfig
 from resmoe_dist.errors import UserError
 from resmoe_dist.footprint.grid import Footprint, footprint, grid_for, grids_up_to
@@ -22,6 +22,8 @@ from resmoe_dist.parallel.entry_point import quiet_libraries
 def run_plan(config: PlanConfig) -> int:
     """Print the asked grid, then every grid; exit code 0."""
     quiet_libraries()
+    if config.json_file:
+        check_writable(config.json_file)
     dtype = STORED_DTYPES[config.dtype] if config.dtype else None
     structure = read_structure(config.model, config.context, dtype)
     layout = layout_of(config, structure)

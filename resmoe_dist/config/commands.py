@@ -174,6 +174,7 @@ class ExecutionConfig(CommandConfig):
         "after each step, end all ranks if those of a lane route differently or a value is not "
         "finite",
     )
+    verify: bool = option(False, "compare the files that are read with their digests")
 
     @model_validator(mode="after")
     def _check_cache(self) -> Self:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from resmoe_dist.checkpoints.tensor_files import read_json, read_json_object
 from resmoe_dist.errors import UserError, first_line
+from resmoe_dist.model_paths import check_model_folder, is_plain_name
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
 
 DEFAULT_CONTEXT = 512
@@ -33,22 +35,50 @@ class Evaluation:
         except OverflowError:
             return math.inf
 
-    def as_dict(self) -> dict[str, float]:
-        """For JSON."""
-        return {"perplexity": self.perplexity, "nll": self.nll, "tokens": self.tokens}
+    def as_dict(self) -> dict[str, float | None]:
+        """For JSON, which has no infinity: a perplexity beyond the largest float is None."""
+        perplexity = self.perplexity if math.isfinite(self.perplexity) else None
+        return {"perplexity": perplexity, "nll": self.nll, "tokens": self.tokens}
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder. Raises UserError if the folder has no tokenizer."""
+    """The tokenizer of a model folder. Raises UserError if the folder has no tokenizer.
+
+    Code that the folder brings along is never run.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a model folder")
+    check_model_folder(folder)
+    config = folder / "tokenizer_config.json"
+    named = _other_files(config, read_json_object(config)) if config.exists() else {}
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, **named
+        )
     except Exception as error:  # the tokenizer libraries' errors have no common class
         raise UserError(
             f"{folder}: no tokenizer could be loaded ({first_line(error)}); add its files, or give "
             "token ids"
         ) from error
+
+
+def _other_files(path: Path, config: dict[str, Any]) -> dict[str, None]:
+    """What to give a tokenizer instead of the paths in its tokenizer_config.json.
+
+    Many released models keep a path of the machine that wrote them, which is not to be read.
+    transformers finds the folder's own files without it. Raises UserError for paths that
+    transformers would read all the same.
+    """
+    if config.get("init_inputs"):
+        raise UserError(f"{path}: 'init_inputs' is not supported; remove it")
+    versions = config.get("fast_tokenizer_files") or []
+    if not isinstance(versions, list) or not all(map(is_plain_name, versions)):
+        raise UserError(f"{path}: 'fast_tokenizer_files' must name files of the folder")
+    return {
+        name: None
+        for name, value in config.items()
+        if name.endswith(("_file", "_path")) and isinstance(value, str)
+    }
 
 
 def sequences_from_text(
@@ -75,10 +105,7 @@ def sequences_from_json(path: Path) -> list[list[int]]:
 
     Raises UserError for anything else, and for sequences of fewer than two ids.
     """
-    try:
-        sequences = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({error})") from error
+    sequences = read_json(path)
     if not isinstance(sequences, list) or not sequences:
         raise UserError(f"{path}: must be a JSON list of sequences of token ids")
     for i, sequence in enumerate(sequences):

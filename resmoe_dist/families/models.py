@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
 import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from resmoe_dist.errors import UserError
+from resmoe_dist.model_paths import check_model_folder
+
+# Entries of a config that transformers counts through, and the most that can be built in seconds.
+_COUNTS = {re.compile("(layers?|blocks?|stages?)$"): 1024, re.compile("experts?$"): 8192}
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -14,8 +22,9 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
     Raises UserError if transformers has none of them.
     """
-    for name in config.architectures or []:
-        found = getattr(transformers, name, None)
+    named = config.architectures
+    for name in named if isinstance(named, list) else []:
+        found = getattr(transformers, str(name), None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
     raise UserError(
@@ -27,14 +36,41 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 def load_config(folder: str) -> PretrainedConfig:
     """The config of a model folder or a config.json. Raises UserError if it cannot be read.
 
-    Code that a folder brings along is never run.
+    Code that a folder brings along or asks for is never run, and links out of it are refused.
     """
+    check_model_folder(Path(folder))
     try:
+        raw, _ = PretrainedConfig.get_config_dict(folder, local_files_only=True)
+        _check_entries(raw)
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers' errors for a bad config have no common class
         raise UserError(
             f"{folder}: not a readable Hugging Face model folder or config.json ({_reason(error)})"
         ) from error
+
+
+def _check_entries(raw: Any) -> None:
+    """Raise ValueError for more layers or experts than can be built, and for code from elsewhere.
+
+    transformers builds layers one by one, and loads attention kernels from the hub by their name.
+    """
+    pending = [raw]
+    while pending:
+        found = pending.pop()
+        if isinstance(found, list):
+            pending += found
+        if not isinstance(found, dict):
+            continue
+        pending += found.values()
+        for name, value in found.items():
+            for pattern, most in _COUNTS.items():
+                number = isinstance(value, int | float) and pattern.search(name)
+                if number and not -most <= value <= most:
+                    raise ValueError(f"{name} is {value:.6g}, more than any model has")
+            if name.endswith(("attn_implementation", "experts_implementation")):
+                chosen = value.values() if isinstance(value, dict) else [value]
+                if any("/" in str(each) for each in chosen):
+                    raise ValueError(f"{name} asks for code from elsewhere: {value!r}")
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resmoe_dist.checkpoints.format import (
-    INDEX_FILE,
     CheckpointIndex,
     CompressionSettings,
     FileEntry,
     LayerEntry,
+    write_index,
 )
 from resmoe_dist.checkpoints.model_folder import (
     SHARD_INDEX,
@@ -20,9 +20,10 @@ from resmoe_dist.checkpoints.model_folder import (
     write_shard_index,
 )
 from resmoe_dist.checkpoints.source import SourceCheckpoint
-from resmoe_dist.checkpoints.tensor_files import copy_file, read_json, sha256_of, write_json
+from resmoe_dist.checkpoints.tensor_files import copy_file, read_json_object, sha256_of, write_json
 from resmoe_dist.checkpoints.upgrade import FORMAT_VERSION
 from resmoe_dist.compression.stages import stage
+from resmoe_dist.model_paths import is_plain_name
 from resmoe_dist.registration import QUANT_METHOD
 from resmoe_dist.version import __version__
 
@@ -74,10 +75,13 @@ def write_model_files(
     write_shard_index(folder, {name: shard.file for shard in shards for name in shard.names})
     _write_config(folder, source, settings)
     written_here = (SHARD_INDEX, "config.json")
+    companions = []
     for path in sorted(source.folder.iterdir()):
-        if path.is_file() and path.suffix in _COMPANION_SUFFIXES and path.name not in written_here:
+        is_companion = is_plain_name(path.name) and path.suffix in _COMPANION_SUFFIXES
+        if is_companion and path.is_file() and path.name not in written_here:
             copy_file(path, folder / path.name)
-    written = [file_entry(folder / name) for name in written_here]
+            companions.append(path.name)
+    written = [file_entry(folder / name) for name in (*written_here, *companions)]
     index = CheckpointIndex(
         format_version=FORMAT_VERSION,
         producer=PRODUCER,
@@ -85,11 +89,11 @@ def write_model_files(
         layers=list(layers),
         other_files=[*shards.values(), *written],
     )
-    write_json(folder / INDEX_FILE, index.model_dump())
+    write_index(folder, index)
 
 
 def _write_config(folder: Path, source: SourceCheckpoint, settings: CompressionSettings) -> None:
-    config = read_json(source.folder / "config.json")
+    config = read_json_object(source.folder / "config.json")
     if settings.dtype:
         set_dtype(config, settings.dtype)
     config["quantization_config"] = {

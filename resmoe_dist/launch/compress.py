@@ -31,6 +31,11 @@ from resmoe_dist.jobs.workers import SingleWorker, Workers, find_workers
 from resmoe_dist.methods import method_named
 from resmoe_dist.parallel.entry_point import quiet_libraries, run_entry_point
 
+_TARGET_REMARK = (
+    "--target-bytes chose how much to keep with {groups} groups per layer, not how many groups; "
+    "fewer leave room to keep more, often with a smaller error (--ep, --groups-per-rank)"
+)
+
 
 def main() -> None:
     """One rank, from the command line."""
@@ -48,7 +53,10 @@ def run_compress(config: CompressConfig) -> int:
     workers = find_workers()
     compress(config, workers)
     if workers.rank == 0:
-        print(layer_table(describe(CompressedCheckpoint(config.output))))
+        description = describe(CompressedCheckpoint(config.output))
+        print(layer_table(description))
+        if config.target_bytes is not None:
+            print(_TARGET_REMARK.format(groups=config.ep * config.groups_per_rank))
     return 0
 
 

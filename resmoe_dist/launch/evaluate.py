@@ -5,10 +5,13 @@ deepspeed launch/evaluate.py MODEL --ep 4 --tp 2 (--text F | --token-ids F.json)
 
 from __future__ import annotations
 
+import math
+
 from resmoe_dist.checkpoints.format import STORED_DTYPES
-from resmoe_dist.checkpoints.tensor_files import write_json
+from resmoe_dist.checkpoints.tensor_files import check_writable, write_json
 from resmoe_dist.config.arguments import parse
 from resmoe_dist.config.commands import EvaluateConfig, GridEvaluateConfig
+from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import (
     Evaluation,
     check_vocabulary,
@@ -17,12 +20,14 @@ from resmoe_dist.evaluation.perplexity import (
     sequences_from_json,
     sequences_from_text,
 )
+from resmoe_dist.families.models import load_config
 from resmoe_dist.launch.execution import execution_of
 from resmoe_dist.launch.facts import facts_of
-from resmoe_dist.parallel.entry_point import quiet_libraries, run_entry_point
+from resmoe_dist.parallel.entry_point import launched_rank, quiet_libraries, run_entry_point
 from resmoe_dist.parallel.launcher import start_grid
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
 from resmoe_dist.runtime.checking import check_steps
+from resmoe_dist.runtime.folder_checks import check_language_model, check_runs
 from resmoe_dist.runtime.loading import check_grid, load_model
 
 
@@ -38,6 +43,7 @@ def run() -> None:
     # Mistakes are found here, before ranks are started.
     execution_of(config)
     check_grid(config.model, config.ep, config.tp)
+    check(config)
     sequences = read_sequences(config)
     topology = start_grid(
         config.ep,
@@ -54,15 +60,30 @@ def run() -> None:
 def run_alone(config: EvaluateConfig) -> int:
     """`resmoe-dist evaluate`, in one process; exit code 0."""
     quiet_libraries()
+    check(config)
     report(run_evaluate(config, read_sequences(config)), config)
     return 0
+
+
+def check(config: EvaluateConfig) -> None:
+    """Raise UserError for a model that predicts no tokens, and an output that cannot be written."""
+    if config.json_file and not launched_rank():
+        check_writable(config.json_file)
+    check_grid(config.model, 1, 1)
+    check_language_model(config.model)
 
 
 def read_sequences(config: EvaluateConfig) -> list[list[int]]:
     """Token ids of the sequences to score. Raises UserError for a file that cannot be used."""
     if config.text:
-        return sequences_from_text(config.text, load_tokenizer(config.model), config.context)
-    return sequences_from_json(config.data)
+        tokenizer = load_tokenizer(config.model)
+        sequences = sequences_from_text(config.text, tokenizer, config.context)
+    else:
+        sequences = sequences_from_json(config.data)
+    vocabulary = getattr(load_config(str(config.model)).get_text_config(), "vocab_size", None)
+    if isinstance(vocabulary, int):
+        check_vocabulary(config.data, sequences, vocabulary)
+    return sequences
 
 
 def run_evaluate(
@@ -75,13 +96,25 @@ def run_evaluate(
     execution = execution_of(config)
     dtype = STORED_DTYPES[config.dtype] if config.dtype else None
     model = load_model(
-        config.model, dtype=dtype, topology=topology, execution=execution, dispatch=dispatch
+        config.model,
+        dtype=dtype,
+        topology=topology,
+        execution=execution,
+        dispatch=dispatch,
+        verify=config.verify,
     )
+    check_runs(config.model, model)
     if config.check:
         check_steps(model, topology)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     check_vocabulary(config.data, sequences, vocabulary)
-    return evaluate(model, sequences, topology)
+    result = evaluate(model, sequences, topology)
+    if not math.isfinite(result.nll):
+        raise UserError(
+            f"{config.model}: the loss is {result.nll}; its values overflow or its files are "
+            "damaged: choose another --dtype, or run resmoe-dist verify"
+        )
+    return result
 
 
 def report(result: Evaluation, config: EvaluateConfig) -> None:

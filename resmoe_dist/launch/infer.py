@@ -13,11 +13,12 @@ import torch
 from transformers import TextStreamer
 
 from resmoe_dist.checkpoints.format import STORED_DTYPES
-from resmoe_dist.checkpoints.tensor_files import write_json
+from resmoe_dist.checkpoints.tensor_files import check_writable, write_json
 from resmoe_dist.config.arguments import parse
 from resmoe_dist.config.commands import InferConfig
 from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import load_tokenizer
+from resmoe_dist.families.models import load_config
 from resmoe_dist.launch.execution import execution_of
 from resmoe_dist.launch.facts import facts_of
 from resmoe_dist.launch.lanes import with_fastest_lanes
@@ -25,7 +26,14 @@ from resmoe_dist.launch.rank_report import as_json, gather_reports, rank_table
 from resmoe_dist.parallel.entry_point import launched_rank, quiet_libraries, run_entry_point
 from resmoe_dist.parallel.launcher import start_grid
 from resmoe_dist.runtime.checking import check_steps
-from resmoe_dist.runtime.generation import GenerationOptions, check_chat, generate_on_lane
+from resmoe_dist.runtime.folder_checks import check_language_model, refusing
+from resmoe_dist.runtime.generation import (
+    GenerationOptions,
+    check_chat,
+    check_prompts,
+    generate_on_lane,
+    try_generation,
+)
 from resmoe_dist.runtime.loading import check_grid, load_model
 from resmoe_dist.runtime.loading_cost import loading_cost
 from resmoe_dist.runtime.rank_memory import rank_memory
@@ -52,10 +60,15 @@ def run() -> None:
         config.chat,
     )
     execution = execution_of(config)
+    if config.json_file and not launched_rank():
+        check_writable(config.json_file)
     if config.model:
         check_grid(config.model, config.ep, config.tp)
+        check_language_model(config.model)
+        tokenizer = load_tokenizer(config.model)
         if config.chat:
-            check_chat(load_tokenizer(config.model))
+            check_chat(tokenizer)
+        check_prompts(tokenizer, prompts, load_config(str(config.model)), config.chat)
     elif launched_rank() == 0:
         # Made by one process, which has all cores; the ranks find it in the cache.
         check_grid(embedded_checkpoint(config.ep), config.ep, config.tp)
@@ -70,16 +83,25 @@ def run() -> None:
     )
     folder = config.model or embedded_checkpoint(config.ep)
     tokenizer = load_tokenizer(folder)
-    if config.chat:
-        check_chat(tokenizer)
+    if not config.model:
+        if config.chat:
+            check_chat(tokenizer)
+        check_prompts(tokenizer, prompts, load_config(str(folder)), config.chat)
     if config.lanes is None and topology.ep > 1:
         topology = with_fastest_lanes(topology, folder, tokenizer, prompts, config)
     # 3. This rank's shard of the model.
     dtype = STORED_DTYPES[config.dtype] if config.dtype else None
     with loading_cost() as loading:
         model = load_model(
-            folder, dtype=dtype, topology=topology, execution=execution, dispatch=config.dispatch
+            folder,
+            dtype=dtype,
+            topology=topology,
+            execution=execution,
+            dispatch=config.dispatch,
+            verify=config.verify,
         )
+    with refusing(folder, "cannot generate"):
+        try_generation(model, tokenizer, topology)
     if config.check:
         check_steps(model, topology)
     # 4. This lane's prompts. A single one is printed as it is completed.
@@ -109,7 +131,8 @@ def read_prompts(config: InferConfig) -> list[str]:
     if config.prompts is None:
         return config.prompt or DEMO_PROMPTS
     try:
-        lines = config.prompts.read_text(encoding="utf-8").splitlines()
+        # Not splitlines, for which form feeds and U+2028 end lines too.
+        lines = config.prompts.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{config.prompts}: not a readable UTF-8 file ({error})") from error
     prompts = [line for line in lines if line.strip()]

@@ -31,8 +31,10 @@ INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 _INTERRUPT_SECONDS = 2
 
 
-def run_entry_point(main: Callable[[], int | None]) -> None:
+def run_entry_point(main: Callable[[], int | None], *, alone: bool = False) -> None:
     """Run a script's `main` and exit with its code.
+
+    alone: this command is a single process, whatever launcher's variables it finds.
 
     A UserError becomes one line on standard error and exit code 2. SIGINT and SIGTERM raise
     KeyboardInterrupt in `main`: its text, if any, is printed, and the exit code is 130 or 143. Any
@@ -42,7 +44,7 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
     A rank of a launch watches the others (`watch`): if one fails, all end, and one line is printed.
     """
     seen: list[int] = []
-    place = launched()
+    place = None if alone else launched()
     if place is not None:
         widen_affinity(place)
     watch = start_watch(place) if place is not None else None

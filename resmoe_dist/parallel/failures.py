@@ -10,7 +10,7 @@ from resmoe_dist.errors import DisagreementError, FailedCheckError, UserError, f
 
 USER_ERROR = 2
 UNEXPECTED = 1
-# With this variable set, unexpected failures of one of several ranks are printed with a traceback.
+# With this variable set, failures are printed with a traceback.
 TRACEBACK = "RESMOE_TRACEBACK"
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc")
 # What torch's collectives raise on a rank whose peer has ended.
@@ -35,10 +35,11 @@ def describe(error: Exception, rank: int | None = None, *, joined: bool = True) 
     prefix = "error: " if rank is None else f"error: rank {rank}: "
     if isinstance(error, UserError):
         alike = not joined or isinstance(error, DisagreementError)
-        return f"error: {error}" if alike else f"{prefix}{error}"
+        line = f"error: {error}" if alike else f"{prefix}{error}"
+        return f"{traceback.format_exc()}{line}" if os.environ.get(TRACEBACK) else line
     if isinstance(error, FailedCheckError):
         return f"error: {error}"
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return (
             f"{prefix}out of memory ({first_line(error)}); use more ranks (--ep, --tp), fewer "
             "prompts at once, or a smaller --keep"
@@ -58,7 +59,8 @@ def may_be_lost_peer(error: Exception) -> bool:
     return not isinstance(error, UserError) and any(part in str(error) for part in _LOST_PEER)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that memory ran out, of the host or of a device."""
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return True

@@ -9,11 +9,18 @@ import time
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    LogitsProcessorList,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
-from resmoe_dist.errors import UserError
+from resmoe_dist.errors import UserError, first_line
 from resmoe_dist.parallel.topology import Topology
+from resmoe_dist.runtime.decoding import NoNaN, TextEnds, greedy_config, vocabulary_of
 from resmoe_dist.runtime.sampling import sampling_processors
 
 
@@ -39,7 +46,8 @@ class GenerationOptions:
 class LaneOutput:
     """What one rank generated.
 
-    completions: by the prompt's number. new_tokens: of all completions. seconds: of generating.
+    completions: by the prompt's number. new_tokens: of all completions, padding aside. seconds: of
+    generating.
     """
 
     completions: dict[int, str]
@@ -65,7 +73,8 @@ def generate_on_lane(
 
     Every forward pass exchanges tokens between lanes, so all lanes must run the same number of
     passes. transformers' `synced_gpus` keeps finished lanes in step. A lane without prompts
-    generates from a single token and discards the result.
+    generates from a single token and discards the result. Of the model's generation config, special
+    tokens, stop strings and changes of logits count (`greedy_config`).
 
     streamer: gets the tokens of a single prompt as they come.
     """
@@ -79,26 +88,73 @@ def generate_on_lane(
     new_tokens = 0
     for first in range(0, max(1, largest_share), options.batch):
         numbers = mine[first : first + options.batch]
-        inputs = _encode(tokenizer, [prompts[i] for i in numbers], options.chat, model.device)
-        sampling: dict[str, object] = {"do_sample": False}
+        ids = token_ids(tokenizer, [prompts[i] for i in numbers], options.chat)
+        processors = LogitsProcessorList([NoNaN()])
         if options.temperature is not None:
-            sampling["logits_processor"] = sampling_processors(
+            processors += sampling_processors(
                 options.seed, numbers or [-1], options.temperature, options.top_p
             )
-        output_BS = model.generate(
-            **inputs,
-            max_new_tokens=options.max_new_tokens if numbers else 1,
-            synced_gpus=topology.lanes > 1,
+        texts = _generate(
+            model,
+            tokenizer,
+            ids or [[_any_token(model, tokenizer)]],
+            options.max_new_tokens if numbers else 1,
+            processors,
+            synced=topology.lanes > 1,
             streamer=streamer,
-            **sampling,
         )
         if numbers:
-            start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-            new_BS = output_BS[:, start:]
-            texts = tokenizer.batch_decode(new_BS, skip_special_tokens=True)
-            completions |= dict(zip(numbers, texts, strict=True))
-            new_tokens += int((new_BS != tokenizer.pad_token_id).sum())
+            decoded = tokenizer.batch_decode(texts, skip_special_tokens=True)
+            completions |= dict(zip(numbers, decoded, strict=True))
+            new_tokens += sum(map(len, texts))
     return LaneOutput(completions, new_tokens, time.perf_counter() - began)
+
+
+@torch.no_grad()
+def try_generation(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, topology: Topology
+) -> None:
+    """Generate two tokens from one. Collective over the grid.
+
+    Raises whatever the folder's config, tokenizer or generation config makes transformers raise.
+    """
+    start = [[_any_token(model, tokenizer)]]
+    _generate(model, tokenizer, start, 2, LogitsProcessorList([NoNaN()]), topology.lanes > 1)
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    processors: LogitsProcessorList,
+    synced: bool,
+    streamer: BaseStreamer | None = None,
+) -> list[list[int]]:
+    """The new tokens of each prompt. synced: other lanes run the same number of passes."""
+    config = greedy_config(model, tokenizer)
+    ends = TextEnds(config, tokenizer)
+    padding = config.pad_token_id
+    assert isinstance(padding, int)
+    # Left-padded: the new tokens follow the prompt directly.
+    length = max(map(len, prompts))
+    ids_BS = torch.tensor([[padding] * (length - len(ids)) + ids for ids in prompts])
+    mask_BS = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts])
+    # `generate` fills gaps of the config that it is given from the model's.
+    of_folder, model.generation_config = model.generation_config, config
+    try:
+        output_BS = model.generate(
+            input_ids=ids_BS.to(model.device),
+            attention_mask=mask_BS.to(model.device),
+            max_new_tokens=max_new_tokens,
+            logits_processor=processors,
+            stopping_criteria=StoppingCriteriaList([ends]),
+            synced_gpus=synced,
+            streamer=streamer,
+        )
+    finally:
+        model.generation_config = of_folder
+    return ends.texts(output_BS, 1 if model.config.is_encoder_decoder else length)
 
 
 def check_chat(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -107,23 +163,66 @@ def check_chat(tokenizer: PreTrainedTokenizerBase) -> None:
         raise UserError("--chat: the tokenizer has no chat template; leave --chat out")
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], chat: bool, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """A left-padded batch of token ids [B, S]; one single token if there are no texts."""
-    if not texts:
-        known = (tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
-        token = next(token for token in known if token is not None)
-        ids = torch.tensor([[token]], device=device)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], chat: bool
+) -> list[list[int]]:
+    """The tokens of each prompt.
+
+    Raises UserError if the chat template refuses a prompt, or a prompt has no tokens.
+    """
+    if not prompts:
+        return []
+    texts = prompts
     if chat:
-        messages = [[{"role": "user", "content": text}] for text in texts]
-        texts = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        messages = [[{"role": "user", "content": text}] for text in prompts]
+        try:
+            texts = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # templates are programs
+            raise UserError(
+                f"--chat: the tokenizer's chat template fails ({first_line(error)}); leave --chat "
+                "out"
+            ) from error
     # A chat template writes the special tokens itself.
-    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not chat).to(
-        device
-    )
-    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+    ids = tokenizer(texts, add_special_tokens=not chat, verbose=False)["input_ids"]
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        if not tokens:
+            raise UserError(f"prompt {_shortened(prompt)}: the tokenizer finds no tokens in it")
+    return ids
+
+
+def check_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    config: PretrainedConfig,
+    chat: bool = False,
+) -> None:
+    """Raise UserError if a model cannot continue a prompt.
+
+    It may be too long for the model's context, or have tokens that the model does not know.
+    """
+    text = config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None)
+    vocabulary = getattr(text, "vocab_size", None)
+    for prompt, ids in zip(prompts, token_ids(tokenizer, prompts, chat), strict=True):
+        if isinstance(context, int) and len(ids) > context:
+            raise UserError(
+                f"prompt {_shortened(prompt)}: has {len(ids)} tokens, the model's context is "
+                f"{context}; shorten it"
+            )
+        if isinstance(vocabulary, int) and max(ids) >= vocabulary:
+            raise UserError(
+                f"prompt {_shortened(prompt)}: has token id {max(ids)}, the model's end at "
+                f"{vocabulary - 1}; use the tokenizer of this model"
+            )
+
+
+def _shortened(prompt: str) -> str:
+    return repr(prompt if len(prompt) <= 30 else f"{prompt[:30]}…")
+
+
+def _any_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token that a model can start from."""
+    known = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return next((i for i in known if i is not None and 0 <= i < vocabulary_of(model)), 0)

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from resmoe_dist.checkpoints.format import is_compressed, read_index
-from resmoe_dist.errors import UserError, first_line
+from resmoe_dist.errors import UserError
 from resmoe_dist.families.models import load_config, model_class
 from resmoe_dist.heap import return_freed_memory
 from resmoe_dist.parallel.dispatch import AutoDispatcher, check_form, measure_decode_limit
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology, build_topology, owned_experts
 from resmoe_dist.runtime.execution import Execution
+from resmoe_dist.runtime.folder_checks import check_loadable, check_values, refusing
 from resmoe_dist.runtime.layer import ResMoE
 from resmoe_dist.runtime.quantizer import LoadingOptions, loading_with
 
@@ -31,6 +31,8 @@ def load_model(
     execution: Execution | None = None,
     lanes: int | None = None,
     dispatch: str = "auto",
+    *,
+    verify: bool = False,
 ) -> PreTrainedModel:
     """The transformers model of a folder, its experts compressed and sharded ep x tp.
 
@@ -38,11 +40,13 @@ def load_model(
     dtype: to compute in; None keeps the checkpoint's. topology: an existing grid instead of ep, tp
     and lanes. execution: how compressed experts are run (`execution_for`); None is `auto`. lanes:
     batches that the grid carries at a time; None is ep·dp. dispatch: how tokens travel (one of
-    `resmoe_dist.parallel.dispatch.FORMS`).
+    `resmoe_dist.parallel.dispatch.FORMS`). verify: compare the files that are read with their
+    digests.
 
     With ep·tp > 1 `deepspeed.init_distributed` must have run, and all ranks call this together.
     The model is in eval mode on this rank's device. Raises UserError for a folder without a model,
-    damaged or incomplete files, or a grid that the experts do not divide over.
+    damaged or incomplete files, values that are not finite, or a grid that the experts do not
+    divide over. Code that the folder brings along is never run.
     """
     folder = Path(path)
     if topology is not None:
@@ -52,23 +56,25 @@ def load_model(
         topology = build_topology(ep, tp, lanes) if ep * tp > 1 else SINGLE_PROCESS
     check_form(dispatch, topology)
     config = load_config(str(folder))
+    if verify and not is_compressed(folder):
+        raise UserError(f"{folder}: has no digests to verify; leave --verify out")
+    check_loadable(folder, config)
     # transformers' grouped products refuse odd expert sizes; its plain loop takes all sizes.
     options = {} if is_compressed(folder) else {"experts_implementation": "eager"}
-    try:
-        with loading_with(LoadingOptions(topology, execution, dispatch)):
-            model, found = model_class(config).from_pretrained(
-                folder,
-                dtype=dtype or "auto",
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **options,
-            )
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{folder}: cannot be loaded ({first_line(error)}); fetch or rebuild it"
-        ) from error
+    loading = LoadingOptions(topology, execution, dispatch, verify)
+    with refusing(folder, "cannot be loaded"), loading_with(loading):
+        model, found = model_class(config).from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
     _refuse_incomplete(folder, found)
+    check_values(folder, model)
     model = model.to(get_accelerator().current_device_name()).eval()
     layers = [module for module in model.modules() if isinstance(module, ResMoE)]
     for layer in layers:

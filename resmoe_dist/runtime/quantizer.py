@@ -7,6 +7,7 @@ that, a placeholder takes the place of each experts module; afterwards, a loaded
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
-from resmoe_dist.checkpoints.format import LayerEntry
+from resmoe_dist.checkpoints.format import INDEX_FILE, LayerEntry
+from resmoe_dist.checkpoints.model_folder import SHARD_INDEX, ModelFiles
 from resmoe_dist.errors import UserError
 from resmoe_dist.families.sites import ExpertsAdapter, adapter_for, replace_experts
 from resmoe_dist.heap import return_freed_memory
@@ -40,12 +42,13 @@ class LoadingOptions:
     """What `from_pretrained` has no argument for.
 
     topology: the grid, and this rank's place in it. execution: how experts are run; None is `auto`.
-    dispatch: how tokens travel, one of `FORMS`.
+    dispatch: how tokens travel, one of `FORMS`. verify: compare files with their digests.
     """
 
     topology: Topology = SINGLE_PROCESS
     execution: Execution | None = None
     dispatch: str = "auto"
+    verify: bool = False
 
 
 _DEFAULTS = LoadingOptions()
@@ -86,7 +89,7 @@ class ResMoEQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         folder = _folder_of(model, kwargs.get("checkpoint_files"))
-        self._checkpoint = CompressedCheckpoint(folder)
+        self._checkpoint = CompressedCheckpoint(folder, verify=_options.get().verify)
         for layer in self._checkpoint.index.layers:
             original, adapter = _experts_module(model, layer)
             placeholder = _Placeholder(adapter, adapter.activation(original))
@@ -139,9 +142,19 @@ class ResMoEQuantizer(HfQuantizer):
 
 
 def _folder_of(model: PreTrainedModel, checkpoint_files: list[str] | None) -> Path:
-    if checkpoint_files:
-        return Path(checkpoint_files[0]).parent
-    return Path(model.config.name_or_path)
+    """The folder that is loaded. Raises UserError if transformers reads weights from elsewhere."""
+    folder = Path(model.config.name_or_path)
+    if not checkpoint_files:
+        return folder
+    if not folder.is_dir():
+        # A model of the Hugging Face hub, in its cache.
+        folder = Path(checkpoint_files[0]).parent
+    expected = {os.path.abspath(folder / name) for name in ModelFiles(folder).locations.values()}
+    if surplus := sorted({os.path.abspath(file) for file in checkpoint_files} - expected):
+        raise UserError(
+            f"{surplus[0]}: not one of the files that {folder / SHARD_INDEX} should name"
+        )
+    return folder
 
 
 def _experts_module(
@@ -157,4 +170,10 @@ def _experts_module(
     adapter = adapter_for(module)
     if adapter is None:
         raise UserError(f"{layer.module}: a {type(module).__name__} holds no experts")
+    site = adapter.site(layer.module, module)
+    if (site.num_experts, site.shape) != (layer.num_experts, layer.shape):
+        raise UserError(
+            f"{layer.module}: {INDEX_FILE} has {layer.num_experts} experts of {layer.shape}, "
+            f"config.json asks for {site.num_experts} of {site.shape}; they do not belong together"
+        )
     return module, adapter

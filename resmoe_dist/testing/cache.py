@@ -20,7 +20,10 @@ def cached_tiny_model(family: str = "mixtral", seed: int = 0) -> Path:
     """
     directory = cache_root() / f"tiny-{family}-seed{seed}-v{RECIPE_VERSION}"
     if not (directory / "training.json").exists():
-        logger.info("training the %s model once into %s", family, directory)
+        # A warning, so that it is seen: a progress bar is shown on terminals only.
+        logger.warning(
+            "training the embedded %s model once, which takes minutes, into %s", family, directory
+        )
         try:
             train_tiny_model(directory, family, seed)
         except UserError:

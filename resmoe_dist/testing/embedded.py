@@ -50,8 +50,15 @@ def embedded_checkpoint(groups: int) -> Path:
         # Processes may do this at the same time: each writes a separate folder, and the first to
         # finish renames it.
         written = folder.with_name(f"{folder.name}.{os.getpid()}")
-        Compression(source, written, settings).run()
-        with suppress(OSError):
-            written.rename(folder)
-        shutil.rmtree(written, ignore_errors=True)
+        try:
+            Compression(source, written, settings).run()
+            with suppress(OSError):
+                written.rename(folder)
+        except KeyboardInterrupt as interruption:
+            # There is no command to resume it with.
+            interruption.args = ()
+            raise
+        finally:
+            for left in (written, written.with_name(f"{written.name}.partial")):
+                shutil.rmtree(left, ignore_errors=True)
     return folder

@@ -15,6 +15,7 @@ def as_version_2(folder: Path) -> Path:
     """Rewrite a checkpoint of method `resmoe` with dense centres, in place."""
     index = json.loads((folder / "resmoe.json").read_text())
     index["format_version"] = 2
+    del index["digest"]
     index["settings"] = _settings(index["settings"])
     for layer in index["layers"]:
         assert layer.pop("expert_map") is None

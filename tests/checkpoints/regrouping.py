@@ -18,14 +18,14 @@ from resmoe_dist.checkpoints.compressed import (
 )
 from resmoe_dist.checkpoints.format import (
     DROPPED,
-    INDEX_FILE,
     FileEntry,
     GroupEntry,
     LayerEntry,
     group_file_name,
+    write_index,
 )
 from resmoe_dist.checkpoints.restore import restored_expert
-from resmoe_dist.checkpoints.tensor_files import sha256_of, write_json, write_tensors
+from resmoe_dist.checkpoints.tensor_files import sha256_of, write_tensors
 from resmoe_dist.checkpoints.upgrade import FORMAT_VERSION
 from resmoe_dist.codecs import CodecSpec, EncodedMatrix
 from tests.checkpoints.damage import copy_of
@@ -79,7 +79,7 @@ def regroup(
         }
         regrouped.append(layer.model_copy(update=changes))
     changes = {"format_version": FORMAT_VERSION, "layers": regrouped}
-    write_json(target / INDEX_FILE, checkpoint.index.model_copy(update=changes).model_dump())
+    write_index(target, checkpoint.index.model_copy(update=changes))
     return target
 
 

@@ -107,9 +107,36 @@ def test_damaged_index_of_version_2_is_refused(folder, change):
         read_index(folder)
 
 
-@pytest.mark.parametrize("text", ["{cut", "", "[]", "{}", '{"format_version": "1"}', "\xff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{cut", "", "[]", "{}", "7", "\xff", "[" * 100_000, "9" * 5000),
+        *('{"format_version": "1"}', '{"format_version": true}', '{"format_version": -1}'),
+    ],
+)
 def test_file_that_is_not_an_index_is_refused(folder, text):
     (folder / "resmoe.json").write_bytes(text.encode("latin-1"))
+    with mistake(r"resmoe.json: (damaged \(|not a readable JSON file)"):
+        read_index(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index.update(layers=[]),
+        lambda index: index["layers"].append(index["layers"][0]),
+        lambda index: index["settings"].update(layers=[2]),
+        lambda index: index["layers"][0].update(num_experts=10**12),
+        lambda index: index["layers"][0].update(rows=0),
+        lambda index: index["layers"][0].update(hidden="20"),
+        lambda index: index["layers"][0]["groups"][0].update(source_bytes=0),
+        lambda index: index["layers"][0]["groups"][0].update(squared_norms=[float("nan")] * 2),
+        lambda index: index["layers"][0]["groups"][0].update(squared_errors=[]),
+        lambda index: index["layers"][0]["groups"][0].update(objective=float("inf")),
+    ],
+)
+def test_index_with_impossible_numbers_is_refused(folder, change):
+    edit_json(folder / "resmoe.json", change)
     with mistake(r"resmoe.json: damaged \("):
         read_index(folder)
 
@@ -174,9 +201,14 @@ def test_groups_may_be_any_partition_of_the_experts(pristine, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../c/config.json", "/etc/passwd", "..", ".", "", "a/b", "a\\b", ".hidden", "a\n"]
+    ("where", "name"),
+    [
+        (where, name)
+        for name in ["../c/config.json", "/etc/passwd", "..", ".", "", "a\\b", ".hidden", "a\n"]
+        for where in ("group", "other")
+    ]
+    + [("group", "a/b"), ("other", "a/../../b"), ("other", "a//b")],
 )
-@pytest.mark.parametrize("where", ["group", "other"])
 def test_file_name_that_is_not_plain_is_refused(folder, name, where):
     def change(index):
         files = index["other_files"]

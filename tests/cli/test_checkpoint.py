@@ -39,7 +39,7 @@ def test_inspect_names_a_missing_file(run, pristine, tmp_path):
 def test_inspect_names_a_json_file_that_cannot_be_written(run, pristine, tmp_path):
     code, _, err = run("inspect", pristine, "--json", tmp_path / "none" / "i.json")
     assert code == 2
-    assert err == f"error: {tmp_path}/none/i.json: cannot be written (No such file or directory)\n"
+    assert err.startswith(f"error: {tmp_path}/none: no such folder; ")
 
 
 def test_verify_names_every_bad_file_and_exits_1(run, pristine, tmp_path):

@@ -37,6 +37,17 @@ def test_a_mistake_in_the_installed_command_is_one_line(family_folder, tmp_path)
     assert names_in(tmp_path) == {"source"}
 
 
+def test_a_target_says_that_it_does_not_choose_the_groups(family_folder, run, tmp_path):
+    source = family_folder("mixtral")
+
+    code, out, _ = run("compress", source, tmp_path / "c", "--ep", 2, "--target-bytes", "80%")
+
+    assert code == 0
+    assert out.splitlines()[-1].startswith(
+        "--target-bytes chose how much to keep with 2 groups per layer, not how many groups"
+    )
+
+
 def test_compress_reports_what_inspect_reports(family_folder, run, tmp_path):
     code, out, err = run("compress", family_folder("mixtral"), tmp_path / "c", "--ep", 2)
     assert (code, err) == (0, "")

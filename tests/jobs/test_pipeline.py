@@ -94,16 +94,15 @@ def test_output_below_a_file(sharded_source, tmp_path):
 
 
 def test_output_that_appears_while_the_run_is_on(sharded_source, expected, tmp_path, monkeypatch):
-    write_json = model_files.write_json
+    write_index = model_files.write_index
 
-    def write_and_interfere(path, value):
-        write_json(path, value)
-        if path.name == "resmoe.json":
-            (tmp_path / "c").mkdir()
-            (tmp_path / "c" / "precious").touch()
+    def write_and_interfere(folder, index):
+        write_index(folder, index)
+        (tmp_path / "c").mkdir()
+        (tmp_path / "c" / "precious").touch()
 
     with monkeypatch.context() as patch, mistake(f"{tmp_path}/c: cannot be made .*{KEPT}"):
-        patch.setattr(model_files, "write_json", write_and_interfere)
+        patch.setattr(model_files, "write_index", write_and_interfere)
         run(sharded_source, tmp_path / "c")
     assert names_in(tmp_path / "c") == {"precious"}
 

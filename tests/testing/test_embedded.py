@@ -11,6 +11,8 @@ from resmoe_dist.codecs import CodecSpec
 from resmoe_dist.compression.alignment import align
 from resmoe_dist.compression.blocks import AlignedExperts
 from resmoe_dist.compression.encoding import GroupCodecs, encode_group
+from resmoe_dist.jobs.pipeline import Compression
+from resmoe_dist.testing import embedded
 
 KEEP = 0.25
 
@@ -83,3 +85,25 @@ def test_shuffled_experts_are_aligned_as_well_as_unshuffled_ones(groups):
         expected = align(experts_EID, "loo").objective
         assert align(shuffled_EID, "loo").objective == pytest.approx(expected, rel=1e-5)
         assert align(shuffled_EID, "none").objective > 2 * expected
+
+
+def test_an_interrupted_first_use_leaves_nothing(family_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("RESMOE_CACHE", str(tmp_path))
+    monkeypatch.setattr(embedded, "cached_tiny_model", lambda: family_folder("mixtral"))
+    finished = []
+
+    def interrupt(compression, task, keeps=None):
+        if finished:
+            raise KeyboardInterrupt
+        finished.append(compress_group(compression, task, keeps))
+        return finished[-1]
+
+    compress_group = Compression.compress_group
+    monkeypatch.setattr(Compression, "compress_group", interrupt)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        embedded.embedded_checkpoint(2)
+
+    assert str(caught.value) == ""  # no advice to resume what has no --resume
+    assert finished
+    assert list((tmp_path / "compressed").iterdir()) == []
