@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from resmoe_dist.checkpoints.companions import copy_companions
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint, GroupFile
-from resmoe_dist.checkpoints.format import DROPPED, INDEX_FILE, LayerEntry
+from resmoe_dist.checkpoints.format import DROPPED, LayerEntry
 from resmoe_dist.checkpoints.model_folder import (
     ModelFiles,
+    drop_quantization,
     set_dtype,
     shard_name,
     write_shard_index,
@@ -102,14 +104,11 @@ def _write_model(
         weight_map |= dict.fromkeys(tensors, name)
     write_shard_index(staging, weight_map)
     config = read_json(checkpoint.folder / "config.json")
-    config.pop("quantization_config", None)
+    drop_quantization(config)
     if dtype is not None:
         set_dtype(config, str(dtype).removeprefix("torch."))
     write_json(staging / "config.json", config)
-    for path in sorted(checkpoint.folder.iterdir()):
-        skipped = path.name == INDEX_FILE or path.suffix == ".safetensors" or not path.is_file()
-        if not skipped and not (staging / path.name).exists():
-            copy_file(path, staging / path.name)
+    copy_companions(checkpoint.folder, staging)
 
 
 def _dense_layer(
