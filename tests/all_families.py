@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,7 @@ _SIZES: dict[str, Any] = {
 # Changes of the table above by family.
 _CHANGES: dict[str, dict[str, Any]] = {
     "aria": {"vision_config": {"num_hidden_layers": 1}},
-    "axk2": {"head_dim": 4},
+    "axk2": {"num_key_value_heads": 4},
     "beam": {"mlp_layer_types": ["dense", "sparse"]},
     "dbrx": {
         "n_heads": 4,
@@ -119,7 +118,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
             },
         },
     },
-    "deepseek_v32": {"head_dim": 4},
+    "deepseek_v32": {"num_key_value_heads": 4},
     "doge": {"is_moe": True},
     "flint": {"mlp_only_layers": [0]},
     "gemma4": {
@@ -134,11 +133,11 @@ _CHANGES: dict[str, dict[str, Any]] = {
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 1e4,
-                "mrope_section": [1, 1, 2],
+                "mrope_section": [1, 1, 0],
             },
         },
     },
-    "glm_moe_dsa": {"head_dim": 4},
+    "glm_moe_dsa": {"num_key_value_heads": 4},
     "glm5_next": {
         "text_config": {
             "num_key_value_heads": 4,
@@ -151,7 +150,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
     "llama4": {"text_config": {"intermediate_size_mlp": 24}},
     "longcat_flash": {"num_layers": 2, "ffn_hidden_size": 24, "zero_expert_num": 2, "head_dim": 4},
-    "mistral_large4": {"text_config": {"head_dim": 4}},
+    "mistral_large4": {"text_config": {"num_key_value_heads": 4}},
     "muse_spark": {
         "vision_config": {"num_hidden_layers": 1},
         "audio_config": {
@@ -175,7 +174,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe": {
         "audio_config": {"encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 12},
     },
-    "step3p7": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
+    "step3p7": {"text_config": {"mlp_layer_types": ["dense", "sparse"], "sliding_window": 8}},
     "switch_transformers": {
         "d_kv": 8,
         "d_ff": 12,
@@ -232,7 +231,7 @@ def class_of(folder: str) -> tuple[str, str]:
     """Names of the config and model class of a family's whole model."""
     for heads in _HEADS:
         for model_type, config in configuration_auto.CONFIG_MAPPING_NAMES.items():
-            if configuration_auto.model_type_to_module_name(model_type) == folder:
-                if model_type in heads:
-                    return config, heads[model_type]
+            of_family = configuration_auto.model_type_to_module_name(model_type) == folder
+            if of_family and model_type in heads:
+                return config, heads[model_type]
     raise LookupError(folder)
