@@ -44,8 +44,8 @@ from resmoe_dist.checkpoints.restore import restore_checkpoint
 from resmoe_dist.checkpoints.tensor_files import read_json, write_json
 from resmoe_dist.config.commands import CompressConfig
 from resmoe_dist.errors import UserError
+from resmoe_dist.families.adapters import FusedExperts
 from resmoe_dist.families.models import load_config, model_class
-from resmoe_dist.families.sites import FusedExperts
 from resmoe_dist.launch.compress import compress
 from resmoe_dist.runtime.layer import ResMoE
 from resmoe_dist.runtime.loading import load_model

@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from resmoe_dist.checkpoints.tensor_files import TensorFile, read_json, tensor_bytes, write_json
+from resmoe_dist.checkpoints.tensor_files import (
+    TensorFile,
+    read_json,
+    tensor_bytes,
+    write_json,
+)
 from resmoe_dist.errors import UserError
 from resmoe_dist.model_paths import is_plain_name
 
 SINGLE_FILE = "model.safetensors"
 SHARD_INDEX = "model.safetensors.index.json"
+# `compression_config` is what compressed-tensors called it.
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
 class ModelFiles:
     """The safetensors files of a Hugging Face folder: `model.safetensors`, or shards and an index.
 
-    locations: tensor name -> file name. Raises UserError if the folder has no safetensors weights,
-    the index names a file outside the folder, or a shard is missing.
+    locations: tensor name -> file name, of all tensors in the files that the index names. As in
+    transformers, the index may omit tensors of these files. absent: names in the index that no file
+    holds; a model may not need them, because it ties them.
+
+    Raises UserError if the folder has no safetensors weights, the index names a file outside the
+    folder, a shard is missing, or a tensor is in another file than the index says or in several.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open: dict[str, TensorFile] = {}
         index = folder / SHARD_INDEX
+        self.absent: dict[str, str] = {}
         if index.is_file():
-            self.locations = _weight_map(index)
+            listed = _weight_map(index)
+            self.locations = self._locations(listed)
+            self.absent = {
+                name: file for name, file in listed.items() if name not in self.locations
+            }
         elif (folder / SINGLE_FILE).is_file():
             self.locations = dict.fromkeys(self.file(SINGLE_FILE).names, SINGLE_FILE)
         else:
@@ -33,9 +50,24 @@ class ModelFiles:
                 f"{folder}: holds neither {SINGLE_FILE} nor {SHARD_INDEX}; only safetensors "
                 "checkpoints are read"
             )
-        for tensor, name in self.locations.items():
-            if tensor not in self.file(name).names:
-                raise UserError(f"{folder / name}: tensor {tensor!r} is missing; fetch it again")
+
+    def _locations(self, listed: dict[str, str]) -> dict[str, str]:
+        """Where each tensor of the listed files is."""
+        found: dict[str, str] = {}
+        for file in sorted(set(listed.values())):
+            for tensor in sorted(self.file(file).names):
+                if tensor in found:
+                    raise UserError(
+                        f"{self.folder}: tensor {tensor!r} is in {found[tensor]} and in {file}; "
+                        "fetch the model again"
+                    )
+                if listed.get(tensor, file) != file:
+                    raise UserError(
+                        f"{self.folder / listed[tensor]}: tensor {tensor!r} is missing, {file} "
+                        "holds it; fetch the model again"
+                    )
+                found[tensor] = file
+        return found
 
     def file(self, name: str) -> TensorFile:
         """One of the folder's files, opened once."""
@@ -63,6 +95,36 @@ def set_dtype(config: dict[str, Any], dtype: str) -> None:
     """Set the dtype in which transformers loads the model, in the content of a config.json."""
     config.pop("torch_dtype", None)
     config["dtype"] = dtype
+
+
+def quantization_of(folder: Path) -> dict[str, Any] | None:
+    """How a model is quantised, by its config.json or a part of it, such as `text_config`.
+
+    Raises UserError if its parts are quantised in different ways.
+    """
+    found = list(_quantizations(read_json(folder / "config.json")))
+    if any(other != found[0] for other in found):
+        raise UserError(f"{folder}: config.json quantises parts of the model in different ways")
+    return found[0] if found else None
+
+
+def drop_quantization(config: dict[str, Any]) -> None:
+    """Remove `quantization_config` from the content of a config.json and all its parts."""
+    for key in _QUANTIZATION_KEYS:
+        config.pop(key, None)
+    for part in config.values():
+        if isinstance(part, dict):
+            drop_quantization(part)
+
+
+def _quantizations(config: Any) -> Iterator[dict[str, Any]]:
+    if not isinstance(config, dict):
+        return
+    for key, value in config.items():
+        if key not in _QUANTIZATION_KEYS:
+            yield from _quantizations(value)
+        elif isinstance(value, dict) and value:
+            yield value
 
 
 def _weight_map(index: Path) -> dict[str, str]:

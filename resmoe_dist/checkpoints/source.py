@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import re
+import math
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from resmoe_dist.checkpoints.completeness import check_complete, check_experts, check_range
 from resmoe_dist.checkpoints.format import is_compressed
 from resmoe_dist.checkpoints.fp8 import DEQUANTIZED, SCALE_SUFFIX, blocks_of, find_scaled
-from resmoe_dist.checkpoints.model_folder import ModelFiles
+from resmoe_dist.checkpoints.model_folder import ModelFiles, quantization_of
 from resmoe_dist.errors import UserError
-from resmoe_dist.families.models import load_config, meta_model
-from resmoe_dist.families.sites import ExpertSite, find_expert_sites
-from resmoe_dist.families.storage import (
-    BLOCK_ENTRIES,
-    ExpertStorage,
-    copy_in_blocks,
-    expert_module_of,
-    find_storage,
-)
+from resmoe_dist.families.models import load_config, make_unquantized, meta_model
+from resmoe_dist.families.names import ignored_if_unused, map_names
+from resmoe_dist.families.sites import find_expert_sites
+from resmoe_dist.families.storage import BLOCK_ENTRIES, ExpertStorage, copy_in_blocks
+from resmoe_dist.families.stored_experts import find_storage
+from resmoe_dist.families.unsupported import no_experts
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -31,42 +30,62 @@ class SourceCheckpoint:
     """A model to compress.
 
     sites: its expert modules, in order. storages: how the tensors of each are laid out on disk.
-    other_names: all tensors that do not belong to experts. Only headers are read until a tensor is
-    asked for. Float8 weights are read as bfloat16 with their scales applied; the scales are not
-    listed as tensors. block_entries: how many entries of an expert to read at a time.
+    other_names: all tensors to copy, which do not belong to experts. unused_names: those that
+    transformers does not load; they are copied too unless `drop_unused`. Only headers are read
+    until a tensor is asked for. Float8 weights are read as bfloat16 with their scales applied; the
+    scales are not listed as tensors. block_entries: how many entries of an expert to read at a
+    time.
 
     Raises UserError for a model without experts, a damaged or incomplete checkpoint, tensors that
     do not fit the config, or an unsupported dtype or quantisation.
     """
 
-    def __init__(self, folder: Path, *, block_entries: int = BLOCK_ENTRIES) -> None:
+    def __init__(
+        self, folder: Path, *, drop_unused: bool = False, block_entries: int = BLOCK_ENTRIES
+    ) -> None:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; give a Hugging Face model folder")
-        self.folder = folder
+        self.folder, self.drop_unused = folder, drop_unused
         self._block_entries = block_entries
         self.config = load_config(str(folder))
         if is_compressed(folder):
             raise UserError(f"{folder}: compressed already; give the model it was made from")
-        self._blocks = blocks_of(folder, getattr(self.config, "quantization_config", None))
-        self.sites = find_expert_sites(meta_model(self.config))
+        self._blocks = blocks_of(folder, quantization_of(folder))
+        make_unquantized(self.config)
+        model = meta_model(self.config)
+        self.sites = find_expert_sites(model)
         if not self.sites:
-            raise UserError(
-                f"{folder}: a {self.config.model_type!r} model has no experts to compress; give a "
-                "Mixture-of-Experts model"
-            )
+            raise no_experts(str(folder), model)
         self.files = ModelFiles(folder)
         self._scaled = find_scaled(self.files, self._blocks)
-        names_of, self.other_names = self._sort_tensors()
+        self._served_dtype: torch.dtype | None = None
         self.storages: list[ExpertStorage] = []
-        for site in self.sites:
-            storage = find_storage(site, names_of[site.module])
-            self._check(site, storage, names_of[site.module])
-            self.storages.append(storage)
+        self._sort_tensors(model)
 
     def dtype(self, layer: int) -> torch.dtype:
         """Dtype in which a layer's experts are read."""
         storage, site = self.storages[layer], self.sites[layer]
         return _DTYPES[self._dtype_name(storage.names(site.num_experts)[0])]
+
+    def unused_line(self) -> str | None:
+        """What to say about tensors that transformers does not load; None if there are none."""
+        if not self.unused_names:
+            return None
+        experts = [name for name in self.unused_names if ".experts." in name]
+        size = sum(self.files.holding(name).size(name) for name in self.unused_names)
+        fate = "left out" if self.drop_unused else "copied as they are; --drop-unused drops them"
+        return (
+            f"{self.folder}: {len(self.unused_names)} tensors ({size / 2**20:.1f} MiB, "
+            f"{len(experts)} of experts) are not used by transformers, such as "
+            f"{(experts or self.unused_names)[0]!r}: {fate}"
+        )
+
+    def serve_as(self, dtype: torch.dtype | None) -> None:
+        """From now on, refuse values beyond the range of the dtype the model will be loaded in.
+
+        Modules that transformers keeps in float32 are exempt. None: the config's dtype.
+        """
+        self._served_dtype = dtype or self.config.dtype or self.config.get_text_config().dtype
 
     def fingerprint(self) -> str:
         """A hex digest of the source: config, file sizes, headers, and a sample of the values.
@@ -148,71 +167,50 @@ class SourceCheckpoint:
         if tensor.dtype not in _DTYPES.values() or not tensor.numel():
             return
         # NaN propagates through min and max. torch.isfinite would make three copies.
-        least, largest = torch.aminmax(tensor)
-        if not (torch.isfinite(least) and torch.isfinite(largest)):
+        least, largest = (float(bound) for bound in torch.aminmax(tensor))
+        if not (math.isfinite(least) and math.isfinite(largest)):
             where = name if expert is None else f"{name}[{expert}]"
             raise UserError(
                 f"{self.files.holding(name).path}: tensor {where!r} holds NaN or infinite values; "
                 "the source checkpoint is damaged or was saved from a diverged run"
             )
+        bound = self._served_dtype
+        if bound is not None and name not in self._kept_in_float32:
+            check_range(self.files.holding(name).path, name, max(-least, largest), bound)
 
     def _dtype_name(self, name: str) -> str:
         """Safetensors' name of the dtype in which a tensor is read."""
         return DEQUANTIZED if name in self._scaled else self.files.holding(name).dtype(name)
 
-    def _sort_tensors(self) -> tuple[dict[str, list[str]], list[str]]:
-        """The tensor names of each expert module, and all other names."""
-        site_of = {_block(site.module): site.module for site in self.sites}
-        names_of: dict[str, list[str]] = {site.module: [] for site in self.sites}
-        others = []
+    def _sort_tensors(self, model: PreTrainedModel) -> None:
+        """Find the tensors of each site, all others, and whether any is missing."""
         scales = {name + SCALE_SUFFIX for name in self._scaled}
-        for name in self.files.locations:
-            if name in scales:
-                continue
-            module = expert_module_of(name)
-            site = None if module is None else site_of.get(_block(module))
-            if site is None:
-                others.append(name)
-            else:
-                names_of[site].append(name)
-        return names_of, others
-
-    def _check(self, site: ExpertSite, storage: ExpertStorage, found: list[str]) -> None:
-        expected = storage.expected_shapes(site.shape, site.num_experts)
-        if surplus := sorted(set(found) - expected.keys()):
+        shapes = {
+            name: self.files.holding(name).shape(name)
+            for name in self.files.locations
+            if name not in scales
+        }
+        stored = map_names(model, shapes)
+        self.sites = [found for site in self.sites for found in stored.sites_of(site)]
+        of_experts: set[str] = set()
+        for site in self.sites:
+            storage = find_storage(site, stored, shapes)
+            expected = storage.expected_shapes(site.shape, site.num_experts)
+            check_experts(self.files, site, expected, self._dtype_name, tuple(_DTYPES))
+            of_experts |= expected.keys()
+            self.storages.append(storage)
+        parameters = [name for site in self.sites for name in site.parameters]
+        if surplus := sorted(stored.names_of(parameters) - of_experts):
             raise UserError(
-                f"{self.folder}: tensor {surplus[0]!r} has no place in {site.module}, which has "
-                f"{site.num_experts} experts by config.json"
+                f"{self.folder}: tensor {surplus[0]!r} has no place in {self.sites[0].module} or "
+                f"its like, which has {self.sites[0].num_experts} experts by config.json"
             )
-        dtype = None
-        for name, shape in expected.items():
-            if name not in self.files.locations:
-                raise UserError(f"{self.folder}: tensor {name!r} is missing; fetch the model again")
-            file = self.files.holding(name)
-            if file.shape(name) != shape:
-                raise UserError(
-                    f"{file.path}: tensor {name!r} has shape {list(file.shape(name))}, "
-                    f"config.json asks for {list(shape)}"
-                )
-            found_dtype = self._dtype_name(name)
-            if found_dtype not in _DTYPES:
-                raise UserError(
-                    f"{file.path}: tensor {name!r} is stored as {found_dtype}; supported are "
-                    f"{', '.join(_DTYPES)}"
-                )
-            dtype = dtype or found_dtype
-            if found_dtype != dtype:
-                raise UserError(
-                    f"{file.path}: tensor {name!r} is stored as {found_dtype}, others of "
-                    f"{site.module} as {dtype}; convert them to one dtype"
-                )
-
-
-def _block(module: str) -> str:
-    """A module's name up to its last number: `model.layers.3.mlp.experts` -> `model.layers.3`.
-
-    The block between layer and experts may have another name in the checkpoint than in the model
-    (Mixtral: `block_sparse_moe` and `mlp`), so the layer identifies the module.
-    """
-    match = re.match(r"^(.*\.\d+)\.", module)
-    return match[1] if match else module
+        check_complete(self.files, model, stored, shapes, of_experts, self._dtype_name)
+        kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+        self._kept_in_float32 = (
+            stored.names_of(n for n in stored.sources if not kept.isdisjoint(n.split(".")))
+            - of_experts
+        )
+        self.unused_names = [n for n in stored.unused if not ignored_if_unused(model, n)]
+        unused = set(stored.unused) if self.drop_unused else set()
+        self.other_names = [name for name in shapes if name not in of_experts | unused]

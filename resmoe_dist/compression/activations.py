@@ -15,7 +15,7 @@ from torch import Tensor
 
 from resmoe_dist.checkpoints.tensor_files import TensorFile, write_tensors
 from resmoe_dist.errors import UserError
-from resmoe_dist.families.sites import ExpertSite
+from resmoe_dist.families.storage import ExpertSite
 
 
 @dataclass(frozen=True, kw_only=True)

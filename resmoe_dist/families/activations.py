@@ -46,17 +46,20 @@ class PlainActivation(nn.Module):
 
 
 class FamilyGate(nn.Module):
-    """A family's own `_apply_gate`, on the module it came with, stripped of its weights."""
+    """A family's own `_apply_gate`, on the module it came with, stripped of its weights.
+
+    interleaved: it expects gate and up in turns, not one after the other.
+    """
 
     kernel = None
     experts: Any
 
-    def __init__(self, experts: nn.Module) -> None:
+    def __init__(self, experts: nn.Module, *, interleaved: bool = False) -> None:
         super().__init__()
         experts._parameters.clear()
-        self.experts = experts
+        self.experts, self.interleaved = experts, interleaved
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
-        if self.experts.is_concatenated:
-            return self.experts._apply_gate(torch.cat([gate, up], -1))
-        return self.experts._apply_gate(torch.stack([gate, up], -1).flatten(-2))
+        if self.interleaved:
+            return self.experts._apply_gate(torch.stack([gate, up], -1).flatten(-2))
+        return self.experts._apply_gate(torch.cat([gate, up], -1))

@@ -89,6 +89,15 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
         ) from error
 
 
+def make_unquantized(config: PretrainedConfig) -> None:
+    """Make transformers build a plain model from the config of a quantised one."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    for part in vars(config).values():
+        if isinstance(part, PretrainedConfig):
+            make_unquantized(part)
+
+
 def _reason(error: Exception) -> str:
     """The first two lines of an error's message, as one line."""
     said = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -1,15 +1,16 @@
-"""Layouts of one layer's experts in a Hugging Face checkpoint: to rows and back.
+"""Layouts of one layer's experts, in a model or in a checkpoint: to rows and back.
 
-Two layouts exist: *per expert* (one tensor per projection of each expert) and *fused* (one 3-D
-tensor over all experts, gate and up in one). Fused tensors may be transposed or interleaved.
+Two layouts exist: *per expert* (one tensor per projection of each expert) and *fused* (one tensor
+over all experts). A tensor may hold one projection, or gate and up together. It may be transposed;
+gate and up may be interleaved.
 
-Legend: E experts, I rows, H hidden.
+Legend: E experts, G input projections, I rows, H hidden.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -18,23 +19,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from resmoe_dist.design_matrix import ExpertShape, from_rows
-from resmoe_dist.errors import UserError
-from resmoe_dist.families.sites import ExpertSite
 
-# Names of an expert's projections across families.
-_PROJECTION_NAMES = {
-    "gate": ("gate_proj", "w1"),
-    "up": ("up_proj", "w3"),
-    "down": ("down_proj", "w2"),
-    "in": ("wi", "up_proj", "w1"),
-    "out": ("wo", "down_proj", "w2"),
-}
-_PER_EXPERT = re.compile(
-    r"^(?P<module>.+\.experts)\.(?P<prefix>expert_)?(?P<expert>\d+)\.(?P<projection>\w+)\.(?P<kind>weight|bias)$"
-)
-_FUSED = re.compile(r"^(?P<module>.+\.experts)\.(?P<name>(gate_up|up|down)_proj(_bias)?)$")
-
-_EXPERT = "{expert}"
+EXPERT = "{expert}"
+INPUTS, OUTPUT, BIAS = "inputs", "output", "_bias"
 
 # fetch(name, expert, start, stop) reads rows [start, stop) of one tensor, or of its slice `expert`
 # along the first dimension.
@@ -51,7 +38,6 @@ class _Part(NamedTuple):
     dimension.
     """
 
-    name: str
     target: Tensor
     first: int = 0
     rows: int = 1
@@ -60,8 +46,14 @@ class _Part(NamedTuple):
 class ExpertStorage(BaseModel):
     """Tensor names and layout of one layer's experts.
 
-    tensors: tensor names by key. Per-expert names contain `{expert}`, with the keys of `to_rows`.
-    Fused tensors have the keys `inputs`, `output`, `inputs_bias` and `output_bias`.
+    tensors: tensor names by key. A key is a projection (`gate`, `up`, `down`; `in`, `out`),
+    `inputs` (all input projections in one tensor) or `output` (the last projection), and has
+    `_bias` at its end for a bias. Names of per-expert tensors contain `{expert}`.
+
+    fused: tensors cover all experts, along a first dimension, or one below the other (`stacked`).
+    transposed: [in, out] rather than [out, in]; `output_transposed` is the same for the output
+    projection, None if it does not differ. interleaved: gate and up rows alternate in `inputs`.
+    first_expert: the number that the first expert has in the names of per-expert tensors.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -69,36 +61,44 @@ class ExpertStorage(BaseModel):
     tensors: dict[str, str]
     fused: bool
     transposed: bool = False
+    output_transposed: bool | None = None
     interleaved: bool = False
+    stacked: bool = False
+    first_expert: int = 0
+
+    def name(self, key: str, expert: int) -> str:
+        """The tensor that holds a key of one expert."""
+        return self.tensors[key].replace(EXPERT, str(expert + self.first_expert))
 
     def names(self, num_experts: int) -> list[str]:
         """All tensor names, of all experts."""
         if self.fused:
             return list(self.tensors.values())
-        return [_named(name, k) for k in range(num_experts) for name in self.tensors.values()]
+        return [self.name(key, k) for k in range(num_experts) for key in self.tensors]
 
     def expected_shapes(self, shape: ExpertShape, num_experts: int) -> dict[str, tuple[int, ...]]:
         """The shape every tensor of this layer must have, by name."""
-        width = len(shape.inputs) * shape.rows
-        if not self.fused:
-            per_expert: dict[str, tuple[int, ...]] = {shape.output: (shape.hidden, shape.rows)}
-            for name in shape.inputs:
-                per_expert[name] = (shape.rows, shape.hidden)
-                per_expert[f"{name}_bias"] = (shape.rows,)
-            per_expert[f"{shape.output}_bias"] = (shape.hidden,)
-            return {
-                _named(name, k): per_expert[key]
-                for k in range(num_experts)
-                for key, name in self.tensors.items()
-            }
-        fused: dict[str, tuple[int, ...]] = {
-            "inputs": (width, shape.hidden),
-            "output": (shape.hidden, shape.rows),
-        }
-        if self.transposed:
-            fused = {key: dims[::-1] for key, dims in fused.items()}
-        fused |= {"inputs_bias": (width,), "output_bias": (shape.hidden,)}
-        return {name: (num_experts, *fused[key]) for key, name in self.tensors.items()}
+        found: dict[str, tuple[int, ...]] = {}
+        for key in self.tensors:
+            dims = self.expert_shape(shape, key)
+            if self.fused:
+                stacked = (num_experts * dims[0], *dims[1:])
+                found[self.tensors[key]] = stacked if self.stacked else (num_experts, *dims)
+            else:
+                found |= {self.name(key, k): dims for k in range(num_experts)}
+        return found
+
+    def expert_shape(self, shape: ExpertShape, key: str) -> tuple[int, ...]:
+        """The shape of one expert's part of the tensor of a key."""
+        projection = key.removesuffix(BIAS)
+        if _is_output(shape, projection):
+            dims: tuple[int, ...] = (shape.hidden, shape.rows)
+        else:
+            count = len(shape.inputs) if projection == INPUTS else 1
+            dims = (count * shape.rows, shape.hidden)
+        if projection != key:
+            return dims[:1]
+        return dims[::-1] if self.is_transposed(shape, key) else dims
 
     def read_into(
         self,
@@ -113,69 +113,118 @@ class ExpertStorage(BaseModel):
         block_entries: how many entries to read at a time. Returns the output bias [H] as stored,
         or None.
         """
-        index = expert if self.fused else None
-        for name, target, first, rows in self._parts(shape, out_ID):
-            fetch_rows = partial(fetch, _named(name, expert), index)
-            copy_in_blocks(target, fetch_rows, first, rows, block_entries=block_entries)
-        bias = self.tensors.get("output_bias" if self.fused else f"{shape.output}_bias")
-        return None if bias is None else fetch(_named(bias, expert), index, 0, shape.hidden)
+        index = expert if self.fused and not self.stacked else None
+        bias = None
+        for key in self.tensors:
+            name, skipped = self.name(key, expert), 0
+            if self.stacked:
+                skipped = expert * self.expert_shape(shape, key)[0]
+            if key.endswith(BIAS) and _is_output(shape, key.removesuffix(BIAS)):
+                bias = fetch(name, index, skipped, skipped + shape.hidden)
+                continue
+            fetch_rows = partial(fetch, name, index)
+            for target, first, rows in self._parts(shape, key, out_ID):
+                copy_in_blocks(
+                    target, fetch_rows, skipped + first, rows, block_entries=block_entries
+                )
+        return bias
 
-    def _parts(self, shape: ExpertShape, out_ID: Tensor) -> list[_Part]:
-        """The stored rows of one expert, except the output bias, and their places in out_ID."""
+    def _parts(self, shape: ExpertShape, key: str, out_ID: Tensor) -> Iterator[_Part]:
+        """The rows of one expert's part of a tensor, and their places in out_ID."""
+        projection = key.removesuffix(BIAS)
+        if projection == INPUTS:
+            G, H = len(shape.inputs), shape.hidden
+            if key != projection:
+                target_IG = out_ID[:, (G + 1) * H :]
+            else:
+                target_IG = out_ID[:, : G * H].unflatten(1, (G, H))
+            if self.is_transposed(shape, key):
+                yield _Part(target_IG.permute((2, 0, 1) if self.interleaved else (2, 1, 0)))
+            elif self.interleaved:
+                yield _Part(target_IG, rows=G)
+            else:
+                for g in range(G):
+                    yield _Part(target_IG[:, g], first=g * shape.rows)
+            return
         views = from_rows(shape, out_ID)
-        if not self.fused:
-            return [_Part(self.tensors[key], view) for key, view in views.items()]
-        output = views[shape.output].T if self.transposed else views[shape.output]
-        parts = [_Part(self.tensors["output"], output)]
-        G, H = len(shape.inputs), shape.hidden
-        inputs_IGH = out_ID[:, : G * H].unflatten(1, (G, H))
-        if self.transposed:
-            order = (2, 0, 1) if self.interleaved else (2, 1, 0)
-            parts.append(_Part(self.tensors["inputs"], inputs_IGH.permute(order)))
-        else:
-            parts += self._rows_of_inputs("inputs", inputs_IGH)
-        if shape.row_bias:
-            parts += self._rows_of_inputs("inputs_bias", out_ID[:, (G + 1) * H :])
-        return parts
-
-    def _rows_of_inputs(self, key: str, target_IG: Tensor) -> list[_Part]:
-        """Stored rows of G projections, consecutive or interleaved. target_IG: [I, G, …]."""
-        name, (rows, count) = self.tensors[key], target_IG.shape[:2]
-        if self.interleaved:
-            return [_Part(name, target_IG, rows=count)]
-        return [_Part(name, target_IG[:, g], first=g * rows) for g in range(count)]
+        view = views[shape.output if projection == OUTPUT else key]
+        yield _Part(view.T if self.is_transposed(shape, key) else view)
 
     def write(
         self, shape: ExpertShape, experts: Iterable[tuple[Tensor, Tensor | None]]
     ) -> dict[str, Tensor]:
         """All tensors of a layer by name, from its experts' design matrices and output biases."""
-        if not self.fused:
-            written = {}
-            for k, (matrix_ID, output_bias) in enumerate(experts):
-                projections = from_rows(shape, matrix_ID)
-                if output_bias is not None:
-                    projections[f"{shape.output}_bias"] = output_bias
-                for key, name in self.tensors.items():
-                    written[_named(name, k)] = projections[key].contiguous()
-            return written
-        stacked: dict[str, list[Tensor]] = {key: [] for key in self.tensors}
-        for matrix_ID, output_bias in experts:
+        written: dict[str, Tensor] = {}
+        gathered: dict[str, list[Tensor]] = {key: [] for key in self.tensors}
+        for k, (matrix_ID, output_bias) in enumerate(experts):
             projections = from_rows(shape, matrix_ID)
-            inputs = self._join([projections[name] for name in shape.inputs])
-            output = projections[shape.output]
-            stacked["inputs"].append(inputs.T if self.transposed else inputs)
-            stacked["output"].append(output.T if self.transposed else output)
-            if shape.row_bias:
-                stacked["inputs_bias"].append(
-                    self._join([projections[f"{name}_bias"] for name in shape.inputs])
-                )
             if output_bias is not None:
-                stacked["output_bias"].append(output_bias)
-        return {name: torch.stack(stacked[key]) for key, name in self.tensors.items()}
+                projections[f"{shape.output}{BIAS}"] = output_bias
+            for key, tensors in gathered.items():
+                tensor = self._tensor(shape, key, projections)
+                if self.fused:
+                    tensors.append(tensor)
+                else:
+                    written[self.name(key, k)] = tensor.contiguous()
+        if not self.fused:
+            return written
+        join = torch.cat if self.stacked else torch.stack
+        return {name: join(gathered[key]) for key, name in self.tensors.items()}
 
-    def _join(self, parts: list[Tensor]) -> Tensor:
-        """Rows of several projections in the order in which they are stored."""
-        return torch.stack(parts, 1).flatten(0, 1) if self.interleaved else torch.cat(parts)
+    def _tensor(self, shape: ExpertShape, key: str, projections: dict[str, Tensor]) -> Tensor:
+        """One expert's part of the tensor of a key."""
+        projection = key.removesuffix(BIAS)
+        ending = key.removeprefix(projection)
+        if projection == INPUTS:
+            parts = [projections[f"{name}{ending}"] for name in shape.inputs]
+            tensor = torch.stack(parts, 1).flatten(0, 1) if self.interleaved else torch.cat(parts)
+        else:
+            output = _is_output(shape, projection)
+            tensor = projections[f"{shape.output if output else projection}{ending}"]
+        return tensor.T if not ending and self.is_transposed(shape, key) else tensor
+
+    def is_transposed(self, shape: ExpertShape, key: str) -> bool:
+        """Whether the tensor of a key is [in, out]."""
+        if key.endswith(BIAS):
+            return False
+        if _is_output(shape, key) and self.output_transposed is not None:
+            return self.output_transposed
+        return self.transposed
+
+
+@dataclass(frozen=True)
+class ExpertSite:
+    """One module of a model that holds the experts of one layer.
+
+    module: its dotted name. storage: how the module itself lays out its parameters. tied: names of
+    further modules that share the same parameters.
+    """
+
+    module: str
+    num_experts: int
+    shape: ExpertShape
+    storage: ExpertStorage
+    tied: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of the module's parameters."""
+        return self.storage.names(self.num_experts)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The names of all modules that hold these experts."""
+        return (self.module, *self.tied)
+
+    def at(self, module: str) -> ExpertSite:
+        """The same experts, found in another of `modules`."""
+        tensors = {
+            key: module + name.removeprefix(self.module)
+            for key, name in self.storage.tensors.items()
+        }
+        tied = tuple(name for name in self.modules if name != module)
+        storage = self.storage.model_copy(update={"tensors": tensors})
+        return replace(self, module=module, storage=storage, tied=tied)
 
 
 def copy_in_blocks(
@@ -199,54 +248,5 @@ def copy_in_blocks(
         part.copy_(fetch_rows(begin, end).reshape(part.shape))
 
 
-def find_storage(site: ExpertSite, names: Iterable[str]) -> ExpertStorage:
-    """How the tensors `names` (all of one layer's experts) are laid out.
-
-    Raises UserError if a projection is missing or the layout is unknown.
-    """
-    shape = site.shape
-    tensors: dict[str, str] = {}
-    fused = False
-    for name in sorted(names):
-        if match := _PER_EXPERT.match(name):
-            ending = f"{match['projection']}.{match['kind']}"
-            key = _projection(shape, match["projection"])
-            key += "_bias" if match["kind"] == "bias" else ""
-            tensors[key] = f"{match['module']}.{match['prefix'] or ''}{_EXPERT}.{ending}"
-        elif match := _FUSED.match(name):
-            fused = True
-            key = "output" if match["name"].startswith("down") else "inputs"
-            tensors[key + ("_bias" if match["name"].endswith("_bias") else "")] = name
-    wanted = ["inputs", "output"] if fused else [*shape.inputs, shape.output]
-    if shape.row_bias:
-        wanted += [f"{key}_bias" for key in wanted]
-    missing = [key for key in wanted if key not in tensors]
-    if missing or len(tensors) != len(wanted):
-        raise UserError(
-            f"{site.module}: found expert tensors {sorted(tensors) or 'of no known name'}, "
-            f"expected {wanted}; the checkpoint does not fit its config.json or its layout is not "
-            "supported"
-        )
-    return ExpertStorage(
-        tensors=tensors,
-        fused=fused,
-        transposed=fused and site.transposed,
-        interleaved=fused and site.interleaved,
-    )
-
-
-def expert_module_of(name: str) -> str | None:
-    """The experts module that a checkpoint tensor belongs to; None for other tensors."""
-    match = _PER_EXPERT.match(name) or _FUSED.match(name)
-    return match["module"] if match else None
-
-
-def _named(name: str, expert: int) -> str:
-    return name.replace(_EXPERT, str(expert))
-
-
-def _projection(shape: ExpertShape, name: str) -> str:
-    for key in (*shape.inputs, shape.output):
-        if name in _PROJECTION_NAMES[key]:
-            return key
-    return name
+def _is_output(shape: ExpertShape, projection: str) -> bool:
+    return projection in (OUTPUT, shape.output)

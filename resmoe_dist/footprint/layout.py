@@ -19,7 +19,7 @@ from resmoe_dist.codecs import DENSE, CodecSpec
 from resmoe_dist.compression.encoding import GroupCodecs
 from resmoe_dist.compression.stored_size import StoredSize
 from resmoe_dist.errors import UserError
-from resmoe_dist.families.sites import ExpertSite
+from resmoe_dist.families.storage import ExpertSite
 from resmoe_dist.footprint.experts import ExpertBytes, PlannedGroup, PlannedLayer
 from resmoe_dist.footprint.structure import ModelStructure
 from resmoe_dist.jobs.settings import check_choices, keep_for_target

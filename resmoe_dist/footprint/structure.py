@@ -16,7 +16,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from resmoe_dist.errors import UserError, first_line
 from resmoe_dist.families.models import load_config, meta_model
-from resmoe_dist.families.sites import ExpertSite, find_expert_sites, replace_experts
+from resmoe_dist.families.sites import find_expert_sites, replace_experts
+from resmoe_dist.families.storage import ExpertSite
+from resmoe_dist.families.unsupported import no_experts
 from resmoe_dist.registration import QUANT_METHOD
 
 
@@ -74,13 +76,11 @@ def read_structure(path: Path, context: int, dtype: torch.dtype | None = None) -
     model = meta_model(config).eval()
     sites = find_expert_sites(model)
     if not sites:
-        raise UserError(
-            f"{path}: a {config.model_type!r} model has no experts to compress; give a "
-            "Mixture-of-Experts model"
-        )
+        raise no_experts(str(path), model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     for site in sites:
-        replace_experts(model, site.module, _NoExperts())
+        for module in site.modules:
+            replace_experts(model, module, _NoExperts())
     others = dict(_tensors(model))
     stored = model.state_dict().keys() & others.keys()
     try:

@@ -30,8 +30,9 @@ from resmoe_dist.compression.activations import LayerActivations
 from resmoe_dist.design_matrix import from_rows
 from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import sequences_from_text
+from resmoe_dist.families.adapters import ExpertsAdapter, adapter_for
 from resmoe_dist.families.models import model_class
-from resmoe_dist.families.sites import ExpertsAdapter, adapter_for, replace_experts
+from resmoe_dist.families.sites import replace_experts
 
 DEFAULT_TOKENS = 4096
 DEFAULT_CONTEXT = 256
@@ -112,7 +113,7 @@ class _MeasuredExperts(nn.Module):
         self,
         source: SourceCheckpoint,
         layer: int,
-        adapter: type[ExpertsAdapter],
+        adapter: ExpertsAdapter,
         activation: nn.Module,
     ) -> None:
         super().__init__()
@@ -133,7 +134,9 @@ class _MeasuredExperts(nn.Module):
 
     def forward(self, *arguments: Tensor) -> Tensor:
         """Run all experts on the arguments of the model's experts module -> [T, H]."""
-        hidden_states, top_k_index, top_k_weights = self.adapter.routing(*arguments)
+        return self.adapter.call(self._run, *arguments)
+
+    def _run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         self.tokens += hidden_states.shape[0]
         self.input_squares_H += _sum_of_squares(hidden_states)
         out_TH = torch.zeros_like(hidden_states)
@@ -194,7 +197,8 @@ class _MeasuringQuantizer(HfQuantizer):
             adapter = adapter_for(original)
             assert adapter is not None
             measured = _MeasuredExperts(source, layer, adapter, adapter.activation(original))
-            replace_experts(model, site.module, measured)
+            for module in site.modules:
+                replace_experts(model, module, measured)
 
     def is_serializable(self) -> bool:
         """No: the model is used for one measurement only."""
@@ -213,9 +217,6 @@ if _METHOD not in AUTO_QUANTIZER_MAPPING:
 def _load_measured(source: SourceCheckpoint) -> PreTrainedModel:
     """Load the source model with measuring experts; other weights are mapped from their files."""
     config = copy.deepcopy(source.config)
-    # `_other_tensors` dequantises float8 weights.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     token = _source.set(source)
     try:
         # A state dict instead of the folder: its expert tensors would be reported as unexpected.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from resmoe_dist.checkpoints.companions import copy_companions
 from resmoe_dist.checkpoints.format import (
     CheckpointIndex,
     CompressionSettings,
@@ -15,21 +16,19 @@ from resmoe_dist.checkpoints.format import (
 )
 from resmoe_dist.checkpoints.model_folder import (
     SHARD_INDEX,
+    drop_quantization,
     set_dtype,
     shard_name,
     write_shard_index,
 )
 from resmoe_dist.checkpoints.source import SourceCheckpoint
-from resmoe_dist.checkpoints.tensor_files import copy_file, read_json_object, sha256_of, write_json
+from resmoe_dist.checkpoints.tensor_files import read_json_object, sha256_of, write_json
 from resmoe_dist.checkpoints.upgrade import FORMAT_VERSION
 from resmoe_dist.compression.stages import stage
-from resmoe_dist.model_paths import is_plain_name
 from resmoe_dist.registration import QUANT_METHOD
 from resmoe_dist.version import __version__
 
 PRODUCER = f"resmoe-dist {__version__}"
-# Tokenizer, chat templates and generation defaults.
-_COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,10 @@ def shards_of(source: SourceCheckpoint) -> list[Shard]:
 
 
 @stage("digest")
-def file_entry(path: Path) -> FileEntry:
-    """Return the index entry of a file: name, size and digest."""
-    return FileEntry(file=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
+def file_entry(folder: Path, name: str) -> FileEntry:
+    """Return the index entry of a file of a folder: name, size and digest."""
+    path = folder / name
+    return FileEntry(file=name, bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
 def write_model_files(
@@ -70,18 +70,14 @@ def write_model_files(
 ) -> None:
     """Write shard index, config and companion files, and last the index of the checkpoint.
 
-    Companion files are copied from the source: tokenizer, chat templates, generation defaults.
+    Companion files are copied from the source: tokenizer, chat templates, generation defaults, and
+    Python files that its config names. Nothing runs these.
     """
     write_shard_index(folder, {name: shard.file for shard in shards for name in shard.names})
     _write_config(folder, source, settings)
     written_here = (SHARD_INDEX, "config.json")
-    companions = []
-    for path in sorted(source.folder.iterdir()):
-        is_companion = is_plain_name(path.name) and path.suffix in _COMPANION_SUFFIXES
-        if is_companion and path.is_file() and path.name not in written_here:
-            copy_file(path, folder / path.name)
-            companions.append(path.name)
-    written = [file_entry(folder / name) for name in (*written_here, *companions)]
+    companions = copy_companions(source.folder, folder)
+    written = [file_entry(folder, name) for name in (*written_here, *companions)]
     index = CheckpointIndex(
         format_version=FORMAT_VERSION,
         producer=PRODUCER,
@@ -94,6 +90,7 @@ def write_model_files(
 
 def _write_config(folder: Path, source: SourceCheckpoint, settings: CompressionSettings) -> None:
     config = read_json_object(source.folder / "config.json")
+    drop_quantization(config)
     if settings.dtype:
         set_dtype(config, settings.dtype)
     config["quantization_config"] = {

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from resmoe_dist.checkpoints.format import (
+    STORED_DTYPES,
     CheckpointIndex,
     CompressionSettings,
     FileEntry,
@@ -83,6 +84,7 @@ class Compression:
         measure: Callable[[], Sequence[LayerActivations]] | None = None,
     ) -> None:
         self.source, self.output, self._measure = source, output, measure
+        source.serve_as(STORED_DTYPES[settings.dtype] if settings.dtype else None)
         self.workers = workers or SingleWorker()
         self._staging = StagingFolder(output)
         self._files = TaskFiles(self._staging, len(source.sites))
@@ -142,14 +144,15 @@ class Compression:
             made = self._compressor.compress(task.layer, task.experts, plan)
             record = made.record
             self._files.write_group(task, made)
-        return GroupEntry(file=file_entry(self._files.path(task)), **record)
+        path = self._files.path(task)
+        return GroupEntry(file=file_entry(path.parent, path.name), **record)
 
     def copy_shard(self, shard: Shard) -> FileEntry:
         """Copy tensors that are not experts' to a file, unless it is finished."""
         path = self._files.path(shard)
         if not is_whole(path):
             write_tensors(path, {n: self.source.read_other(n) for n in shard.names}, {})
-        return file_entry(path)
+        return file_entry(path.parent, path.name)
 
     @property
     def _is_first(self) -> bool:
@@ -159,6 +162,7 @@ class Compression:
         """What a run must have in common with a run that it continues."""
         return self.settings.model_dump() | {
             "source": self.source.fingerprint(),
+            "drop_unused": self.source.drop_unused,
             "producer": f"{PRODUCER}, format {FORMAT_VERSION}",
         }
 

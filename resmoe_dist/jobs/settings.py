@@ -11,7 +11,7 @@ from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.codecs import CodecSpec
 from resmoe_dist.compression.stored_size import StoredSize, keep_for
 from resmoe_dist.errors import UserError
-from resmoe_dist.families.sites import ExpertSite
+from resmoe_dist.families.storage import ExpertSite
 from resmoe_dist.jobs.group import GroupCompressor
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.families.activations import PlainActivation
-from resmoe_dist.families.sites import ExpertsAdapter, FusedExperts
+from resmoe_dist.families.adapters import ExpertsAdapter, FusedExperts
 from resmoe_dist.parallel.dispatch import Dispatcher, dispatcher_for
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
 from resmoe_dist.routing import NO_EXPERT
@@ -82,9 +82,9 @@ class ResMoE(MoE):
     ranks. topology: the grid it was loaded for; its process groups are DeepSpeed's, named by
     `expert_group_name` as in any DeepSpeed MoE. expert_map: which stored expert each of the model's
     experts is; None if they are the same. dispatcher: how tokens travel; None is `auto` for a layer
-    by itself. adapter: how the model calls its experts. own_gate: keep DeepSpeed's `TopKGate` (`k`,
-    and `gate_options` as `deepspeed.moe.layer.MoE` takes them) for calls without routing.
-    Inference only.
+    by itself. adapter: how the model calls its experts; None: with routing. own_gate: keep
+    DeepSpeed's `TopKGate` (`k`, and `gate_options` as `deepspeed.moe.layer.MoE` takes them) for
+    calls without routing. Inference only.
     """
 
     deepspeed_moe: _RoutedExperts
@@ -98,7 +98,7 @@ class ResMoE(MoE):
         *,
         expert_map: list[int] | None = None,
         dispatcher: Dispatcher | None = None,
-        adapter: type[ExpertsAdapter] = FusedExperts,
+        adapter: ExpertsAdapter | None = None,
         own_gate: bool = False,
         k: int = 1,
         **gate_options: Any,
@@ -113,7 +113,7 @@ class ResMoE(MoE):
             **gate_options,
         )
         # Fused experts are called with the routing as it is.
-        self._routing_of_call = None if adapter is FusedExperts else adapter.routing
+        self._adapter = None if isinstance(adapter, FusedExperts) else adapter
         gate = self.deepspeed_moe.gate if own_gate else None
         if dispatcher is None:
             stored = num_experts if expert_map is None else max(expert_map) + 1
@@ -187,11 +187,11 @@ class ResMoE(MoE):
         Without, as DeepSpeed calls an MoE layer: hidden_states [B, S, H] -> (output of the same
         shape, l_aux, exp_counts [E]), routed by DeepSpeed's gate.
         """
-        if top_k_index is not None and top_k_weights is not None:
+        if self._adapter is not None:
             call = (hidden_states, top_k_index, top_k_weights)
-            if self._routing_of_call is not None:
-                call = self._routing_of_call(*call)
-            return self.deepspeed_moe.run(*call)
+            return self._adapter.call(self.deepspeed_moe.run, *(x for x in call if x is not None))
+        if top_k_index is not None and top_k_weights is not None:
+            return self.deepspeed_moe.run(hidden_states, top_k_index, top_k_weights)
         if self.deepspeed_moe.gate is None:
             raise ValueError("this layer has no gate; call it with routing")
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])

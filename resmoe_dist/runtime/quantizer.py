@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -25,7 +25,8 @@ from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.checkpoints.format import INDEX_FILE, LayerEntry
 from resmoe_dist.checkpoints.model_folder import SHARD_INDEX, ModelFiles
 from resmoe_dist.errors import UserError
-from resmoe_dist.families.sites import ExpertsAdapter, adapter_for, replace_experts
+from resmoe_dist.families.adapters import ExpertsAdapter, adapter_for
+from resmoe_dist.families.sites import find_expert_sites, replace_experts
 from resmoe_dist.heap import return_freed_memory
 from resmoe_dist.parallel.dispatch import StepSizes, dispatcher_for
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
@@ -76,7 +77,7 @@ class ResMoEQuantizationConfig(QuantizationConfigMixin):
 class _Placeholder(nn.Module):
     """Stands for an experts module, and keeps its activation, while the rest of a model loads."""
 
-    def __init__(self, adapter: type[ExpertsAdapter], activation: nn.Module) -> None:
+    def __init__(self, adapter: ExpertsAdapter, activation: nn.Module) -> None:
         super().__init__()
         self.adapter = adapter
         self.activation = activation
@@ -90,11 +91,13 @@ class ResMoEQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         folder = _folder_of(model, kwargs.get("checkpoint_files"))
         self._checkpoint = CompressedCheckpoint(folder, verify=_options.get().verify)
+        self._modules = _modules_of_layers(model, self._checkpoint.index.layers)
         for layer in self._checkpoint.index.layers:
             original, adapter = _experts_module(model, layer)
             placeholder = _Placeholder(adapter, adapter.activation(original))
-            replace_experts(model, layer.module, placeholder)
-        experts = [layer.module for layer in self._checkpoint.index.layers]
+            for module in self._modules[layer.module]:
+                replace_experts(model, module, placeholder)
+        experts = [module for modules in self._modules.values() for module in modules]
         self._sharding = LaneSharding(_options.get().topology, experts)
         self._sharding.plan(model)
 
@@ -105,30 +108,31 @@ class ResMoEQuantizer(HfQuantizer):
         topology, execution = options.topology, options.execution or execution_for()
         steps_of_stack: dict[str, StepSizes] = {}
         for layer in self._checkpoint.index.layers:
-            # The layers of a stack (a decoder, an encoder) see the same tokens.
-            stack = re.split(r"\.\d+\.", layer.module, maxsplit=1)[0]
-            leads = stack not in steps_of_stack
-            steps = steps_of_stack.setdefault(stack, StepSizes.for_form(options.dispatch))
             placeholder = model.get_submodule(layer.module)
             experts = CompressedExperts.load(
                 self._checkpoint, layer, topology, placeholder.activation, execution
-            )
-            moe = ResMoE(
-                layer.hidden,
-                experts.to(model.dtype),
-                layer.num_experts,
-                topology,
-                expert_map=layer.expert_map,
-                dispatcher=dispatcher_for(
-                    layer.stored_experts,
+            ).to(model.dtype)
+            for module in self._modules[layer.module]:
+                # The layers of a stack (a decoder, an encoder) see the same tokens.
+                stack = re.split(r"\.\d+\.", module, maxsplit=1)[0]
+                leads = stack not in steps_of_stack
+                steps = steps_of_stack.setdefault(stack, StepSizes.for_form(options.dispatch))
+                moe = ResMoE(
+                    layer.hidden,
+                    experts,
+                    layer.num_experts,
                     topology,
-                    options.dispatch,
-                    steps,
-                    leads=leads,
-                ),
-                adapter=placeholder.adapter,
-            )
-            model.set_submodule(layer.module, moe.to(model.device).eval())
+                    expert_map=layer.expert_map,
+                    dispatcher=dispatcher_for(
+                        layer.stored_experts,
+                        topology,
+                        options.dispatch,
+                        steps,
+                        leads=leads,
+                    ),
+                    adapter=placeholder.adapter,
+                )
+                model.set_submodule(module, moe.to(model.device).eval())
             return_freed_memory()
 
     def is_serializable(self) -> bool:
@@ -157,9 +161,21 @@ def _folder_of(model: PreTrainedModel, checkpoint_files: list[str] | None) -> Pa
     return folder
 
 
-def _experts_module(
-    model: PreTrainedModel, layer: LayerEntry
-) -> tuple[nn.Module, type[ExpertsAdapter]]:
+def _modules_of_layers(
+    model: PreTrainedModel, layers: Sequence[LayerEntry]
+) -> dict[str, tuple[str, ...]]:
+    """By the module of each layer: all modules that share its experts, itself first."""
+    stored = {layer.module for layer in layers}
+    modules: dict[str, tuple[str, ...]] = {module: (module,) for module in stored}
+    for site in find_expert_sites(model):
+        owners = [module for module in site.modules if module in stored]
+        if owners:
+            tied = [module for module in site.modules if module not in stored]
+            modules[owners[0]] = (owners[0], *tied)
+    return modules
+
+
+def _experts_module(model: PreTrainedModel, layer: LayerEntry) -> tuple[nn.Module, ExpertsAdapter]:
     try:
         module = model.get_submodule(layer.module)
     except AttributeError as error:

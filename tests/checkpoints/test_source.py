@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers import MixtralConfig
 
 from resmoe_dist.checkpoints.source import SourceCheckpoint
+from resmoe_dist.families.models import meta_model
 from tests.checkpoints.damage import (
     INDEX,
     SHARDS,
@@ -100,9 +101,15 @@ def large(tmp_path):
             intermediate_size=ROWS,
             num_hidden_layers=1,
             num_local_experts=4,
+            vocab_size=8,
             architectures=["MixtralForCausalLM"],
         )
         config.save_pretrained(tmp_path)
+        others = {
+            name: tensor.shape
+            for name, tensor in meta_model(config).state_dict().items()
+            if ".experts." not in name
+        }
         if fused:
             shapes = {"gate_up_proj": (4, 2 * ROWS, HIDDEN), "down_proj": (4, HIDDEN, ROWS)}
             shapes = {f"model.layers.0.mlp.experts.{name}": s for name, s in shapes.items()}
@@ -113,6 +120,7 @@ def large(tmp_path):
                 for k in range(4)
                 for name, shape in of_one.items()
             }
+        shapes |= others
         tensors = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
         save_file(tensors, tmp_path / "model.safetensors")
         return SourceCheckpoint(tmp_path)
@@ -155,13 +163,13 @@ def _rename_shard(folder):
     edit_text(folder / INDEX, (folder / INDEX).read_text().replace(SECOND, "renamed.safetensors"))
 
 
-def _change_shape(folder):
-    edit_tensors(folder / SECOND, _transpose_lm_head)
+def _change_dtype(folder):
+    edit_tensors(folder / SECOND, _halve_lm_head)
 
 
-def _transpose_lm_head(tensors):
+def _halve_lm_head(tensors):
     name = next(name for name, tensor in tensors.items() if tensor.shape == (64, 20))
-    tensors[name] = tensors[name].T.contiguous()
+    tensors[name] = tensors[name].half()
 
 
 def _swap_shards(folder):
@@ -172,7 +180,7 @@ def _swap_shards(folder):
     write_index(folder, {name: swapped[file] for name, file in weight_map.items()})
 
 
-@pytest.mark.parametrize("change", [_change_config, _rename_shard, _change_shape, _swap_shards])
+@pytest.mark.parametrize("change", [_change_config, _rename_shard, _change_dtype, _swap_shards])
 def test_fingerprint_changes_with_the_model(shards, change):
     before = SourceCheckpoint(shards).fingerprint()
 
