@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resmoe_dist.checkpoints.format import (
+    INDEX_FILE,
     CheckpointIndex,
     CompressionSettings,
     FileEntry,
@@ -23,7 +24,7 @@ from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.checkpoints.tensor_files import copy_file, read_json_object, sha256_of, write_json
 from resmoe_dist.checkpoints.upgrade import FORMAT_VERSION
 from resmoe_dist.compression.stages import stage
-from resmoe_dist.model_paths import is_plain_name
+from resmoe_dist.model_paths import files_in, is_plain_name, is_relative_name
 from resmoe_dist.registration import QUANT_METHOD
 from resmoe_dist.version import __version__
 
@@ -56,9 +57,9 @@ def shards_of(source: SourceCheckpoint) -> list[Shard]:
 
 
 @stage("digest")
-def file_entry(path: Path) -> FileEntry:
-    """Return the index entry of a file: name, size and digest."""
-    return FileEntry(file=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
+def file_entry(path: Path, name: str = "") -> FileEntry:
+    """Return the index entry of a file: name in its folder (by default its own), size, digest."""
+    return FileEntry(file=name or path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
 def write_model_files(
@@ -75,13 +76,15 @@ def write_model_files(
     write_shard_index(folder, {name: shard.file for shard in shards for name in shard.names})
     _write_config(folder, source, settings)
     written_here = (SHARD_INDEX, "config.json")
-    companions = []
     for path in sorted(source.folder.iterdir()):
         is_companion = is_plain_name(path.name) and path.suffix in _COMPANION_SUFFIXES
         if is_companion and path.is_file() and path.name not in written_here:
             copy_file(path, folder / path.name)
-            companions.append(path.name)
-    written = [file_entry(folder / name) for name in (*written_here, *companions)]
+    groups = {group.file.file for layer in layers for group in layer.groups}
+    # An interrupted run may have written the index.
+    listed = groups | {entry.file for entry in shards.values()} | {INDEX_FILE}
+    others = [name for name in files_in(folder) if name not in listed and is_relative_name(name)]
+    written = [file_entry(folder / name, name) for name in others]
     index = CheckpointIndex(
         format_version=FORMAT_VERSION,
         producer=PRODUCER,
