@@ -33,16 +33,13 @@ def companions(folder: Path) -> list[str]:
     return sorted(filter(is_relative_name, names))
 
 
-def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy companion files, except those that `target` has already. Returns their names."""
-    copied = []
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy companion files, except those that `target` has already."""
     for name in companions(source):
-        path = target / name
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            copy_file(source / name, path)
-            copied.append(name)
-    return copied
+        copied = target / name
+        if not copied.exists():
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            copy_file(source / name, copied)
 
 
 def _files(folder: Path, *, is_root: bool = False) -> Iterator[Path]:

@@ -33,7 +33,13 @@ from resmoe_dist.checkpoints.format import (
     read_index,
 )
 from resmoe_dist.checkpoints.model_folder import SHARD_INDEX, ModelFiles
-from resmoe_dist.checkpoints.tensor_files import TensorFile, is_finite, read_json, sha256_of
+from resmoe_dist.checkpoints.tensor_files import (
+    TensorFile,
+    is_finite,
+    read_json,
+    read_json_object,
+    sha256_of,
+)
 from resmoe_dist.checkpoints.upgrade import FORMAT_VERSION, stored_tensor_name
 from resmoe_dist.codecs import ByteKind, EncodedMatrix, codec_named
 from resmoe_dist.errors import UserError, first_line
@@ -279,12 +285,13 @@ class CompressedCheckpoint:
         """Tensors of shards that the folder's index does not list or puts elsewhere."""
         try:
             files = ModelFiles(self.folder)
+            listed = read_json_object(self.folder / SHARD_INDEX)["weight_map"]
         except UserError as error:
             yield f"{SHARD_INDEX}: {error}"
             return
-        for name in sorted(set(files.locations.values())):
+        for name in sorted(set(listed.values())):
             for tensor in sorted(files.file(name).names):
-                if files.locations.get(tensor) != name:
+                if listed.get(tensor) != name:
                     yield f"{name}: tensor {tensor!r} is not in {SHARD_INDEX}"
 
 

@@ -92,7 +92,13 @@ def sequences_from_text(
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable UTF-8 text file ({error})") from error
-    ids = tokenizer(text, verbose=False)["input_ids"]
+    try:
+        ids = tokenizer(text, verbose=False)["input_ids"]
+    except Exception as error:  # of its config's values, some are first used here
+        raise UserError(
+            f"the tokenizer fails ({type(error).__name__}: {first_line(error)}); fetch its files "
+            "again"
+        ) from error
     windows = [ids[i : i + context] for i in range(0, len(ids), context)]
     windows = [window for window in windows if len(window) > 1]
     if not windows:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from resmoe_dist.checkpoints.companions import copy_companions
 from resmoe_dist.checkpoints.format import (
+    INDEX_FILE,
     CheckpointIndex,
     CompressionSettings,
     FileEntry,
@@ -15,7 +16,6 @@ from resmoe_dist.checkpoints.format import (
     write_index,
 )
 from resmoe_dist.checkpoints.model_folder import (
-    SHARD_INDEX,
     drop_quantization,
     set_dtype,
     shard_name,
@@ -25,6 +25,7 @@ from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.checkpoints.tensor_files import read_json_object, sha256_of, write_json
 from resmoe_dist.checkpoints.upgrade import FORMAT_VERSION
 from resmoe_dist.compression.stages import stage
+from resmoe_dist.model_paths import files_in, is_relative_name
 from resmoe_dist.registration import QUANT_METHOD
 from resmoe_dist.version import __version__
 
@@ -75,9 +76,12 @@ def write_model_files(
     """
     write_shard_index(folder, {name: shard.file for shard in shards for name in shard.names})
     _write_config(folder, source, settings)
-    written_here = (SHARD_INDEX, "config.json")
-    companions = copy_companions(source.folder, folder)
-    written = [file_entry(folder, name) for name in (*written_here, *companions)]
+    copy_companions(source.folder, folder)
+    groups = {group.file.file for layer in layers for group in layer.groups}
+    # An interrupted run may have written the index.
+    listed = groups | {entry.file for entry in shards.values()} | {INDEX_FILE}
+    others = [name for name in files_in(folder) if name not in listed and is_relative_name(name)]
+    written = [file_entry(folder, name) for name in others]
     index = CheckpointIndex(
         format_version=FORMAT_VERSION,
         producer=PRODUCER,

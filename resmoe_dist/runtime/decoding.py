@@ -28,7 +28,7 @@ _FROM_FOLDER = (
     *("forced_bos_token_id", "forced_eos_token_id", "min_length", "min_new_tokens"),
     *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size"),
     *("encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
-    *("sequence_bias", "exponential_decay_length_penalty"),
+    "sequence_bias",
 )
 
 

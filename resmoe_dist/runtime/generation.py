@@ -185,7 +185,13 @@ def token_ids(
                 "out"
             ) from error
     # A chat template writes the special tokens itself.
-    ids = tokenizer(texts, add_special_tokens=not chat, verbose=False)["input_ids"]
+    try:
+        ids = tokenizer(texts, add_special_tokens=not chat, verbose=False)["input_ids"]
+    except Exception as error:  # of its config's values, some are first used here
+        raise UserError(
+            f"the tokenizer fails ({type(error).__name__}: {first_line(error)}); fetch its files "
+            "again"
+        ) from error
     for prompt, tokens in zip(prompts, ids, strict=True):
         if not tokens:
             raise UserError(f"prompt {_shortened(prompt)}: the tokenizer finds no tokens in it")

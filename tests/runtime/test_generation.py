@@ -199,6 +199,14 @@ def test_prompts_that_the_model_cannot_continue_are_refused(pristine, tmp_path, 
         check_prompts(tokenizer, ["A", prompt], config)
 
 
+def test_a_tokenizer_that_fails_when_it_is_used_is_one_line(pristine, tmp_path):
+    tokenizer = load_tokenizer(model_folder(pristine, tmp_path / "c", {}))
+    tokenizer.model_max_length = "x"
+
+    with mistake("the tokenizer fails .TypeError: "):
+        check_prompts(tokenizer, PROMPTS, load_config(str(tmp_path / "c")))
+
+
 def test_a_chat_template_that_refuses_is_one_line(pristine, tmp_path):
     tokenizer = load_tokenizer(model_folder(pristine, tmp_path / "c", {}))
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"

@@ -12,7 +12,7 @@ from resmoe_dist.compression.alignment import align
 from resmoe_dist.compression.blocks import AlignedExperts
 from resmoe_dist.compression.encoding import GroupCodecs, encode_group
 from resmoe_dist.jobs.pipeline import Compression
-from resmoe_dist.testing import embedded
+from resmoe_dist.testing import cache, embedded
 
 KEEP = 0.25
 
@@ -107,3 +107,15 @@ def test_an_interrupted_first_use_leaves_nothing(family_folder, tmp_path, monkey
     assert str(caught.value) == ""  # no advice to resume what has no --resume
     assert finished
     assert list((tmp_path / "compressed").iterdir()) == []
+
+
+def test_training_is_announced_also_without_a_terminal(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("RESMOE_CACHE", str(tmp_path))
+    monkeypatch.setattr(cache, "train_tiny_model", lambda *_: None)
+
+    folder = cache.cached_tiny_model()
+
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"  # shown without any configuration of logging
+    assert "training the embedded mixtral model" in record.getMessage()
+    assert str(folder) in record.getMessage()
