@@ -66,6 +66,19 @@ class SourceCheckpoint:
         storage, site = self.storages[layer], self.sites[layer]
         return _DTYPES[self._dtype_name(storage.names(site.num_experts)[0])]
 
+    def unused_line(self) -> str | None:
+        """What to say about tensors that transformers does not load; None if there are none."""
+        if not self.unused_names:
+            return None
+        experts = [name for name in self.unused_names if ".experts." in name]
+        size = sum(self.files.holding(name).size(name) for name in self.unused_names)
+        fate = "left out" if self.drop_unused else "copied as they are; --drop-unused drops them"
+        return (
+            f"{self.folder}: {len(self.unused_names)} tensors ({size / 2**20:.1f} MiB, "
+            f"{len(experts)} of experts) are not used by transformers, such as "
+            f"{(experts or self.unused_names)[0]!r}: {fate}"
+        )
+
     def serve_as(self, dtype: torch.dtype | None) -> None:
         """From now on, refuse values beyond the range of the dtype the model will be loaded in.
 
@@ -166,8 +179,7 @@ class SourceCheckpoint:
             if max(-least.item(), largest.item()) > limit:
                 raise UserError(
                     f"{self.files.holding(name).path}: tensor {name!r} holds values too large for "
-                    f"{bound}, the dtype that the model is loaded in; choose --dtype bfloat16 or "
-                    "float32"
+                    f"{bound}; choose --dtype bfloat16 or float32"
                 )
 
     def _dtype_name(self, name: str) -> str:

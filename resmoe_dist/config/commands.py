@@ -117,6 +117,10 @@ class CompressConfig(StorageConfig):
     device: Literal["cpu", "cuda"] = option(
         "cpu", "where to compute; the ranks on a host take its GPUs in turn"
     )
+    drop_unused: bool = option(
+        False,
+        "leave out tensors that transformers does not load, such as the experts of MTP layers",
+    )
     resume: bool = option(False, "continue an interrupted run; finished files are kept")
 
     @model_validator(mode="before")

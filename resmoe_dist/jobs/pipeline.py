@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from resmoe_dist.checkpoints.format import (
+    STORED_DTYPES,
     CheckpointIndex,
     CompressionSettings,
     FileEntry,
@@ -83,6 +84,7 @@ class Compression:
         measure: Callable[[], Sequence[LayerActivations]] | None = None,
     ) -> None:
         self.source, self.output, self._measure = source, output, measure
+        source.serve_as(STORED_DTYPES[settings.dtype] if settings.dtype else None)
         self.workers = workers or SingleWorker()
         self._staging = StagingFolder(output)
         self._files = TaskFiles(self._staging, len(source.sites))
@@ -159,6 +161,7 @@ class Compression:
         """What a run must have in common with a run that it continues."""
         return self.settings.model_dump() | {
             "source": self.source.fingerprint(),
+            "drop_unused": self.source.drop_unused,
             "producer": f"{PRODUCER}, format {FORMAT_VERSION}",
         }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ from resmoe_dist.jobs.settings import parse_codec, parse_layers, with_budget
 from resmoe_dist.jobs.workers import SingleWorker, Workers, find_workers
 from resmoe_dist.methods import method_named
 from resmoe_dist.parallel.entry_point import quiet_libraries, run_entry_point
+
+logger = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -61,7 +64,9 @@ def compress(config: CompressConfig, workers: Workers | None = None) -> Checkpoi
     workers = workers or SingleWorker()
     check_solver(config.solver)
     device = _device(config.device, workers)
-    source = SourceCheckpoint(config.source)
+    source = SourceCheckpoint(config.source, drop_unused=config.drop_unused)
+    if workers.rank == 0 and (line := source.unused_line()):
+        logger.warning(line)
     digest, measure = None, None
     if config.calibration is not None:
         digest, measure = _calibration(source, config.calibration)
