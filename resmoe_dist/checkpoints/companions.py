@@ -9,6 +9,7 @@ from pathlib import Path
 
 from resmoe_dist.checkpoints.format import INDEX_FILE
 from resmoe_dist.checkpoints.tensor_files import copy_file
+from resmoe_dist.errors import UserError
 
 # Weights, optimiser states and archives of any framework.
 _WEIGHTS = re.compile(
@@ -24,8 +25,19 @@ def companions(folder: Path) -> list[Path]:
 
     Left out: weights in any format and their indexes, hidden files, links to folders, and folders
     that hold weights, which are other models or other formats of this one.
+
+    Raises UserError for a link that leads out of the folder, unless it is a snapshot of Hugging
+    Face's cache, whose files are links.
     """
-    return sorted(path.relative_to(folder) for path in _files(folder, is_root=True))
+    root = folder.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parents[1] / "blobs")
+    found = sorted(_files(folder, is_root=True))
+    for path in found:
+        if not any(path.resolve().is_relative_to(place) for place in allowed):
+            raise UserError(f"{path}: leads out of the folder; put the file itself there")
+    return [path.relative_to(folder) for path in found]
 
 
 def copy_companions(source: Path, target: Path) -> None:

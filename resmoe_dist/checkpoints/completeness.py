@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Set
+from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from resmoe_dist.checkpoints.model_folder import ModelFiles
 from resmoe_dist.errors import UserError
-from resmoe_dist.families.names import StoredNames, missing_parameters
+from resmoe_dist.families.names import StoredNames, converted_shape, missing_parameters
 from resmoe_dist.families.storage import ExpertSite
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -52,6 +54,16 @@ def check_experts(
             )
 
 
+def check_present(folder: Path, model: PreTrainedModel, stored: StoredNames) -> None:
+    """Raise UserError if a parameter is neither stored nor tied to one that is."""
+    if missing := missing_parameters(model, stored):
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise UserError(
+            f"{folder}: no tensor of the checkpoint becomes {missing[0]!r}{more}, which a "
+            f"{type(model).__name__} needs; fetch the model again"
+        )
+
+
 def check_complete(
     files: ModelFiles,
     model: PreTrainedModel,
@@ -64,12 +76,7 @@ def check_complete(
 
     of_experts: the stored tensors of experts, which `check_experts` has seen.
     """
-    if missing := missing_parameters(model, stored):
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise UserError(
-            f"{files.folder}: no tensor of the checkpoint becomes {missing[0]!r}{more}, which a "
-            f"{type(model).__name__} needs; fetch the model again"
-        )
+    check_present(files.folder, model, stored)
     parameters = model.state_dict()
     for parameter, source in stored.sources.items():
         names = {name for names in source.names.values() for name in names} - of_experts
@@ -83,8 +90,24 @@ def check_complete(
                     "the model is quantised in a way that is not supported; give the unquantised "
                     "checkpoint"
                 )
-            if source.converter is None and shapes[name] != tuple(wanted.shape):
-                raise UserError(
-                    f"{files.holding(name).path}: tensor {name!r} has shape {list(shapes[name])}, "
-                    f"config.json asks for {list(wanted.shape)}"
-                )
+        name = min(names)
+        found = (
+            shapes[name]
+            if source.converter is None
+            else converted_shape(model, parameter, source, shapes)
+        )
+        if found is not None and found != tuple(wanted.shape):
+            what = f"tensor {name!r} has" if source.converter is None else f"{parameter!r} gets"
+            raise UserError(
+                f"{files.holding(name).path}: {what} shape {list(found)}, config.json asks for "
+                f"{list(wanted.shape)}; fetch the model again"
+            )
+
+
+def check_range(path: Path, name: str, largest: float, dtype: torch.dtype) -> None:
+    """Raise UserError if a tensor's largest magnitude becomes infinite in `dtype`."""
+    if not torch.tensor(largest, dtype=torch.float64).to(dtype).isfinite():
+        raise UserError(
+            f"{path}: tensor {name!r} holds values too large for {dtype}; choose --dtype bfloat16 "
+            "or float32"
+        )

@@ -5,6 +5,7 @@ Legend: I rows, D columns, H hidden.
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from resmoe_dist.checkpoints.companions import copy_companions
+from resmoe_dist.checkpoints.completeness import check_present, check_range
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint, GroupFile
 from resmoe_dist.checkpoints.format import DROPPED, LayerEntry
 from resmoe_dist.checkpoints.model_folder import (
@@ -21,8 +23,16 @@ from resmoe_dist.checkpoints.model_folder import (
     shard_name,
     write_shard_index,
 )
-from resmoe_dist.checkpoints.tensor_files import copy_file, read_json, write_json, write_tensors
+from resmoe_dist.checkpoints.tensor_files import (
+    TensorFile,
+    copy_file,
+    read_json,
+    write_json,
+    write_tensors,
+)
 from resmoe_dist.errors import UserError
+from resmoe_dist.families.models import load_config, make_unquantized, meta_model
+from resmoe_dist.families.names import map_names
 
 
 def restore_checkpoint(folder: Path, output: Path, dtype: torch.dtype | None = None) -> None:
@@ -89,12 +99,15 @@ def _write_model(
     checkpoint: CompressedCheckpoint, staging: Path, dtype: torch.dtype | None
 ) -> None:
     others = ModelFiles(checkpoint.folder)
+    _check_complete(checkpoint, others)
     other_shards = sorted(set(others.locations.values()))
     layers = checkpoint.index.layers
     count = len(other_shards) + len(layers)
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(other_shards):
         name = shard_name(i, count)
+        if dtype is not None:
+            _check_values(others.file(shard), dtype)
         copy_file(checkpoint.folder / shard, staging / name)
         weight_map |= {tensor: name for tensor, where in others.locations.items() if where == shard}
     for i, layer in enumerate(layers, start=len(other_shards)):
@@ -111,6 +124,25 @@ def _write_model(
     copy_companions(checkpoint.folder, staging)
 
 
+def _check_complete(checkpoint: CompressedCheckpoint, others: ModelFiles) -> None:
+    """Raise UserError if the dense model would lack a tensor."""
+    config = load_config(str(checkpoint.folder))
+    make_unquantized(config)
+    model = meta_model(config)
+    names = [
+        name for layer in checkpoint.index.layers for name in layer.storage.names(layer.num_experts)
+    ]
+    check_present(checkpoint.folder, model, map_names(model, [*others.locations, *names]))
+
+
+def _check_values(file: TensorFile, dtype: torch.dtype) -> None:
+    """Raise UserError if a tensor outside the experts has values beyond a dtype's range."""
+    for name in sorted(file.names):
+        tensor = file.read(name)
+        if tensor.is_floating_point() and tensor.numel() and tensor.itemsize > 1:
+            check_range(file.path, name, float(tensor.abs().max()), dtype)
+
+
 def _dense_layer(
     checkpoint: CompressedCheckpoint, layer: LayerEntry, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
@@ -122,4 +154,10 @@ def _dense_layer(
     }
     # One after the other, also if two share a stored expert: files hold no shared tensors.
     stored = (layer.stored_expert(k) for k in range(layer.num_experts))
-    return layer.storage.write(layer.shape, (restored_expert(files[k], k, dtype) for k in stored))
+    tensors = layer.storage.write(
+        layer.shape, (restored_expert(files[k], k, dtype) for k in stored)
+    )
+    for name, tensor in tensors.items():
+        if dtype is not None and not tensor.isfinite().all():
+            check_range(checkpoint.folder, name, math.inf, dtype)
+    return tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from functools import partial
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from resmoe_dist.checkpoints.completeness import check_complete, check_experts
+from resmoe_dist.checkpoints.companions import companions
+from resmoe_dist.checkpoints.completeness import check_complete, check_experts, check_range
 from resmoe_dist.checkpoints.format import is_compressed
 from resmoe_dist.checkpoints.fp8 import DEQUANTIZED, SCALE_SUFFIX, blocks_of, find_scaled
 from resmoe_dist.checkpoints.model_folder import ModelFiles, quantization_of
 from resmoe_dist.errors import UserError
-from resmoe_dist.families.models import drop_quantization, load_config, meta_model
+from resmoe_dist.families.models import load_config, make_unquantized, meta_model
 from resmoe_dist.families.names import ignored_if_unused, map_names
 from resmoe_dist.families.sites import find_expert_sites
 from resmoe_dist.families.storage import BLOCK_ENTRIES, ExpertStorage, copy_in_blocks
@@ -50,12 +52,13 @@ class SourceCheckpoint:
         if is_compressed(folder):
             raise UserError(f"{folder}: compressed already; give the model it was made from")
         self._blocks = blocks_of(folder, quantization_of(folder))
-        drop_quantization(self.config)
+        make_unquantized(self.config)
         model = meta_model(self.config)
         self.sites = find_expert_sites(model)
         if not self.sites:
             raise no_experts(str(folder), model)
         self.files = ModelFiles(folder)
+        companions(folder)
         self._scaled = find_scaled(self.files, self._blocks)
         self._served_dtype: torch.dtype | None = None
         self.storages: list[ExpertStorage] = []
@@ -166,8 +169,8 @@ class SourceCheckpoint:
         if tensor.dtype not in _DTYPES.values() or not tensor.numel():
             return
         # NaN propagates through min and max. torch.isfinite would make three copies.
-        least, largest = torch.aminmax(tensor)
-        if not (torch.isfinite(least) and torch.isfinite(largest)):
+        least, largest = (float(bound) for bound in torch.aminmax(tensor))
+        if not (math.isfinite(least) and math.isfinite(largest)):
             where = name if expert is None else f"{name}[{expert}]"
             raise UserError(
                 f"{self.files.holding(name).path}: tensor {where!r} holds NaN or infinite values; "
@@ -175,12 +178,7 @@ class SourceCheckpoint:
             )
         bound = self._served_dtype
         if bound is not None and name not in self._kept_in_float32:
-            limit = torch.finfo(bound).max
-            if max(-least.item(), largest.item()) > limit:
-                raise UserError(
-                    f"{self.files.holding(name).path}: tensor {name!r} holds values too large for "
-                    f"{bound}; choose --dtype bfloat16 or float32"
-                )
+            check_range(self.files.holding(name).path, name, max(-least, largest), bound)
 
     def _dtype_name(self, name: str) -> str:
         """Safetensors' name of the dtype in which a tensor is read."""

@@ -53,13 +53,13 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
         ) from error
 
 
-def drop_quantization(config: PretrainedConfig) -> None:
+def make_unquantized(config: PretrainedConfig) -> None:
     """Make transformers build a plain model from the config of a quantised one."""
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     for part in vars(config).values():
         if isinstance(part, PretrainedConfig):
-            drop_quantization(part)
+            make_unquantized(part)
 
 
 def _reason(error: Exception) -> str:

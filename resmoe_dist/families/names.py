@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
+import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -22,6 +24,8 @@ from transformers.core_model_loading import (
 )
 
 from resmoe_dist.families.storage import ExpertSite
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass
@@ -109,6 +113,27 @@ def missing_parameters(model: PreTrainedModel, stored: StoredNames) -> list[str]
     return sorted(
         name for name in missing if not _matches(model._keys_to_ignore_on_load_missing, name)
     )
+
+
+def converted_shape(
+    model: PreTrainedModel, parameter: str, source: ParameterSource, shapes: Shapes
+) -> tuple[int, ...] | None:
+    """The shape that a converter makes of stored tensors, on the meta device; None if unknown."""
+    converter = deepcopy(source.converter)
+    assert converter is not None
+    first = parameter
+    if source.part[0]:
+        patterns = converter.target_patterns
+        first = parameter.replace(patterns[source.part[0]], patterns[0])
+    for pattern, names in source.names.items():
+        for name in names:
+            tensor = torch.empty(shapes[name], device="meta")
+            converter.add_tensor(first, name, pattern, tensor)
+    try:
+        made = converter.convert(first, model=model, config=model.config)[parameter]
+    except Exception:  # an operation that needs values, or that fails on what it gets
+        return None
+    return tuple((made[0] if isinstance(made, list) else made).shape)
 
 
 def ignored_if_unused(model: PreTrainedModel, name: str) -> bool:
