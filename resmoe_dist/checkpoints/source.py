@@ -201,7 +201,8 @@ class SourceCheckpoint:
             check_experts(self.files, site, expected, self._dtype_name, tuple(_DTYPES))
             of_experts |= expected.keys()
             self.storages.append(storage)
-        parameters = [name for site in self.sites for name in site.parameters]
+        # The weights of spare experts are copied with the other tensors.
+        parameters = [name for site in self.sites if not site.spare for name in site.parameters]
         if surplus := sorted(stored.names_of(parameters) - of_experts):
             raise UserError(
                 f"{self.folder}: tensor {surplus[0]!r} has no place in {self.sites[0].module} or "
