@@ -89,6 +89,12 @@ class SourceCheckpoint:
         """
         self._served_dtype = dtype or self.config.dtype or self.config.get_text_config().dtype
 
+    @property
+    def may_overflow(self) -> bool:
+        """Whether tensors outside the experts are stored in a wider range than they are served."""
+        names = () if self._served_dtype is not torch.float16 else self.other_names
+        return any(self._dtype_name(name) in ("F64", "F32", "BF16") for name in names)
+
     def fingerprint(self) -> str:
         """A hex digest of the source: config, file sizes, headers, and a sample of the values.
 
@@ -166,7 +172,7 @@ class SourceCheckpoint:
         return file.read_index(name, expert, start, stop)
 
     def _check_finite(self, name: str, expert: int | None, tensor: Tensor) -> None:
-        if tensor.dtype not in _DTYPES.values() or not tensor.numel():
+        if not tensor.is_floating_point() or tensor.itemsize == 1 or not tensor.numel():
             return
         # NaN propagates through min and max. torch.isfinite would make three copies.
         least, largest = (float(bound) for bound in torch.aminmax(tensor))
