@@ -108,6 +108,9 @@ def sharding_rules(
     if not styles or unknown:
         reason = f"unknown styles {sorted(unknown)}" if unknown else "no plan"
         return ShardingRules(remark=f"{type(model).__name__}: only experts are divided ({reason})")
+    if _ties_whole_to_divided(model, styles):
+        why = "modules that are divided share weights with others that are not"
+        return ShardingRules(remark=f"{type(model).__name__}: only experts are divided ({why})")
     remark = None
     heads = _head_counts(model)
     attention_parts = math.gcd(lane_size, *heads) if heads else 1
@@ -146,6 +149,17 @@ def _styles(
         for name, style in styles.items()
         if not any(name == experts or name.startswith(f"{experts}.") for experts in expert_modules)
     }
+
+
+def _ties_whole_to_divided(model: PreTrainedModel, styles: dict[str, str]) -> bool:
+    """Whether two names of one parameter would be divided differently."""
+
+    def dimension(parameter: str) -> int | None:
+        style = styles.get(parameter) or styles.get(parameter.rpartition(".")[0])
+        return None if style is None else STYLES[style].matrix
+
+    ties = model.all_tied_weights_keys.items()
+    return any(dimension(target) != dimension(source) for target, source in ties)
 
 
 def _head_counts(model: PreTrainedModel) -> list[int]:
