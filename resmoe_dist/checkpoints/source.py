@@ -198,7 +198,10 @@ class SourceCheckpoint:
             for name in self.files.locations
             if name not in scales
         }
-        stored = map_names(model, shapes)
+        try:
+            stored = map_names(model, shapes)
+        except ValueError as error:  # transformers reads numbers in names
+            raise UserError(f"{self.folder}: names of tensors are damaged ({error})") from error
         self.sites = [found for site in self.sites for found in stored.sites_of(site)]
         of_experts: set[str] = set()
         for site in self.sites:

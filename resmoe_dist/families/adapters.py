@@ -196,7 +196,7 @@ class SwitchExperts(ExpertsAdapter):
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
-        return type(module).__name__ == "SwitchTransformersExperts"
+        return type(module).__name__ == "SwitchTransformersExperts" and hasattr(module, "expert_0")
 
     def site(self, name: str, module: Any) -> ExpertSite:
         return _separate_site(name, module, "wi", "wo")
@@ -217,7 +217,7 @@ class NllbExperts(ExpertsAdapter):
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
-        return type(module).__name__ == "NllbMoeExperts"
+        return type(module).__name__ == "NllbMoeExperts" and hasattr(module, "expert_0")
 
     def __init__(self, module: Any) -> None:
         self.scale = 1 - module.moe_token_dropout
