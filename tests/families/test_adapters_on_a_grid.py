@@ -1,4 +1,4 @@
-"""Families whose blocks call their experts in another way than most, on a grid of ranks."""
+"""Families that differ from most in how they call experts or divide layers, on a grid."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ from tests.families.test_all_families import outputs_of
 from tests.models import compress, relative_difference
 from tests.ranks import run_on_ranks
 
-FAMILIES = ["llama4", "dbrx", "step3p7", "nllb_moe", "longcat_flash", "diffusion_gemma"]
+FAMILIES = [
+    "llama4",
+    "dbrx",
+    "step3p7",
+    "nllb_moe",
+    "longcat_flash",
+    "diffusion_gemma",
+    # Scaled embeddings; linear attention beside full attention.
+    "gemma4",
+    "glm5_next",
+]
 
 
 def _outputs_on_a_rank(folder, ep, tp, lanes):
