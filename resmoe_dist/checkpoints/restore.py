@@ -99,6 +99,7 @@ def _write_model(
     checkpoint: CompressedCheckpoint, staging: Path, dtype: torch.dtype | None
 ) -> None:
     others = ModelFiles(checkpoint.folder)
+    config = read_json_object(checkpoint.folder / "config.json")
     _check_complete(checkpoint, others)
     other_shards = sorted(set(others.locations.values()))
     layers = checkpoint.index.layers
@@ -116,7 +117,6 @@ def _write_model(
         write_tensors(staging / name, tensors, {})
         weight_map |= dict.fromkeys(tensors, name)
     write_shard_index(staging, weight_map)
-    config = read_json_object(checkpoint.folder / "config.json")
     drop_quantization(config)
     if dtype is not None:
         set_dtype(config, str(dtype).removeprefix("torch."))

@@ -87,6 +87,12 @@ class SourceCheckpoint:
         """
         self._served_dtype = dtype or self.config.dtype or self.config.get_text_config().dtype
 
+    @property
+    def may_overflow(self) -> bool:
+        """Whether tensors outside the experts are stored in a wider range than they are served."""
+        names = () if self._served_dtype is not torch.float16 else self.other_names
+        return any(self._dtype_name(name) in ("F64", "F32", "BF16") for name in names)
+
     def fingerprint(self) -> str:
         """A hex digest of the source: config, file sizes, headers, and a sample of the values.
 
@@ -164,7 +170,7 @@ class SourceCheckpoint:
         return file.read_index(name, expert, start, stop)
 
     def _check_finite(self, name: str, expert: int | None, tensor: Tensor) -> None:
-        if tensor.dtype not in _DTYPES.values() or not tensor.numel():
+        if not tensor.is_floating_point() or tensor.itemsize == 1 or not tensor.numel():
             return
         # NaN propagates through min and max. torch.isfinite would make three copies.
         least, largest = (float(bound) for bound in torch.aminmax(tensor))
@@ -190,7 +196,10 @@ class SourceCheckpoint:
             for name in self.files.locations
             if name not in scales
         }
-        stored = map_names(model, shapes)
+        try:
+            stored = map_names(model, shapes)
+        except ValueError as error:  # transformers reads numbers in names
+            raise UserError(f"{self.folder}: names of tensors are damaged ({error})") from error
         self.sites = [found for site in self.sites for found in stored.sites_of(site)]
         of_experts: set[str] = set()
         for site in self.sites:
@@ -199,7 +208,8 @@ class SourceCheckpoint:
             check_experts(self.files, site, expected, self._dtype_name, tuple(_DTYPES))
             of_experts |= expected.keys()
             self.storages.append(storage)
-        parameters = [name for site in self.sites for name in site.parameters]
+        # The weights of spare experts are copied with the other tensors.
+        parameters = [name for site in self.sites if not site.spare for name in site.parameters]
         if surplus := sorted(stored.names_of(parameters) - of_experts):
             raise UserError(
                 f"{self.folder}: tensor {surplus[0]!r} has no place in {self.sites[0].module} or "

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -138,6 +139,31 @@ class Llama4Experts(ExpertsAdapter):
         return run(scaled, index, torch.ones_like(index, dtype=scaled.dtype))
 
 
+class LongcatExperts(ExpertsAdapter):
+    """LongCat-Flash's fused weights. Experts beyond the last one in them return their input."""
+
+    @classmethod
+    def recognises(cls, module: nn.Module) -> bool:
+        return type(module).__name__ == "LongcatFlashExperts" and module.down_proj is not None
+
+    def __init__(self, module: Any) -> None:
+        self.num_experts = module.num_routed_experts
+
+    def site(self, name: str, module: Any) -> ExpertSite:
+        return replace(_fused_site(name, module), spare=module.zero_expert_num)
+
+    def activation(self, module: Any) -> nn.Module:
+        return PlainActivation(module.act_fn)
+
+    def call(self, run: RunExperts, *arguments: Tensor) -> Tensor:
+        """Weighted inputs stand in for the experts without weights."""
+        hidden_states, index, weights = arguments
+        is_identity = index >= self.num_experts
+        out = run(hidden_states, index.masked_fill(is_identity, NO_EXPERT), weights)
+        share = weights.masked_fill(~is_identity, 0).sum(-1, keepdim=True)
+        return out + (hidden_states * share).to(out.dtype)
+
+
 class DbrxExperts(ExpertsAdapter):
     """DBRX's experts, one below the other in three matrices."""
 
@@ -170,7 +196,7 @@ class SwitchExperts(ExpertsAdapter):
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
-        return type(module).__name__ == "SwitchTransformersExperts"
+        return type(module).__name__ == "SwitchTransformersExperts" and hasattr(module, "expert_0")
 
     def site(self, name: str, module: Any) -> ExpertSite:
         return _separate_site(name, module, "wi", "wo")
@@ -191,7 +217,7 @@ class NllbExperts(ExpertsAdapter):
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
-        return type(module).__name__ == "NllbMoeExperts"
+        return type(module).__name__ == "NllbMoeExperts" and hasattr(module, "expert_0")
 
     def __init__(self, module: Any) -> None:
         self.scale = 1 - module.moe_token_dropout
@@ -251,6 +277,7 @@ ADAPTERS: tuple[type[ExpertsAdapter], ...] = (
     FusedExperts,
     Step3p7Experts,
     Llama4Experts,
+    LongcatExperts,
     DbrxExperts,
     SwitchExperts,
     NllbExperts,

@@ -27,9 +27,8 @@ def find_expert_sites(model: PreTrainedModel) -> list[ExpertSite]:
     ties = model.all_tied_weights_keys
     tied: dict[str, str] = {}
     for name, site in sites.items():
-        sources = {ties.get(tensor) for tensor in site.storage.names(site.num_experts)}
-        if None not in sources:
-            (owner,) = {_owner(source, sites) for source in sources}
+        owners = {_owner(ties.get(parameter), sites) for parameter in site.parameters}
+        if len(owners) == 1 and (owner := owners.pop()) is not None:
             tied[name] = owner
     return [
         replace(site, tied=tuple(other for other, owner in tied.items() if owner == name))
@@ -38,9 +37,11 @@ def find_expert_sites(model: PreTrainedModel) -> list[ExpertSite]:
     ]
 
 
-def _owner(tensor: str | None, sites: dict[str, ExpertSite]) -> str:
-    assert tensor is not None
-    return next(name for name in sites if tensor.startswith(f"{name}."))
+def _owner(parameter: str | None, sites: dict[str, ExpertSite]) -> str | None:
+    """The site that a parameter belongs to; None for other parameters, or none at all."""
+    if parameter is None:
+        return None
+    return next((name for name in sites if parameter.startswith(f"{name}.")), None)
 
 
 def replace_experts(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -197,7 +197,8 @@ class ExpertSite:
     """One module of a model that holds the experts of one layer.
 
     module: its dotted name. storage: how the module itself lays out its parameters. tied: names of
-    further modules that share the same parameters.
+    further modules that share the same parameters. spare: how many more experts the input
+    projections have than the output projection; the model does not use their weights.
     """
 
     module: str
@@ -205,6 +206,7 @@ class ExpertSite:
     shape: ExpertShape
     storage: ExpertStorage
     tied: tuple[str, ...] = ()
+    spare: int = 0
 
     @property
     def parameters(self) -> list[str]:

@@ -96,7 +96,9 @@ class _Found:
         names = list(source.names.values())
         if source.converter is not None:
             names = [source.names[pattern] for pattern in patterns if pattern in source.names]
-        if len(names) != len(layout.keys):
+        if len(names) > len(layout.keys):
+            raise _unsupported(site, f"too many tensors become {parameter}, such as {names[-1][0]}")
+        if len(names) < len(layout.keys):
             raise _missing(site, parameter)
         if not layout.merged:
             if any(len(each) != 1 for each in names):

@@ -11,8 +11,7 @@ from resmoe_dist.errors import UserError
 # By the config's `model_type`.
 UNSUPPORTED = {
     "doge": "an expert is one row of an embedding table, and a token takes many of them",
-    "jetmoe": "a block routes to single projections, also in attention, and has no experts module",
-    "longcat_flash": "some experts return their input, and have unused weights beside the others'",
+    "jetmoe": "experts and router are one module, and attention has experts that are not MLPs",
     "muse_spark": "each expert's output is normalised, which a sum of rows cannot express",
 }
 

@@ -191,8 +191,12 @@ class Compression:
                     return self.copy_shard(task)
                 return self.compress_group(task, keeps)
 
-            # Copies are short, so they come last: ranks then finish at about the same time.
-            everything: list[GroupTask | Shard] = [*tasks, *shards_of(self.source)]
+            # Copies are short, so they come last: ranks then finish at about the same time. But
+            # what they may refuse is refused before the work.
+            shards = shards_of(self.source)
+            everything: list[GroupTask | Shard] = [*tasks, *shards]
+            if self.source.may_overflow:
+                everything = [*shards, *tasks]
             entries = schedule.run_phase(
                 "compressing", everything, compress, self._files.is_finished
             )

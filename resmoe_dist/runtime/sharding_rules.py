@@ -46,6 +46,8 @@ STYLES = {
     "replicate": Style(),
 }
 
+_COLUMNS = ("colwise", "packed_colwise")
+
 # Rules of the base model that transformers 5.23 lacks, by model type.
 _MISSING_RULES = {
     "deepseek_v3": {
@@ -108,6 +110,9 @@ def sharding_rules(
     if not styles or unknown:
         reason = f"unknown styles {sorted(unknown)}" if unknown else "no plan"
         return ShardingRules(remark=f"{type(model).__name__}: only experts are divided ({reason})")
+    if _ties_whole_to_divided(model, styles):
+        why = "modules that are divided share weights with others that are not"
+        return ShardingRules(remark=f"{type(model).__name__}: only experts are divided ({why})")
     remark = None
     heads = _head_counts(model)
     attention_parts = math.gcd(lane_size, *heads) if heads else 1
@@ -128,7 +133,11 @@ def sharding_rules(
 def _styles(
     model: PreTrainedModel, expert_modules: Sequence[str], lane_size: int
 ) -> dict[str, str]:
-    """transformers' style of each module and parameter, except of experts."""
+    """transformers' style of each module and parameter, except of experts.
+
+    A rule for an output projection also matches blocks whose other projections have no rule, such
+    as linear attention in a model that has both kinds. Their inputs are whole, so they stay whole.
+    """
     if not model.tp_plan:
         return {}
     config = DistributedConfig(tp_size=lane_size, tp_plan="auto")
@@ -141,11 +150,33 @@ def _styles(
         name: style for name, style in added.items() if name in generic
     } | model.tp_plan
     styles, _, _ = model._resolve_parallel_plans(config)
-    return {
+    styles = {
         name: style
         for name, style in styles.items()
         if not any(name == experts or name.startswith(f"{experts}.") for experts in expert_modules)
     }
+    divides_outputs = {_block(name) for name, style in styles.items() if style in _COLUMNS}
+    return {
+        name: style
+        for name, style in styles.items()
+        if style != "rowwise" or _block(name) in divides_outputs
+    }
+
+
+def _block(name: str) -> str:
+    """The block of a projection or of its parameter, also if a wrapper calls it `linear`."""
+    return re.sub(r"(\.linear)?(\.weight|\.bias)?$", "", name).rpartition(".")[0]
+
+
+def _ties_whole_to_divided(model: PreTrainedModel, styles: dict[str, str]) -> bool:
+    """Whether two names of one parameter would be divided differently."""
+
+    def dimension(parameter: str) -> int | None:
+        style = styles.get(parameter) or styles.get(parameter.rpartition(".")[0])
+        return None if style is None else STYLES[style].matrix
+
+    ties = model.all_tied_weights_keys.items()
+    return any(dimension(target) != dimension(source) for target, source in ties)
 
 
 def _head_counts(model: PreTrainedModel) -> list[int]:

@@ -93,6 +93,9 @@ class LaneSharding:
             forward = _FORWARDS.get(style)
             if forward is not None:
                 module = model.get_submodule(name)
+                if isinstance(module, nn.Embedding):
+                    # It counts rows of the whole vocabulary, and matters for gradients only.
+                    module.padding_idx = None
                 module.forward = partial(forward, module, part)
 
     def _say(self, text: str) -> None:
@@ -152,7 +155,8 @@ def _embedding_rowwise(module: Any, part: _Part, ids: Tensor) -> Tensor:
     first = part.rank * -(-module.num_embeddings // part.size)
     local = ids - first
     elsewhere = (local < 0) | (local >= len(module.weight))
-    rows = F.embedding(local.masked_fill(elsewhere, 0), module.weight)
+    # The family's own forward, which may scale what it looks up.
+    rows = type(module).forward(module, local.masked_fill(elsewhere, 0))
     rows = rows.masked_fill(elsewhere.unsqueeze(-1), 0.0)
     return sum_over(rows.flatten(0, -2), part.group).view_as(rows)
 
