@@ -20,7 +20,7 @@ def test_compress_verify_and_restore_as_a_user_starts_them(family_folder, tmp_pa
     code, out, err = start("compress", source, tmp_path / "c", "--ep", 2)
     assert (code, err) == (0, "")
     assert "model.layers.1.mlp.experts" in out
-    assert start("verify", tmp_path / "c") == (0, f"{tmp_path}/c: all 7 files are whole\n", "")
+    assert start("verify", tmp_path / "c") == (0, f"{tmp_path}/c: all 8 files are whole\n", "")
     code, out, err = start("restore", tmp_path / "c", tmp_path / "d")
     assert (code, out, err) == (0, f"{tmp_path}/d: dense model written\n", "")
     assert names_in(tmp_path) == {"c", "d"}
