@@ -37,7 +37,6 @@ from resmoe_dist.checkpoints.tensor_files import (
     TensorFile,
     is_finite,
     read_json,
-    read_json_object,
     sha256_of,
 )
 from resmoe_dist.checkpoints.upgrade import FORMAT_VERSION, stored_tensor_name
@@ -285,13 +284,12 @@ class CompressedCheckpoint:
         """Tensors of shards that the folder's index does not list or puts elsewhere."""
         try:
             files = ModelFiles(self.folder)
-            listed = read_json_object(self.folder / SHARD_INDEX)["weight_map"]
         except UserError as error:
             yield f"{SHARD_INDEX}: {error}"
             return
-        for name in sorted(set(listed.values())):
+        for name in sorted(set(files.listed.values())):
             for tensor in sorted(files.file(name).names):
-                if listed.get(tensor) != name:
+                if files.listed.get(tensor) != name:
                     yield f"{name}: tensor {tensor!r} is not in {SHARD_INDEX}"
 
 

@@ -24,9 +24,9 @@ _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 class ModelFiles:
     """The safetensors files of a Hugging Face folder: `model.safetensors`, or shards and an index.
 
-    locations: tensor name -> file name, of all tensors in the files that the index names. As in
-    transformers, the index may omit tensors of these files. absent: names in the index that no file
-    holds; a model may not need them, because it ties them.
+    listed: tensor name -> file name, as the index says. locations: the same of all tensors in these
+    files. As in transformers, the index may omit some of them, and may list names that no file
+    holds, because the model ties them.
 
     Raises UserError if the folder has no safetensors weights, the index names a file outside the
     folder, a shard is missing, or a tensor is in another file than the index says or in several.
@@ -36,35 +36,33 @@ class ModelFiles:
         self.folder = folder
         self._open: dict[str, TensorFile] = {}
         index = folder / SHARD_INDEX
-        self.absent: dict[str, str] = {}
         if index.is_file():
-            listed = _weight_map(index)
-            self.locations = self._locations(listed)
-            self.absent = {
-                name: file for name, file in listed.items() if name not in self.locations
-            }
+            self.listed = _weight_map(index)
         elif (folder / SINGLE_FILE).is_file():
-            self.locations = dict.fromkeys(self.file(SINGLE_FILE).names, SINGLE_FILE)
+            self.listed = dict.fromkeys(self.file(SINGLE_FILE).names, SINGLE_FILE)
         else:
             raise UserError(
                 f"{folder}: holds neither {SINGLE_FILE} nor {SHARD_INDEX}; only safetensors "
                 "checkpoints are read"
             )
 
-    def _locations(self, listed: dict[str, str]) -> dict[str, str]:
+        self.locations = self._locations()
+
+    def _locations(self) -> dict[str, str]:
         """Where each tensor of the listed files is."""
         found: dict[str, str] = {}
-        for file in sorted(set(listed.values())):
+        for file in sorted(set(self.listed.values())):
             for tensor in sorted(self.file(file).names):
                 if tensor in found:
                     raise UserError(
                         f"{self.folder}: tensor {tensor!r} is in {found[tensor]} and in {file}; "
                         "fetch the model again"
                     )
-                if listed.get(tensor, file) != file:
+                said = self.listed.get(tensor, file)
+                if said != file:
                     raise UserError(
-                        f"{self.folder / listed[tensor]}: tensor {tensor!r} is missing, {file} "
-                        "holds it; fetch the model again"
+                        f"{self.folder / said}: tensor {tensor!r} is missing, {file} holds it; "
+                        "fetch the model again"
                     )
                 found[tensor] = file
         return found

@@ -5,7 +5,6 @@ Legend: I rows, D columns, H hidden.
 
 from __future__ import annotations
 
-import math
 import shutil
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from resmoe_dist.checkpoints.model_folder import (
 from resmoe_dist.checkpoints.tensor_files import (
     TensorFile,
     copy_file,
+    largest_magnitude,
     read_json_object,
     write_json,
     write_tensors,
@@ -138,9 +138,7 @@ def _check_complete(checkpoint: CompressedCheckpoint, others: ModelFiles) -> Non
 def _check_values(file: TensorFile, dtype: torch.dtype) -> None:
     """Raise UserError if a tensor outside the experts has values beyond a dtype's range."""
     for name in sorted(file.names):
-        tensor = file.read(name)
-        if tensor.is_floating_point() and tensor.numel() and tensor.itemsize > 1:
-            check_range(file.path, name, float(tensor.abs().max()), dtype)
+        check_range(file.path, name, largest_magnitude(file.read(name)), dtype)
 
 
 def _dense_layer(
@@ -158,6 +156,6 @@ def _dense_layer(
         layer.shape, (restored_expert(files[k], k, dtype) for k in stored)
     )
     for name, tensor in tensors.items():
-        if dtype is not None and not tensor.isfinite().all():
-            check_range(checkpoint.folder, name, math.inf, dtype)
+        if dtype is not None:
+            check_range(checkpoint.folder, name, largest_magnitude(tensor), dtype)
     return tensors

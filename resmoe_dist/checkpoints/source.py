@@ -15,6 +15,7 @@ from resmoe_dist.checkpoints.completeness import check_complete, check_experts, 
 from resmoe_dist.checkpoints.format import is_compressed
 from resmoe_dist.checkpoints.fp8 import DEQUANTIZED, SCALE_SUFFIX, blocks_of, find_scaled
 from resmoe_dist.checkpoints.model_folder import ModelFiles, quantization_of
+from resmoe_dist.checkpoints.tensor_files import largest_magnitude
 from resmoe_dist.errors import UserError
 from resmoe_dist.families.models import load_config, make_unquantized, meta_model
 from resmoe_dist.families.names import ignored_if_unused, map_names
@@ -68,7 +69,7 @@ class SourceCheckpoint:
         return _DTYPES[self._dtype_name(storage.names(site.num_experts)[0])]
 
     def unused_line(self) -> str | None:
-        """What to say about tensors that transformers does not load; None if there are none."""
+        """One line about the tensors that transformers does not load; None if it loads all."""
         if not self.unused_names:
             return None
         experts = [name for name in self.unused_names if ".experts." in name]
@@ -170,11 +171,8 @@ class SourceCheckpoint:
         return file.read_index(name, expert, start, stop)
 
     def _check_finite(self, name: str, expert: int | None, tensor: Tensor) -> None:
-        if not tensor.is_floating_point() or tensor.itemsize == 1 or not tensor.numel():
-            return
-        # NaN propagates through min and max. torch.isfinite would make three copies.
-        least, largest = (float(bound) for bound in torch.aminmax(tensor))
-        if not (math.isfinite(least) and math.isfinite(largest)):
+        largest = largest_magnitude(tensor)
+        if not math.isfinite(largest):
             where = name if expert is None else f"{name}[{expert}]"
             raise UserError(
                 f"{self.files.holding(name).path}: tensor {where!r} holds NaN or infinite values; "
@@ -182,7 +180,7 @@ class SourceCheckpoint:
             )
         bound = self._served_dtype
         if bound is not None and name not in self._kept_in_float32:
-            check_range(self.files.holding(name).path, name, max(-least, largest), bound)
+            check_range(self.files.holding(name).path, name, largest, bound)
 
     def _dtype_name(self, name: str) -> str:
         """Safetensors' name of the dtype in which a tensor is read."""

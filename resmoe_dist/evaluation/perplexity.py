@@ -15,6 +15,7 @@ from resmoe_dist.checkpoints.tensor_files import read_json, read_json_object
 from resmoe_dist.errors import UserError, first_line
 from resmoe_dist.model_paths import check_model_folder, is_plain_name
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
+from resmoe_dist.tokens import token_ids_of
 
 DEFAULT_CONTEXT = 512
 _TOKENS_PER_BATCH = 4096
@@ -92,13 +93,7 @@ def sequences_from_text(
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable UTF-8 text file ({error})") from error
-    try:
-        ids = tokenizer(text, verbose=False)["input_ids"]
-    except Exception as error:  # of its config's values, some are first used here
-        raise UserError(
-            f"the tokenizer fails ({type(error).__name__}: {first_line(error)}); fetch its files "
-            "again"
-        ) from error
+    ids = token_ids_of(tokenizer, text)
     windows = [ids[i : i + context] for i in range(0, len(ids), context)]
     windows = [window for window in windows if len(window) > 1]
     if not windows:

@@ -91,7 +91,7 @@ class ExpertStorage(BaseModel):
     def expert_shape(self, shape: ExpertShape, key: str) -> tuple[int, ...]:
         """The shape of one expert's part of the tensor of a key."""
         projection = key.removesuffix(BIAS)
-        if _is_output(shape, projection):
+        if is_output(shape, projection):
             dims: tuple[int, ...] = (shape.hidden, shape.rows)
         else:
             count = len(shape.inputs) if projection == INPUTS else 1
@@ -119,7 +119,7 @@ class ExpertStorage(BaseModel):
             name, skipped = self.name(key, expert), 0
             if self.stacked:
                 skipped = expert * self.expert_shape(shape, key)[0]
-            if key.endswith(BIAS) and _is_output(shape, key.removesuffix(BIAS)):
+            if key.endswith(BIAS) and is_output(shape, key.removesuffix(BIAS)):
                 bias = fetch(name, index, skipped, skipped + shape.hidden)
                 continue
             fetch_rows = partial(fetch, name, index)
@@ -179,15 +179,15 @@ class ExpertStorage(BaseModel):
             parts = [projections[f"{name}{ending}"] for name in shape.inputs]
             tensor = torch.stack(parts, 1).flatten(0, 1) if self.interleaved else torch.cat(parts)
         else:
-            output = _is_output(shape, projection)
-            tensor = projections[f"{shape.output if output else projection}{ending}"]
+            name = shape.output if is_output(shape, projection) else projection
+            tensor = projections[f"{name}{ending}"]
         return tensor.T if not ending and self.is_transposed(shape, key) else tensor
 
     def is_transposed(self, shape: ExpertShape, key: str) -> bool:
         """Whether the tensor of a key is [in, out]."""
         if key.endswith(BIAS):
             return False
-        if _is_output(shape, key) and self.output_transposed is not None:
+        if is_output(shape, key) and self.output_transposed is not None:
             return self.output_transposed
         return self.transposed
 
@@ -250,5 +250,6 @@ def copy_in_blocks(
         part.copy_(fetch_rows(begin, end).reshape(part.shape))
 
 
-def _is_output(shape: ExpertShape, projection: str) -> bool:
+def is_output(shape: ExpertShape, projection: str) -> bool:
+    """Whether a key without `_bias` is that of the output projection."""
     return projection in (OUTPUT, shape.output)

@@ -17,7 +17,7 @@ from transformers.core_model_loading import (
 
 from resmoe_dist.errors import UserError
 from resmoe_dist.families.names import ParameterSource, StoredNames
-from resmoe_dist.families.storage import BIAS, EXPERT, INPUTS, OUTPUT, ExpertSite, ExpertStorage
+from resmoe_dist.families.storage import BIAS, EXPERT, INPUTS, ExpertSite, ExpertStorage, is_output
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -78,16 +78,17 @@ class _Found:
 
     @classmethod
     def of(cls, site: ExpertSite, key: str, stored: StoredNames, shapes: Shapes) -> _Found:
+        """Undo the operations by which the parameter of a key is loaded, the last one first."""
         own = site.storage
         parameter = own.tensors[key]
         source = stored.sources.get(parameter)
         if source is None:
             raise _missing(site, parameter)
-        is_output = key.removesuffix(BIAS) in (OUTPUT, site.shape.output)
+        of_output = is_output(site.shape, key.removesuffix(BIAS))
         layout = _Layout(
             (key,),
             transposed=own.is_transposed(site.shape, key),
-            interleaved=own.interleaved and not is_output,
+            interleaved=own.interleaved and not of_output,
         )
         expected = own.expected_shapes(site.shape, site.num_experts)[parameter]
         for operation in reversed(source.operations):
@@ -104,7 +105,7 @@ class _Found:
             if any(len(each) != 1 for each in names):
                 raise _unsupported(site, f"several tensors become {parameter}: {names[0]}")
             tensors = {key: each[0] for key, each in zip(layout.keys, names, strict=True)}
-            return cls(key, is_output, layout, tensors)
+            return cls(key, of_output, layout, tensors)
         part, parts = source.part
         tensors, first = {}, set()
         for each_key, each in zip(layout.keys, names, strict=True):
@@ -115,7 +116,7 @@ class _Found:
             tensors[each_key], number = numbered_name(mine)
             # Transformers counts what it finds. If an expert is missing, the first one is 0.
             first.add(number if len(mine) == site.num_experts else part * site.num_experts)
-        return cls(key, is_output, layout, tensors, min(first))
+        return cls(key, of_output, layout, tensors, min(first))
 
 
 def _undo(site: ExpertSite, layout: _Layout, operation: ConversionOps, fits: bool) -> _Layout:

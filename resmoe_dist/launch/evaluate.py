@@ -27,6 +27,7 @@ from resmoe_dist.parallel.entry_point import launched_rank, quiet_libraries, run
 from resmoe_dist.parallel.launcher import start_grid
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
 from resmoe_dist.runtime.checking import check_steps
+from resmoe_dist.runtime.decoding import vocabulary_of
 from resmoe_dist.runtime.folder_checks import check_language_model, check_runs
 from resmoe_dist.runtime.loading import check_grid, load_model
 
@@ -42,8 +43,7 @@ def run() -> None:
     quiet_libraries()
     # Mistakes are found here, before ranks are started.
     execution_of(config)
-    check_grid(config.model, config.ep, config.tp)
-    check(config)
+    check(config, config.ep, config.tp)
     sequences = read_sequences(config)
     topology = start_grid(
         config.ep,
@@ -65,11 +65,11 @@ def run_alone(config: EvaluateConfig) -> int:
     return 0
 
 
-def check(config: EvaluateConfig) -> None:
-    """Raise UserError for a model that predicts no tokens, and an output that cannot be written."""
+def check(config: EvaluateConfig, ep: int = 1, tp: int = 1) -> None:
+    """Raise UserError for a model that cannot be scored on the grid, or an unwritable output."""
     if config.json_file and not launched_rank():
         check_writable(config.json_file)
-    check_grid(config.model, 1, 1)
+    check_grid(config.model, ep, tp)
     check_language_model(config.model)
 
 
@@ -106,8 +106,7 @@ def run_evaluate(
     check_runs(config.model, model)
     if config.check:
         check_steps(model, topology)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    check_vocabulary(config.data, sequences, vocabulary)
+    check_vocabulary(config.data, sequences, vocabulary_of(model))
     result = evaluate(model, sequences, topology)
     if not math.isfinite(result.nll):
         raise UserError(

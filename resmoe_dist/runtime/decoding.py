@@ -102,7 +102,7 @@ class TextEnds(StoppingCriteria):
 def _stop_strings(
     config: GenerationConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[StopStringCriteria]:
-    """One criterion for each stop string. Raises UserError for what is no text."""
+    """One criterion for each stop string. Raises UserError if one is not text, or empty."""
     given = config.stop_strings or []
     for string in [given] if isinstance(given, str) else given:
         if not isinstance(string, str) or not string:

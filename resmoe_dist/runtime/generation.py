@@ -22,6 +22,7 @@ from resmoe_dist.errors import UserError, first_line
 from resmoe_dist.parallel.topology import Topology
 from resmoe_dist.runtime.decoding import NoNaN, TextEnds, greedy_config, vocabulary_of
 from resmoe_dist.runtime.sampling import sampling_processors
+from resmoe_dist.tokens import token_ids_of
 
 
 @dataclass(frozen=True)
@@ -185,13 +186,7 @@ def token_ids(
                 "out"
             ) from error
     # A chat template writes the special tokens itself.
-    try:
-        ids = tokenizer(texts, add_special_tokens=not chat, verbose=False)["input_ids"]
-    except Exception as error:  # of its config's values, some are first used here
-        raise UserError(
-            f"the tokenizer fails ({type(error).__name__}: {first_line(error)}); fetch its files "
-            "again"
-        ) from error
+    ids = token_ids_of(tokenizer, texts, add_special_tokens=not chat)
     for prompt, tokens in zip(prompts, ids, strict=True):
         if not tokens:
             raise UserError(f"prompt {_shortened(prompt)}: the tokenizer finds no tokens in it")
