@@ -58,6 +58,18 @@ class Registry(Generic[T]):
         return len(self._classes)
 
 
+def parse_name_and_options(text: str) -> tuple[str, dict[str, str]]:
+    """`NAME` or `NAME:option=value,option=value`, as users write it. Raises ValueError."""
+    name, _, rest = text.partition(":")
+    options = {}
+    for part in filter(None, rest.split(",")):
+        option, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"{text!r}: write NAME:option=value,option=value")
+        options[option.strip()] = value.strip()
+    return name.strip(), options
+
+
 def _problem(config: type[BaseModel], error: ErrorDetails) -> str:
     """What is wrong with one option, and what to write instead."""
     option = ".".join(map(str, error["loc"]))

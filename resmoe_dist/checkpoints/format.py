@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -114,13 +115,16 @@ class LayerEntry(_Entry):
     num_experts: of the model. method: which made it. center_codec: how centres are stored, None if
     the layer has none. residual_codec: how residuals are stored. dtype: of stored values. storage:
     the source's tensor names, which `restore` writes back. expert_map: the stored expert of each of
-    the model's experts, or DROPPED; None if every expert is stored under its own number. groups: a
-    partition of the stored experts, in any order.
+    the model's experts, or DROPPED; None if every expert is stored under its own number.
+    source_rows: rows of the model's experts, if the stored ones have fewer. groups: a partition of
+    the stored experts, in any order. A group's errors and norms are of its experts; of all the
+    model's experts if a method merged or dropped some, which takes a single group.
     """
 
     module: str
     num_experts: Count
     rows: Count
+    source_rows: Count | None = None
     hidden: Count
     gated: bool
     row_bias: bool
@@ -135,8 +139,13 @@ class LayerEntry(_Entry):
 
     @property
     def shape(self) -> ExpertShape:
-        """Shape of each expert."""
+        """Shape of each stored expert."""
         return ExpertShape(self.rows, self.hidden, self.gated, self.row_bias, self.output_bias)
+
+    @property
+    def source_shape(self) -> ExpertShape:
+        """Shape of each of the model's experts."""
+        return replace(self.shape, rows=self.source_rows or self.rows)
 
     @property
     def stored_experts(self) -> int:
@@ -175,7 +184,8 @@ class LayerEntry(_Entry):
                 *(group.squared_errors, group.squared_norms),
                 *(group.weighted_squared_errors, group.weighted_squared_norms),
             )
-            if any(given is not None and len(given) != len(group.experts) for given in squares):
+            counts = {len(group.experts)} | ({self.num_experts} if self.expert_map else set())
+            if any(given is not None and len(given) not in counts for given in squares):
                 raise ValueError(f"{self.module}: errors or norms are not one for each expert")
 
 

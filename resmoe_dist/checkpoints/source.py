@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from resmoe_dist.checkpoints.completeness import check_complete, check_experts, check_range
@@ -17,6 +17,7 @@ from resmoe_dist.checkpoints.fp8 import DEQUANTIZED, SCALE_SUFFIX, blocks_of, fi
 from resmoe_dist.checkpoints.model_folder import ModelFiles, quantization_of
 from resmoe_dist.checkpoints.tensor_files import largest_magnitude
 from resmoe_dist.errors import UserError
+from resmoe_dist.families.adapters import adapter_for
 from resmoe_dist.families.models import load_config, make_unquantized, meta_model
 from resmoe_dist.families.names import ignored_if_unused, map_names
 from resmoe_dist.families.sites import find_expert_sites
@@ -67,6 +68,13 @@ class SourceCheckpoint:
         """Dtype in which a layer's experts are read."""
         storage, site = self.storages[layer], self.sites[layer]
         return _DTYPES[self._dtype_name(storage.names(site.num_experts)[0])]
+
+    def activation(self, layer: int) -> nn.Module:
+        """What lies between the projections of a layer's experts."""
+        module = meta_model(self.config).get_submodule(self.sites[layer].module)
+        adapter = adapter_for(module)
+        assert adapter is not None, "a site has an adapter"
+        return adapter.activation(module)
 
     def unused_line(self) -> str | None:
         """One line about the tensors that transformers does not load; None if it loads all."""

@@ -3,6 +3,8 @@
 Version 1 had one budget per expert, unless centre and entries were chosen together.
 Version 2 added groups that are any partition of the experts, and groups without a centre.
 Version 3 stores centres by a codec, names the method, counts bytes by kind, and maps experts.
+Version 4 may store fewer rows than the model's experts have; with an expert map, errors are those
+of the model's experts.
 
 The functions take and return the parsed JSON of resmoe.json, before it is validated. They raise
 KeyError, TypeError or AttributeError if a field that they need is missing or malformed.
@@ -14,7 +16,7 @@ from typing import Any
 
 Json = dict[str, Any]
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 def upgrade(index: Json) -> Json:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from typing_extensions import Self
 
 from resmoe_dist.codecs.base import BudgetConfig, CodecConfig, EncodedMatrix
-from resmoe_dist.registry import Registry
+from resmoe_dist.registry import Registry, parse_name_and_options
 
 CODECS: Registry[EncodedMatrix] = Registry("codec")
 register_codec = CODECS.register
@@ -37,14 +37,8 @@ class CodecSpec(BaseModel):
     @classmethod
     def parse(cls, text: str) -> Self:
         """From `NAME` or `NAME:option=value,option=value`. Raises ValueError if malformed."""
-        name, _, rest = text.partition(":")
-        options = {}
-        for part in filter(None, rest.split(",")):
-            option, equals, value = part.partition("=")
-            if not equals:
-                raise ValueError(f"{text!r}: write NAME:option=value,option=value")
-            options[option.strip()] = value.strip()
-        return cls(name=name.strip(), options=options)
+        name, options = parse_name_and_options(text)
+        return cls(name=name, options=options)
 
     @cached_property
     def codec(self) -> type[EncodedMatrix]:

@@ -57,12 +57,14 @@ class GroupCodecs:
     """How a group is stored.
 
     residual: codec of the residuals; its `keep` is the share of entries kept. dtype: of stored
-    values. center: codec of the centre, None for a group without one.
+    values. center: codec of the centre, None for a group without one. budget: the share that was
+    asked for; methods whose codec keeps all entries spend it on fewer rows or experts.
     """
 
     residual: CodecSpec
     dtype: torch.dtype
     center: CodecSpec | None = DENSE
+    budget: float | None = None
 
 
 def encode_group(

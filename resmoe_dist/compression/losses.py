@@ -40,7 +40,25 @@ def measure_loss(
     kept: int,
 ) -> Loss:
     """The loss of some rows of an expert whose exact residual was encoded as `encoded`."""
-    lost_BD = residual_BD - encoded.decode().float()
+    return _loss(aligned, expert_BD, residual_BD - encoded.decode().float(), rows, kept)
+
+
+def loss_against(
+    aligned: AlignedExperts, expert: int, restored_ID: Tensor | None, kept: int
+) -> Loss:
+    """The loss of a whole expert, in aligned order, that is restored as `restored_ID`.
+
+    None: the expert is dropped, so all of it is lost.
+    """
+    every_row = slice(None)
+    expert_ID = aligned.expert_rows(expert, every_row)
+    lost_ID = expert_ID if restored_ID is None else expert_ID - restored_ID.float()
+    return _loss(aligned, expert_ID, lost_ID, every_row, kept)
+
+
+def _loss(
+    aligned: AlignedExperts, expert_BD: Tensor, lost_BD: Tensor, rows: slice, kept: int
+) -> Loss:
     unweighted = _squared_norm(lost_BD), _squared_norm(expert_BD)
     weight_BD = aligned.block_weights(rows)
     if weight_BD is None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from resmoe_dist.codecs import CodecSpec
+
+# What a budget takes away: entries of the matrices, rows of the experts, or experts.
+Reduces = Literal["entries", "rows", "experts"]
 
 _BISECTIONS = 60
 
@@ -15,8 +19,8 @@ class StoredSize:
     """What decides the stored bytes of a group.
 
     count: number of experts, each [rows, columns]. itemsize: bytes of a stored value.
-    center_codec: None for a group without a centre. fixed: bytes that do not depend on codecs, such
-    as output biases.
+    center_codec: None for a group without a centre. bias_bytes: of one expert's output bias.
+    reduces: what a budget takes away; if not entries, the residual codec has no budget of its own.
     """
 
     count: int
@@ -25,30 +29,40 @@ class StoredSize:
     itemsize: int
     residual_codec: CodecSpec
     center_codec: CodecSpec | None
-    fixed: int = 0
+    bias_bytes: int = 0
+    reduces: Reduces = "entries"
 
     @property
     def dense_bytes(self) -> int:
         """Bytes of the experts if stored dense."""
-        return self.fixed + self.count * self.rows * self.columns * self.itemsize
+        return self.count * (self.bias_bytes + self.rows * self.columns * self.itemsize)
 
     @property
     def center_bytes(self) -> int:
         """Upper bound of the centre's bytes."""
-        return 0 if self.center_codec is None else self._bytes_of(self.center_codec)
+        return 0 if self.center_codec is None else self._bytes_of(self.center_codec, self.rows)
 
     def bytes_at(self, keep: float | None) -> int:
         """Upper bound of the group's bytes, centre and indices included.
 
-        keep: replaces the budget of a residual codec that has one; None leaves it.
+        keep: replaces the budget of a residual codec that has one; None leaves it, or keeps all
+        rows and experts.
         """
-        codec = self.residual_codec
-        if keep is not None and codec.keep is not None:
-            codec = codec.with_keep(keep)
-        return self.fixed + self.center_bytes + self.count * self._bytes_of(codec)
+        codec, count, rows = self.residual_codec, self.count, self.rows
+        if keep is not None:
+            if codec.keep is not None:
+                codec = codec.with_keep(keep)
+            count = share_of(count, keep) if self.reduces == "experts" else count
+            rows = share_of(rows, keep) if self.reduces == "rows" else rows
+        return self.center_bytes + count * (self.bias_bytes + self._bytes_of(codec, rows))
 
-    def _bytes_of(self, spec: CodecSpec) -> int:
-        return spec.codec.stored_bytes(self.rows, self.columns, spec.config, self.itemsize)
+    def _bytes_of(self, spec: CodecSpec, rows: int) -> int:
+        return spec.codec.stored_bytes(rows, self.columns, spec.config, self.itemsize)
+
+
+def share_of(count: int, keep: float) -> int:
+    """How many of `count` rows or experts a budget keeps: at least one, rounded down."""
+    return max(1, int(keep * count + 1e-9))
 
 
 def keep_for(target_bytes: float, total_bytes: Callable[[float], int]) -> float | None:

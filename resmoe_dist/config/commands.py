@@ -89,7 +89,7 @@ class CompressConfig(StorageConfig):
     ep: int = option(
         help="groups per layer, each with its own centre: the EP size to serve at", metavar="G"
     )
-    method: str = option("resmoe", "way to compress a layer, by name")
+    method: str = option("resmoe", "way to compress a layer: NAME or NAME:option=value,…")
     align: Literal["loo", "pot", "none"] = option(
         "loo", "row alignment: leave-one-out descent, POT's barycentre, or none"
     )

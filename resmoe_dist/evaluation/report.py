@@ -90,7 +90,7 @@ def _describe_layer(
         "residual_bytes": _sum_by_kind(group.residual_bytes for group in layer.groups),
         "stored_bytes": stored,
         "ratio": stored / source,
-        "bits_per_entry": 8 * stored / (layer.num_experts * layer.shape.entries),
+        "bits_per_entry": 8 * stored / (layer.num_experts * layer.source_shape.entries),
     }
 
 
@@ -110,7 +110,7 @@ def _accuracy(layers: list[LayerEntry]) -> dict[str, float | None]:
     calibrated = len(errors) == len(norms) == len(groups) > 0
     keeps = [group.keep for group in groups if group.keep is not None]
     masked = len(keeps) == len(groups) > 0
-    sizes = [len(g.experts) * layer.shape.entries for layer in layers for g in layer.groups]
+    sizes = [len(g.experts) * layer.source_shape.entries for layer in layers for g in layer.groups]
     return {
         "relative_error": _relative(
             [group.squared_errors for group in groups], [group.squared_norms for group in groups]
@@ -130,7 +130,7 @@ def _relative(errors: list[list[float]], norms: list[list[float]]) -> float:
 
 
 def _dense_bytes(layer: LayerEntry) -> int:
-    values = layer.shape.entries + (layer.hidden if layer.output_bias else 0)
+    values = layer.source_shape.entries + (layer.hidden if layer.output_bias else 0)
     return layer.num_experts * values * STORED_DTYPES[layer.dtype].itemsize
 
 

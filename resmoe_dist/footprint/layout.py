@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from resmoe_dist.checkpoints.format import (
 )
 from resmoe_dist.codecs import DENSE, CodecSpec
 from resmoe_dist.compression.encoding import GroupCodecs
-from resmoe_dist.compression.stored_size import StoredSize
+from resmoe_dist.compression.stored_size import StoredSize, share_of
 from resmoe_dist.errors import UserError
 from resmoe_dist.families.storage import ExpertSite
 from resmoe_dist.footprint.experts import ExpertBytes, PlannedGroup, PlannedLayer
@@ -81,49 +81,42 @@ class SettingsLayout(Layout):
     def _layer(
         self, site: ExpertSite, settings: CompressionSettings, position: int
     ) -> PlannedLayer:
-        codecs = self._codecs(settings, position)
+        codecs, method = self._codecs(settings, position), self._method(settings, position)
         compressed = position in settings.layers
         groups = settings.groups * (settings.groups_per_rank if compressed else 1)
+        experts = site.num_experts
+        if method.reduces == "experts" and codecs.budget is not None:
+            experts = share_of(experts, codecs.budget)
         return PlannedLayer(
             site.module,
-            site.shape,
-            site.num_experts,
+            replace(site.shape, rows=method.stored_rows(site.shape, codecs.budget)),
+            experts,
             codecs.dtype.itemsize,
             tuple(
-                PlannedGroup(
-                    tuple(_part(site.num_experts, i, groups)), codecs.center, codecs.residual
-                )
+                PlannedGroup(tuple(_part(experts, i, groups)), codecs.center, codecs.residual)
                 for i in range(groups)
             ),
         )
 
     def _codecs(self, settings: CompressionSettings, position: int) -> GroupCodecs:
-        method: Method = Dense()
         dtype = self.structure.source_dtype
-        if position in settings.layers:
-            method = method_of(settings.method)
-            dtype = STORED_DTYPES[settings.dtype] if settings.dtype else dtype
-        wanted = GroupCodecs(settings.residual_codec, dtype, settings.center_codec)
-        return method.codecs(wanted)
+        if settings.dtype and position in settings.layers:
+            dtype = STORED_DTYPES[settings.dtype]
+        residual = settings.residual_codec
+        wanted = GroupCodecs(residual, dtype, settings.center_codec, residual.keep)
+        return self._method(settings, position).codecs(wanted)
 
     def _sizes(self, settings: CompressionSettings) -> list[StoredSize]:
         """All experts of each layer, as if they were one group."""
-        sizes = []
-        for position, site in enumerate(self.structure.sites):
-            codecs, shape = self._codecs(settings, position), site.shape
-            itemsize = codecs.dtype.itemsize
-            biases = site.num_experts * shape.hidden * itemsize if shape.output_bias else 0
-            size = StoredSize(
-                site.num_experts,
-                shape.rows,
-                shape.columns,
-                itemsize,
-                codecs.residual,
-                codecs.center,
-                biases,
+        return [
+            self._method(settings, position).size(
+                site.shape, site.num_experts, self._codecs(settings, position)
             )
-            sizes.append(size)
-        return sizes
+            for position, site in enumerate(self.structure.sites)
+        ]
+
+    def _method(self, settings: CompressionSettings, position: int) -> Method:
+        return method_of(settings.method) if position in settings.layers else Dense()
 
 
 class CheckpointLayout(Layout):

@@ -27,11 +27,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.compression.activations import LayerActivations
+from resmoe_dist.compression.samples import LayerSamples, SampleFiles
 from resmoe_dist.design_matrix import from_rows
 from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import sequences_from_text
 from resmoe_dist.families.adapters import ExpertsAdapter, adapter_for
 from resmoe_dist.families.models import model_class
+from resmoe_dist.families.routers import RouterOutput, router_outputs
 from resmoe_dist.families.sites import replace_experts
 
 DEFAULT_TOKENS = 4096
@@ -65,11 +67,16 @@ def calibration_sequences(
 
 @torch.no_grad()
 def measure_activations(
-    source: SourceCheckpoint, sequences: list[list[int]], *, progress: bool = True
+    source: SourceCheckpoint,
+    sequences: list[list[int]],
+    *,
+    samples: SampleFiles | None = None,
+    progress: bool = True,
 ) -> list[LayerActivations]:
     """Measure the activation statistics of all `source.sites` on sequences of token ids.
 
-    progress: show a progress bar if standard error is a terminal.
+    samples: where to store every token's inputs and routing; None stores none. progress: show a
+    progress bar if standard error is a terminal.
 
     The model computes in the dtype of config.json, as in transformers; squares are summed in
     float64. Sequences of the same length form one batch, so each expert is read once per length,
@@ -88,6 +95,9 @@ def measure_activations(
         by_length[len(sequence)].append(sequence)
     model = _load_measured(source)
     experts = [model.get_submodule(site.module) for site in source.sites]
+    if samples is not None:
+        for module, router in zip(experts, router_outputs(model, source.sites), strict=True):
+            module.keep_samples(samples, router)
     # disable=None: tqdm shows the bar only on a terminal.
     with tqdm(
         total=len(experts) * len(by_length),
@@ -125,6 +135,7 @@ class _MeasuredExperts(nn.Module):
         # Plain attributes on the CPU: transformers builds the model on the meta device, and
         # replaces all buffers by uninitialised ones.
         self.tokens = 0
+        self._recorder: _SampleRecorder | None = None
         with torch.device("cpu"):
             self.tokens_E = torch.zeros(site.num_experts, dtype=torch.int64)
             self.input_squares_H = torch.zeros(site.shape.hidden, dtype=torch.float64)
@@ -132,12 +143,18 @@ class _MeasuredExperts(nn.Module):
                 site.num_experts, site.shape.rows, dtype=torch.float64
             )
 
+    def keep_samples(self, files: SampleFiles, router: RouterOutput | None) -> None:
+        """Store what every later call receives. router: where to see its logits, if known."""
+        self._recorder = _SampleRecorder(files, self.layer, len(self.tokens_E), router)
+
     def forward(self, *arguments: Tensor) -> Tensor:
         """Run all experts on the arguments of the model's experts module -> [T, H]."""
         return self.adapter.call(self._run, *arguments)
 
     def _run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         self.tokens += hidden_states.shape[0]
+        if self._recorder is not None:
+            self._recorder.add_tokens(hidden_states, top_k_index, top_k_weights)
         self.input_squares_H += _sum_of_squares(hidden_states)
         out_TH = torch.zeros_like(hidden_states)
         for expert in range(len(self.tokens_E)):
@@ -185,6 +202,38 @@ class _MeasuredExperts(nn.Module):
             neuron_rms_EI=neuron_rms_EI.float(),
             tokens_E=self.tokens_E.clone(),
         )
+
+
+class _SampleRecorder:
+    """Stores the samples of one layer as soon as its router and its experts have run."""
+
+    def __init__(
+        self, files: SampleFiles, layer: int, experts: int, router: RouterOutput | None
+    ) -> None:
+        self._files, self._layer, self._parts = files, layer, 0
+        self._has_logits = router is not None
+        self._logits_TE: Tensor | None = None
+        self._tokens: dict[str, Tensor] = {}
+        if router is not None:
+
+            def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+                self._logits_TE = router.logits(output, experts)
+                self._write()
+
+            router.module.register_forward_hook(keep)
+
+    def add_tokens(self, inputs_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> None:
+        """The arguments of one call of the experts."""
+        self._tokens = {"inputs_TH": inputs_TH, "index_TK": index_TK, "weights_TK": weights_TK}
+        self._write()
+
+    def _write(self) -> None:
+        if not self._tokens or (self._logits_TE is None and self._has_logits):
+            return
+        samples = LayerSamples(**self._tokens, logits_TE=self._logits_TE)
+        self._files.write(self._layer, self._parts, samples)
+        self._parts += 1
+        self._tokens, self._logits_TE = {}, None
 
 
 class _MeasuringQuantizer(HfQuantizer):

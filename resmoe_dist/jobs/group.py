@@ -21,6 +21,7 @@ from resmoe_dist.compression.blocks import CPU
 from resmoe_dist.compression.clustering import cluster_experts
 from resmoe_dist.compression.encoding import GroupCodecs
 from resmoe_dist.compression.losses import Loss
+from resmoe_dist.compression.samples import SampleFiles
 from resmoe_dist.compression.stages import stage
 from resmoe_dist.compression.stored_size import StoredSize
 from resmoe_dist.errors import UserError
@@ -28,10 +29,14 @@ from resmoe_dist.heap import return_freed_memory
 from resmoe_dist.jobs.memory_budget import ExpertStore, GroupMemory
 from resmoe_dist.methods import Dense, GroupPlan, Method, SourceGroup, method_of
 
+# In a record: of which stored expert each expert of the layer is one.
+EXPERT_MAP = "expert_map"
+
 
 @dataclass(frozen=True)
 class CompressedGroup:
-    """tensors: of the group's file, by name. record: its `GroupEntry` without the file."""
+    """tensors: of the group's file, by name. record: its `GroupEntry` without the file, and the
+    layer's EXPERT_MAP if experts were merged or dropped."""
 
     tensors: dict[str, Tensor]
     record: dict[str, Any]
@@ -40,7 +45,8 @@ class CompressedGroup:
 class GroupCompressor:
     """Compresses groups of one source with one set of settings.
 
-    activations: of each MoE layer, to weigh errors by; None weighs all entries alike.
+    activations: of each MoE layer, to weigh errors by; None weighs all entries alike. samples: of
+    each MoE layer, for methods that need them.
 
     Raises ValueError if the settings' method is unknown or has wrong options.
     """
@@ -53,9 +59,10 @@ class GroupCompressor:
         *,
         device: torch.device = CPU,
         activations: Sequence[LayerActivations] | None = None,
+        samples: SampleFiles | None = None,
     ) -> None:
         self.source, self.settings, self.store = source, settings, store
-        self.device, self.activations = device, activations
+        self.device, self.activations, self.samples = device, activations, samples
         self._method, self._dense = method_of(settings.method), Dense()
 
     def method(self, layer: int) -> Method:
@@ -70,7 +77,10 @@ class GroupCompressor:
         dtype = self.source.dtype(layer)
         if self.settings.dtype and self._is_compressed(layer):
             dtype = STORED_DTYPES[self.settings.dtype]
-        wanted = GroupCodecs(self.settings.residual_codec, dtype, self.settings.center_codec)
+        settings = self.settings
+        wanted = GroupCodecs(
+            settings.residual_codec, dtype, settings.center_codec, settings.residual_codec.keep
+        )
         return self.method(layer).codecs(wanted)
 
     def size(self, layer: int, count: int) -> StoredSize:
@@ -78,17 +88,8 @@ class GroupCompressor:
 
         A group that does without a centre keeps more entries for the same bytes.
         """
-        shape, codecs = self.source.sites[layer].shape, self.codecs(layer)
-        biases = count * shape.hidden * codecs.dtype.itemsize if shape.output_bias else 0
-        return StoredSize(
-            count,
-            shape.rows,
-            shape.columns,
-            codecs.dtype.itemsize,
-            residual_codec=codecs.residual,
-            center_codec=codecs.center,
-            fixed=biases,
-        )
+        shape = self.source.sites[layer].shape
+        return self.method(layer).size(shape, count, self.codecs(layer))
 
     def cluster(self, layer: int, experts: Sequence[int], clusters: int) -> list[list[int]]:
         """Split a rank's experts into groups of similar ones."""
@@ -98,7 +99,7 @@ class GroupCompressor:
 
     def plan(self, layer: int, experts: Sequence[int]) -> GroupPlan:
         """What the layer's method decides about a group before it is encoded."""
-        group, _ = self._read(layer, experts, keep=0.0)
+        group = self._read(layer, experts, keep=0.0)
         return self.method(layer).plan(group, self.codecs(layer))
 
     def compress(
@@ -112,7 +113,7 @@ class GroupCompressor:
         return_freed_memory()
         codecs = self.codecs(layer)
         keep = codecs.residual.keep if plan is None else plan.keep
-        group, biases = self._read(layer, experts, keep)
+        group = self._read(layer, experts, keep)
         with stage("encode"):
             encoded = self.method(layer).encode(group, codecs, plan)
         losses = encoded.losses
@@ -121,11 +122,18 @@ class GroupCompressor:
                 f"{self.source.sites[layer].module}: experts {list(experts)} hold values too large "
                 f"for {codecs.dtype}; choose --dtype bfloat16 or float32"
             )
-        residuals = dict(zip(experts, encoded.residuals, strict=True))
-        output_biases = {k: bias_H.to(codecs.dtype) for k, bias_H in biases.items()}
-        source_bytes = group.experts_EID.nbytes + sum(bias.nbytes for bias in biases.values())
+        stored = list(experts) if encoded.expert_map is None else range(len(encoded.residuals))
+        residuals = dict(zip(stored, encoded.residuals, strict=True))
+        biases_H = group.biases_EH if encoded.biases is None else encoded.biases
+        output_biases = {
+            k: bias_H.to(codecs.dtype)
+            for k, bias_H in zip(stored, [] if biases_H is None else biases_H, strict=False)
+        }
+        source_bytes = group.experts_EID.nbytes
+        if group.biases_EH is not None:
+            source_bytes += group.biases_EH.nbytes
         record: dict[str, Any] = {
-            "experts": list(experts),
+            "experts": list(stored),
             "squared_errors": [_rounded(loss.squared_error) for loss in losses],
             "squared_norms": [_rounded(loss.squared_norm) for loss in losses],
             "source_bytes": source_bytes,
@@ -138,16 +146,16 @@ class GroupCompressor:
             record["keep"] = _rounded(kept / group.experts_EID.numel())
         if group.activations is not None:
             record |= _weighted_record(losses)
+        if encoded.expert_map is not None:
+            record[EXPERT_MAP] = encoded.expert_map
         return CompressedGroup(group_tensors(encoded.center, residuals, output_biases), record)
 
     def _is_compressed(self, layer: int) -> bool:
         return layer in self.settings.layers
 
     @stage("read")
-    def _read(
-        self, layer: int, experts: Sequence[int], keep: float | None
-    ) -> tuple[SourceGroup, dict[int, Tensor]]:
-        """Read a group as stored, and the output biases of its experts if they have any.
+    def _read(self, layer: int, experts: Sequence[int], keep: float | None) -> SourceGroup:
+        """Read a group as stored.
 
         keep: the budget that it will be encoded with, for which there must be memory too.
         """
@@ -161,15 +169,36 @@ class GroupCompressor:
             aligns=self.method(layer).aligns_rows and len(experts) > 1,
         )
         experts_EID = self.store.allocate(need, (len(experts), shape.rows, shape.columns), dtype)
-        biases = {}
-        for k, matrix_ID in zip(experts, experts_EID, strict=True):
-            bias_H = self.source.read_expert_into(layer, k, matrix_ID)
-            if bias_H is not None:
-                biases[k] = bias_H
-        activations = None
+        found = [
+            self.source.read_expert_into(layer, k, matrix_ID)
+            for k, matrix_ID in zip(experts, experts_EID, strict=True)
+        ]
+        biases = [bias_H for bias_H in found if bias_H is not None]
+        activations = samples = activation = None
         if self.activations is not None and self._is_compressed(layer):
             activations = self.activations[layer].of_experts(experts)
-        return SourceGroup(experts_EID, shape, activations, self.device), biases
+        if self.method(layer).needs_samples:
+            assert self.samples is not None, "the command asks for a calibration text"
+            samples, activation = self.samples.read(layer), self.source.activation(layer)
+        return SourceGroup(
+            experts_EID,
+            shape,
+            activations,
+            self.device,
+            samples=samples,
+            activation=activation,
+            biases_EH=torch.stack(biases) if biases else None,
+            max_stored=self._max_stored(layer),
+        )
+
+    def _max_stored(self, layer: int) -> int | None:
+        """How many experts a layer may store, if its method merges or drops experts."""
+        layers, keep = self.settings.layers, self.settings.residual_codec.keep
+        if not self._is_compressed(layer) or self._method.reduces != "experts" or keep is None:
+            return None
+        counts = [self.source.sites[i].num_experts for i in layers]
+        measured = None if self.activations is None else [self.activations[i] for i in layers]
+        return self._method.experts_per_layer(counts, keep, measured)[layers.index(layer)]
 
 
 def _weighted_record(losses: Sequence[Loss]) -> dict[str, list[float]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,10 @@ from resmoe_dist.compression.activations import (
 )
 from resmoe_dist.compression.blocks import CPU
 from resmoe_dist.compression.budget import allocate_over_model
+from resmoe_dist.compression.samples import SampleFiles
 from resmoe_dist.errors import UserError
 from resmoe_dist.jobs.claims import Claims
-from resmoe_dist.jobs.group import GroupCompressor
+from resmoe_dist.jobs.group import EXPERT_MAP, GroupCompressor
 from resmoe_dist.jobs.memory_budget import ExpertStore
 from resmoe_dist.jobs.model_files import (
     PRODUCER,
@@ -59,6 +60,18 @@ from resmoe_dist.jobs.workers import RetryableError, SingleWorker, Workers, gath
 from resmoe_dist.methods import GroupPlan, method_of
 
 _ACTIVATIONS = "activations.safetensors"
+
+
+# Measures activations, and stores samples if it is given files for them.
+Measure = Callable[[SampleFiles | None], Sequence[LayerActivations]]
+
+
+@dataclass(frozen=True)
+class FinishedGroup:
+    """A group's entry in the index, and its layer's expert map if experts were merged."""
+
+    entry: GroupEntry
+    expert_map: list[int] | None
 
 
 class Compression:
@@ -81,7 +94,7 @@ class Compression:
         *,
         device: torch.device = CPU,
         max_memory: int | None = None,
-        measure: Callable[[], Sequence[LayerActivations]] | None = None,
+        measure: Measure | None = None,
     ) -> None:
         self.source, self.output, self._measure = source, output, measure
         source.serve_as(STORED_DTYPES[settings.dtype] if settings.dtype else None)
@@ -129,7 +142,7 @@ class Compression:
 
     def compress_group(
         self, task: GroupTask, keeps: dict[GroupTask, float] | None = None
-    ) -> GroupEntry:
+    ) -> FinishedGroup:
         """Make the file of one group, unless it is finished.
 
         keeps: budgets of planned groups, which replace those of their plans.
@@ -145,7 +158,9 @@ class Compression:
             record = made.record
             self._files.write_group(task, made)
         path = self._files.path(task)
-        return GroupEntry(file=file_entry(path.parent, path.name), **record)
+        expert_map = record.pop(EXPERT_MAP, None)
+        entry = GroupEntry(file=file_entry(path.parent, path.name), **record)
+        return FinishedGroup(entry, expert_map)
 
     def copy_shard(self, shard: Shard) -> FileEntry:
         """Copy tensors that are not experts' to a file, unless it is finished."""
@@ -186,7 +201,7 @@ class Compression:
             tasks = self._group_tasks(schedule)
             keeps = self._allocate_keep(schedule, tasks)
 
-            def compress(task: GroupTask | Shard) -> GroupEntry | FileEntry:
+            def compress(task: GroupTask | Shard) -> FinishedGroup | FileEntry:
                 if isinstance(task, Shard):
                     return self.copy_shard(task)
                 return self.compress_group(task, keeps)
@@ -219,15 +234,18 @@ class Compression:
                 ) from error
             raise
 
-    def _calibrate(
-        self, schedule: Schedule, measure: Callable[[], Sequence[LayerActivations]]
-    ) -> list[LayerActivations]:
-        """Activations of all MoE layers, measured by one rank or by an earlier run."""
+    def _calibrate(self, schedule: Schedule, measure: Measure) -> list[LayerActivations]:
+        """Activations of all MoE layers, measured by one rank or by an earlier run.
+
+        Also the samples, if the method needs them.
+        """
         path, sites = self._staging.scratch / _ACTIVATIONS, self.source.sites
+        if method_of(self.settings.method).needs_samples:
+            self._compressor.samples = SampleFiles(self._staging.scratch)
 
         def calibrate(_: str) -> None:
             if not is_whole(path):
-                save_activations(path, sites, measure())
+                save_activations(path, sites, measure(self._compressor.samples))
 
         schedule.run_phase("calibrating", ["calibration"], calibrate, lambda _: is_whole(path))
         return load_activations(path, sites)
@@ -284,13 +302,13 @@ class Compression:
             budgets.append(found.keep * found.curve.values)
         return dict(zip(planned, allocate_over_model(curves, budgets), strict=True))
 
-    def _finish(self, entries: dict[GroupTask | Shard, GroupEntry | FileEntry]) -> None:
+    def _finish(self, entries: dict[GroupTask | Shard, FinishedGroup | FileEntry]) -> None:
         """Write index, config and companions; then give the folder its name."""
-        groups: dict[int, list[tuple[int, GroupEntry]]] = defaultdict(list)
+        groups: dict[int, list[tuple[int, FinishedGroup]]] = defaultdict(list)
         shards: dict[Shard, FileEntry] = {}
         for task, entry in entries.items():
             if isinstance(task, GroupTask):
-                assert isinstance(entry, GroupEntry)
+                assert isinstance(entry, FinishedGroup)
                 groups[task.layer].append((task.group, entry))
             else:
                 assert isinstance(entry, FileEntry)
@@ -302,25 +320,30 @@ class Compression:
         write_model_files(self._staging.model, self.source, self.settings, layers, shards)
         self._staging.finish()
 
-    def _layer_entry(self, layer: int, groups: list[GroupEntry]) -> LayerEntry:
+    def _layer_entry(self, layer: int, groups: list[FinishedGroup]) -> LayerEntry:
         site, codecs = self.source.sites[layer], self._compressor.codecs(layer)
+        method = self._compressor.method(layer)
+        rows = method.stored_rows(site.shape, codecs.budget)
         return LayerEntry(
             module=site.module,
             num_experts=site.num_experts,
-            rows=site.shape.rows,
+            rows=rows,
+            source_rows=None if rows == site.shape.rows else site.shape.rows,
             hidden=site.shape.hidden,
             gated=site.shape.gated,
             row_bias=site.shape.row_bias,
             output_bias=site.shape.output_bias,
-            method=self._compressor.method(layer).name,
+            method=method.name,
             center_codec=None if codecs.center is None else codecs.center.name,
             residual_codec=codecs.residual.name,
             dtype=dtype_name(codecs.dtype),
             storage=self.source.storages[layer],
-            groups=groups,
+            # Experts are merged or dropped only if one group holds the whole layer.
+            expert_map=groups[0].expert_map,
+            groups=[group.entry for group in groups],
         )
 
 
-def _in_order(groups: list[tuple[int, GroupEntry]]) -> list[GroupEntry]:
-    """Entries of a layer's groups, sorted by the number of the group."""
+def _in_order(groups: list[tuple[int, FinishedGroup]]) -> list[FinishedGroup]:
+    """A layer's groups, sorted by their number."""
     return [entry for _, entry in sorted(groups, key=lambda numbered: numbered[0])]

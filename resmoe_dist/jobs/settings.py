@@ -13,6 +13,7 @@ from resmoe_dist.compression.stored_size import StoredSize, keep_for
 from resmoe_dist.errors import UserError
 from resmoe_dist.families.storage import ExpertSite
 from resmoe_dist.jobs.group import GroupCompressor
+from resmoe_dist.methods import method_of
 
 
 def parse_layers(text: str, count: int) -> list[int]:
@@ -67,6 +68,14 @@ def check_settings(
 ) -> None:
     """Raise UserError for settings that do not fit the model or each other."""
     check_choices(source.sites, settings)
+    method = method_of(settings.method)
+    if method.needs_samples and settings.calibration is None:
+        raise UserError(f"--method {method.name}: needs --calibration TEXT")
+    if method.reduces == "experts" and settings.groups * settings.groups_per_rank > 1:
+        raise UserError(
+            f"--method {method.name}: chooses among all experts of a layer; give --ep 1 and no "
+            "--groups-per-rank"
+        )
     for layer in settings.layers:
         compressor.codecs(layer)
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import socket
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +17,6 @@ import torch
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.checkpoints.format import CheckpointIndex, CompressionSettings, MethodSpec
 from resmoe_dist.checkpoints.source import SourceCheckpoint
-from resmoe_dist.compression.activations import LayerActivations
 from resmoe_dist.compression.assignment import check_solver
 from resmoe_dist.config.arguments import parse
 from resmoe_dist.config.commands import CompressConfig
@@ -26,11 +24,12 @@ from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import check_vocabulary, load_tokenizer
 from resmoe_dist.evaluation.report import describe, layer_table
 from resmoe_dist.jobs.calibration import calibration_sequences, measure_activations
-from resmoe_dist.jobs.pipeline import Compression
+from resmoe_dist.jobs.pipeline import Compression, Measure
 from resmoe_dist.jobs.settings import parse_codec, parse_layers, with_budget
 from resmoe_dist.jobs.workers import SingleWorker, Workers, find_workers
-from resmoe_dist.methods import method_named
+from resmoe_dist.methods import method_named, method_of
 from resmoe_dist.parallel.entry_point import quiet_libraries, run_entry_point
+from resmoe_dist.registry import parse_name_and_options
 
 logger = logging.getLogger(__name__)
 
@@ -102,14 +101,16 @@ def settings_of(
     if config.keep is not None:
         residual = with_budget(residual, config.keep)
     try:
-        known = method_named(config.method).config.model_fields
+        name, given = parse_name_and_options(config.method)
+        known = method_named(name).config.model_fields
+        options = {key: getattr(config, key) for key in known if key in CompressConfig.model_fields}
+        method = method_of(MethodSpec(name=name, options=options | given)).spec
     except ValueError as error:
         raise UserError(f"--method {config.method}: {error}") from error
-    options = {name: getattr(config, name) for name in known if name in CompressConfig.model_fields}
     return CompressionSettings(
         groups=config.ep,
         groups_per_rank=config.groups_per_rank,
-        method=MethodSpec(name=config.method, options=options),
+        method=method,
         center_codec=parse_codec("--center-codec", config.center_codec),
         residual_codec=residual,
         target_bytes=config.target_bytes,
@@ -130,14 +131,12 @@ def _device(name: str, workers: Workers) -> torch.device:
     return torch.device(name, number % torch.cuda.device_count())
 
 
-def _calibration(
-    source: SourceCheckpoint, text: Path
-) -> tuple[str, Callable[[], Sequence[LayerActivations]]]:
+def _calibration(source: SourceCheckpoint, text: Path) -> tuple[str, Measure]:
     """SHA-256 of a text's token ids, and a function that measures the activations they cause."""
     sequences = calibration_sequences(text, load_tokenizer(source.folder))
     check_vocabulary(text, sequences, source.config.get_text_config().vocab_size)
     digest = hashlib.sha256(json.dumps(sequences).encode()).hexdigest()
-    return digest, lambda: measure_activations(source, sequences)
+    return digest, lambda samples: measure_activations(source, sequences, samples=samples)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from resmoe_dist.methods.base import (
 )
 from resmoe_dist.methods.dense import Dense
 from resmoe_dist.methods.plan import GroupPlan
+from resmoe_dist.methods.reap import Reap
 from resmoe_dist.methods.resmoe import ResMoE, ResMoEConfig
+from resmoe_dist.methods.structured_pruning import StructuredPruning
 
 __all__ = [
     "METHODS",
@@ -25,9 +27,11 @@ __all__ = [
     "Method",
     "MethodConfig",
     "MethodSpec",
+    "Reap",
     "ResMoE",
     "ResMoEConfig",
     "SourceGroup",
+    "StructuredPruning",
     "method_named",
     "method_of",
     "register_method",

@@ -11,6 +11,7 @@ Legend: E experts of the group, I rows, D columns, H hidden.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,8 +25,11 @@ from resmoe_dist.compression.activations import LayerActivations
 from resmoe_dist.compression.blocks import CPU, AlignedExperts
 from resmoe_dist.compression.encoding import GroupCodecs
 from resmoe_dist.compression.losses import Loss
+from resmoe_dist.compression.permutations import identity_permutations
+from resmoe_dist.compression.samples import LayerSamples
+from resmoe_dist.compression.stored_size import Reduces, StoredSize, share_of
 from resmoe_dist.compression.weighting import entry_weights
-from resmoe_dist.design_matrix import ExpertShape
+from resmoe_dist.design_matrix import ExpertShape, from_rows
 from resmoe_dist.methods.plan import GroupPlan
 from resmoe_dist.registry import Registry
 
@@ -41,13 +45,25 @@ class SourceGroup:
     """The experts of one group as the source stores them.
 
     experts_EID: any float dtype. activations: of these experts, in the same order; None weighs all
-    entries alike. device: where to compute.
+    entries alike. device: where to compute. samples: the layer's, and activation: between an
+    expert's projections, for methods that need samples. biases_EH: output biases, if the family has
+    any. max_stored: how many experts a method that merges or drops experts may store.
+
+    Experts are numbered as in the model if the group holds the whole layer.
     """
 
     experts_EID: Tensor
     shape: ExpertShape
     activations: LayerActivations | None = None
     device: torch.device = CPU
+    samples: LayerSamples | None = None
+    activation: Callable[..., Tensor] | None = None
+    biases_EH: Tensor | None = None
+    max_stored: int | None = None
+
+    def projections(self, expert: int) -> dict[str, Tensor]:
+        """Weights (and row biases) of an expert, float32, oriented as in `torch.nn.Linear`."""
+        return from_rows(self.shape, self.experts_EID[expert].float())
 
     def aligned(self, permutations_EI: Tensor) -> AlignedExperts:
         """The experts with their rows permuted, and the weights of their entries."""
@@ -61,9 +77,10 @@ class SourceGroup:
 class EncodedGroup:
     """What a method stores of a group.
 
-    center: None if the group has none. residuals and losses: per stored expert. objective: of the
-    row alignment. expert_map: the stored expert of each of the group's experts, for methods that
-    merge or drop experts; reserved, only None (each expert is stored) is supported.
+    center: None if the group has none. residuals: per stored expert. losses: per expert of the
+    group. objective: of the row alignment. expert_map: the stored expert of each of the group's
+    experts, or DROPPED, for methods that merge or drop experts; None if each expert is stored.
+    biases: output biases [H] of the stored experts where these differ from the group's.
     """
 
     center: EncodedMatrix | None
@@ -71,6 +88,7 @@ class EncodedGroup:
     losses: list[Loss]
     objective: float
     expert_map: list[int] | None = None
+    biases: list[Tensor] | None = None
 
 
 class Method(ABC):
@@ -78,6 +96,11 @@ class Method(ABC):
 
     name: ClassVar[str]
     config: ClassVar[type[MethodConfig]] = MethodConfig
+    # What a budget takes away from layers: all experts lose entries, or rows, or there are fewer
+    # experts. Fewer experts need all experts of a layer in one group.
+    reduces: ClassVar[Reduces] = "entries"
+    # Whether groups come with samples, which a calibration text yields.
+    needs_samples: ClassVar[bool] = False
 
     def __init__(self, options: MethodConfig) -> None:
         self.options: Any = options
@@ -107,9 +130,42 @@ class Method(ABC):
         """
         return False
 
-    @abstractmethod
+    def size(self, shape: ExpertShape, count: int, codecs: GroupCodecs) -> StoredSize:
+        """What decides the bytes of a group of `count` experts stored with `codecs`.
+
+        A group that does without a centre keeps more entries for the same bytes.
+        """
+        itemsize = codecs.dtype.itemsize
+        return StoredSize(
+            count,
+            shape.rows,
+            shape.columns,
+            itemsize,
+            residual_codec=codecs.residual,
+            center_codec=codecs.center,
+            bias_bytes=shape.hidden * itemsize if shape.output_bias else 0,
+            reduces=self.reduces,
+        )
+
+    def stored_rows(self, shape: ExpertShape, keep: float | None) -> int:
+        """How many rows each stored expert has."""
+        if self.reduces == "rows" and keep is not None:
+            return share_of(shape.rows, keep)
+        return shape.rows
+
+    def experts_per_layer(
+        self, counts: Sequence[int], keep: float, activations: Sequence[LayerActivations] | None
+    ) -> list[int]:
+        """How many experts each of the compressed layers may store, if the budget reduces experts.
+
+        counts: experts of each layer. activations: of each layer, if they were measured. The sum
+        must not exceed that of the same share for every layer, which is the default.
+        """
+        return [share_of(count, keep) for count in counts]
+
     def plan(self, group: SourceGroup, codecs: GroupCodecs) -> GroupPlan:
-        """Decide how a group will be encoded."""
+        """Decide how a group will be encoded. By default: rows in stored order, no centre."""
+        return GroupPlan(identity_permutations(group.experts_EID), 0.0, "none", None)
 
     @abstractmethod
     def encode(

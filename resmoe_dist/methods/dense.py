@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from resmoe_dist.codecs import DENSE
 from resmoe_dist.compression.encoding import GroupCodecs, encode_group
-from resmoe_dist.compression.permutations import identity_permutations
 from resmoe_dist.methods.base import (
     EncodedGroup,
     Method,
@@ -28,9 +27,6 @@ class Dense(Method):
 
     def codecs(self, wanted: GroupCodecs) -> GroupCodecs:
         return replace(wanted, center=None, residual=DENSE)
-
-    def plan(self, group: SourceGroup, codecs: GroupCodecs) -> GroupPlan:
-        return GroupPlan(identity_permutations(group.experts_EID), 0.0, "none", None)
 
     def encode(
         self, group: SourceGroup, codecs: GroupCodecs, plan: GroupPlan | None = None

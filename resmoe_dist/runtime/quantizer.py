@@ -187,9 +187,10 @@ def _experts_module(model: PreTrainedModel, layer: LayerEntry) -> tuple[nn.Modul
     if adapter is None:
         raise UserError(f"{layer.module}: a {type(module).__name__} holds no experts")
     site = adapter.site(layer.module, module)
-    if (site.num_experts, site.shape) != (layer.num_experts, layer.shape):
+    if (site.num_experts, site.shape) != (layer.num_experts, layer.source_shape):
         raise UserError(
-            f"{layer.module}: {INDEX_FILE} has {layer.num_experts} experts of {layer.shape}, "
+            f"{layer.module}: {INDEX_FILE} has {layer.num_experts} experts of "
+            f"{layer.source_shape}, "
             f"config.json asks for {site.num_experts} of {site.shape}; they do not belong together"
         )
     return module, adapter

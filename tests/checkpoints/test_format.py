@@ -27,8 +27,8 @@ def test_folder_without_an_index_is_refused(tmp_path):
 
 def test_newer_format_version_is_refused(folder):
     # This program need not understand the rest of a newer index.
-    edit_text(folder / "resmoe.json", '{"format_version": 4, "tiles": []}')
-    with mistake(r"resmoe.json: format version 4 is newer than this program reads \(3\); upgrade"):
+    edit_text(folder / "resmoe.json", '{"format_version": 5, "tiles": []}')
+    with mistake(r"resmoe.json: format version 5 is newer than this program reads \(4\); upgrade"):
         read_index(folder)
 
 

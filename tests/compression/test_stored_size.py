@@ -25,10 +25,10 @@ def test_predicted_bytes_bound_the_stored_ones_closely(codec, center, dtype, all
         aligned = in_stored_order(torch.randn(count, rows, columns))
         center_codec = None if center == "none" else DENSE
         spec = CodecSpec(name=codec)
-        size = StoredSize(count, rows, columns, dtype.itemsize, spec, center_codec, fixed=128)
+        size = StoredSize(count, rows, columns, dtype.itemsize, spec, center_codec, bias_bytes=128)
         for keep in (0.0, 0.1, 0.2575, 0.4):
             found = encode(aligned, codec, center=center, keep=keep, allocate=allocate, dtype=dtype)
-            actual = stored_bytes(found) + 128
+            actual = stored_bytes(found) + 128 * count
             if count == 1 and center_codec and codec == "pruned":
                 # A single expert equals its centre: its residual is zero, whatever the budget.
                 assert actual <= size.bytes_at(keep)
@@ -48,9 +48,9 @@ def test_centre_counts_with_the_bytes_of_its_codec(center_codec):
 
 
 def test_dense_bytes_leave_the_codecs_out():
-    size = StoredSize(3, 24, 40, 2, CodecSpec(name="pruned"), DENSE, fixed=100)
+    size = StoredSize(3, 24, 40, 2, CodecSpec(name="pruned"), DENSE, bias_bytes=100)
 
-    assert size.dense_bytes == 3 * 24 * 40 * 2 + 100
+    assert size.dense_bytes == 3 * (24 * 40 * 2 + 100)
 
 
 @given(
@@ -80,12 +80,12 @@ def test_largest_keep_within_a_target_is_found(counts, rows, columns, codec, cen
     assert found == 1 or total_bytes(min(1.0, found + 1e-9)) > target
 
 
-def _pruned_size(fixed: int = 0) -> StoredSize:
-    return StoredSize(4, 20, 30, 2, CodecSpec(name="pruned"), DENSE, fixed=fixed)
+def _pruned_size(bias_bytes: int = 0) -> StoredSize:
+    return StoredSize(4, 20, 30, 2, CodecSpec(name="pruned"), DENSE, bias_bytes=bias_bytes)
 
 
 def test_target_below_the_bytes_of_keeping_nothing_cannot_be_met():
-    size = _pruned_size(fixed=100)
+    size = _pruned_size(bias_bytes=25)
 
     assert keep_for(size.bytes_at(0.0) - 1, size.bytes_at) is None
     assert keep_for(size.bytes_at(0.0), size.bytes_at) is not None

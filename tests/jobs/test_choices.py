@@ -171,7 +171,7 @@ def test_activations_lower_the_weighted_error_that_is_reported(source, tmp_path)
     measured = _activations(checkpoint)
     calls = []
 
-    def measure():
+    def measure(samples):
         calls.append(1)
         return measured
 
@@ -249,7 +249,7 @@ def _all_choices(source, output, resume=False, workers=None):
         groups=1, groups_per_rank=2, allocate="model", center="auto", calibration="0" * 64
     )
 
-    def measure():
+    def measure(samples):
         return _activations(checkpoint)
 
     return Compression(checkpoint, output, chosen, workers, measure=measure).run(resume=resume)

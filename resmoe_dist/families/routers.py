@@ -1,0 +1,69 @@
+"""Where a model computes its routers' logits: transformers records them for its auxiliary losses.
+
+Legend: T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.output_capturing import OutputRecorder
+
+from resmoe_dist.families.storage import ExpertSite
+
+
+@dataclass(frozen=True)
+class RouterOutput:
+    """A module whose output holds the router's logits, at a position."""
+
+    module: nn.Module
+    position: int
+
+    def logits(self, output: Any, num_experts: int) -> Tensor:
+        """The logits [T, E] of a forward pass, float32."""
+        found = output[self.position] if isinstance(output, tuple) else output
+        return found.detach().reshape(-1, num_experts).float()
+
+
+def router_outputs(
+    model: PreTrainedModel, sites: Sequence[ExpertSite]
+) -> list[RouterOutput | None]:
+    """Of each site, where its router's logits are; None if transformers does not say."""
+    recorders = list(_recorders(model))
+    return [_router_of(model, site, recorders) for site in sites]
+
+
+def _recorders(model: PreTrainedModel) -> Iterator[OutputRecorder]:
+    """What transformers records as router logits, anywhere in a model."""
+    for kind in {type(module) for module in model.modules() if isinstance(module, PreTrainedModel)}:
+        recorded = (getattr(kind, "_can_record_outputs", None) or {}).get("router_logits", [])
+        for recorder in recorded if isinstance(recorded, list) else [recorded]:
+            # transformers reads the second output of a class that is given alone.
+            is_full = isinstance(recorder, OutputRecorder)
+            yield recorder if is_full else OutputRecorder(recorder, index=1)
+
+
+def _router_of(
+    model: PreTrainedModel, site: ExpertSite, recorders: Sequence[OutputRecorder]
+) -> RouterOutput | None:
+    """The router in the smallest block around the experts that has one."""
+    block = site.module
+    while block := block.rpartition(".")[0]:
+        module = model.get_submodule(block)
+        if isinstance(module, nn.ModuleList):
+            return None
+        for name, part in module.named_modules(prefix=block):
+            for recorder in recorders:
+                if _records(recorder, name, part):
+                    return RouterOutput(part, recorder.index)
+    return None
+
+
+def _records(recorder: OutputRecorder, name: str, module: nn.Module) -> bool:
+    named = recorder.layer_name is None or f".{recorder.layer_name.strip('.')}." in f"{name}."
+    kind = recorder.target_class
+    return named and kind is not None and isinstance(module, kind)
