@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -114,8 +115,9 @@ class LayerEntry(_Entry):
     num_experts: of the model. method: which made it. center_codec: how centres are stored, None if
     the layer has none. residual_codec: how residuals are stored. dtype: of stored values. storage:
     the source's tensor names, which `restore` writes back. expert_map: the stored expert of each of
-    the model's experts, or DROPPED; None if every expert is stored under its own number. groups: a
-    partition of the stored experts, in any order.
+    the model's experts, or DROPPED; None if every expert is stored under its own number.
+    source_rows: rows of the model's experts if the stored ones have fewer (`rows`), else None.
+    groups: a partition of the stored experts, in any order.
     """
 
     module: str
@@ -131,12 +133,18 @@ class LayerEntry(_Entry):
     dtype: DtypeName
     storage: ExpertStorage
     expert_map: list[Annotated[int, Field(ge=DROPPED)]] | None = None
+    source_rows: Count | None = None
     groups: Annotated[list[GroupEntry], Field(min_length=1)]
 
     @property
     def shape(self) -> ExpertShape:
-        """Shape of each expert."""
+        """Shape of each stored expert."""
         return ExpertShape(self.rows, self.hidden, self.gated, self.row_bias, self.output_bias)
+
+    @property
+    def source_shape(self) -> ExpertShape:
+        """Shape of each of the model's experts."""
+        return replace(self.shape, rows=self.source_rows or self.rows)
 
     @property
     def stored_experts(self) -> int:
@@ -148,6 +156,22 @@ class LayerEntry(_Entry):
     def stored_expert(self, expert: int) -> int:
         """The stored expert that the model's expert number `expert` is, or DROPPED."""
         return expert if self.expert_map is None else self.expert_map[expert]
+
+    @property
+    def kept_experts(self) -> list[int]:
+        """Numbers of the model's experts that were not dropped, ascending."""
+        return [k for k in range(self.num_experts) if self.stored_expert(k) != DROPPED]
+
+    @property
+    def kept_map(self) -> list[int] | None:
+        """The stored expert of each kept expert; None if they are the same."""
+        stored = [self.stored_expert(k) for k in self.kept_experts]
+        return None if stored == list(range(len(stored))) else stored
+
+    @property
+    def has_dropped(self) -> bool:
+        """Whether the router may no longer choose some of the model's experts."""
+        return len(self.kept_experts) < self.num_experts
 
     def check(self) -> None:
         """Raise ValueError for an unknown codec, or groups or a map that contradict each other."""
@@ -164,6 +188,10 @@ class LayerEntry(_Entry):
                 )
             if set(self.expert_map) - {DROPPED} != set(range(self.stored_experts)):
                 raise ValueError(f"{self.module}: the expert map skips a stored expert")
+        if self.source_rows is not None and self.source_rows < self.rows:
+            raise ValueError(
+                f"{self.module}: {self.rows} rows are stored of experts of {self.source_rows}"
+            )
         for group in self.groups:
             if not group.experts or group.experts != sorted(group.experts):
                 raise ValueError(f"{self.module}: a group's experts {group.experts} do not ascend")
