@@ -82,6 +82,9 @@ def plan_dense_model(
 
     Raises UserError if a tensor is missing, or no config.json can describe the kept experts.
     """
+    raw = read_json_object(checkpoint.folder / "config.json")
+    drop_quantization(raw)
+    planned = DenseModel(raw)
     config = load_config(str(checkpoint.folder))
     make_unquantized(config)
     model = meta_model(config)
@@ -89,9 +92,6 @@ def plan_dense_model(
     names = [name for layer in layers for name in layer.storage.names(layer.num_experts)]
     stored = map_names(model, [*files.locations, *names])
     check_present(checkpoint.folder, model, stored)
-    raw = read_json_object(checkpoint.folder / "config.json")
-    drop_quantization(raw)
-    planned = DenseModel(raw)
     if any(layer.has_dropped for layer in layers):
         smaller = _without_dropped(checkpoint.folder, model, layers)
         planned.cuts = _cuts(smaller, layers, stored, files)
