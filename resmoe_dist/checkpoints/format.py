@@ -124,7 +124,6 @@ class LayerEntry(_Entry):
     module: str
     num_experts: Count
     rows: Count
-    source_rows: Count | None = None
     hidden: Count
     gated: bool
     row_bias: bool
@@ -135,6 +134,7 @@ class LayerEntry(_Entry):
     dtype: DtypeName
     storage: ExpertStorage
     expert_map: list[Annotated[int, Field(ge=DROPPED)]] | None = None
+    source_rows: Count | None = None
     groups: Annotated[list[GroupEntry], Field(min_length=1)]
 
     @property
@@ -158,6 +158,22 @@ class LayerEntry(_Entry):
         """The stored expert that the model's expert number `expert` is, or DROPPED."""
         return expert if self.expert_map is None else self.expert_map[expert]
 
+    @property
+    def kept_experts(self) -> list[int]:
+        """Numbers of the model's experts that were not dropped, ascending."""
+        return [k for k in range(self.num_experts) if self.stored_expert(k) != DROPPED]
+
+    @property
+    def kept_map(self) -> list[int] | None:
+        """The stored expert of each kept expert; None if they are the same."""
+        stored = [self.stored_expert(k) for k in self.kept_experts]
+        return None if stored == list(range(len(stored))) else stored
+
+    @property
+    def has_dropped(self) -> bool:
+        """Whether the router may no longer choose some of the model's experts."""
+        return len(self.kept_experts) < self.num_experts
+
     def check(self) -> None:
         """Raise ValueError for an unknown codec, or groups or a map that contradict each other."""
         codec_named(self.residual_codec)
@@ -173,6 +189,10 @@ class LayerEntry(_Entry):
                 )
             if set(self.expert_map) - {DROPPED} != set(range(self.stored_experts)):
                 raise ValueError(f"{self.module}: the expert map skips a stored expert")
+        if self.source_rows is not None and self.source_rows < self.rows:
+            raise ValueError(
+                f"{self.module}: {self.rows} rows are stored of experts of {self.source_rows}"
+            )
         for group in self.groups:
             if not group.experts or group.experts != sorted(group.experts):
                 raise ValueError(f"{self.module}: a group's experts {group.experts} do not ascend")

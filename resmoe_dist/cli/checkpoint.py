@@ -38,6 +38,8 @@ def run_verify(config: VerifyConfig) -> int:
 def run_restore(config: RestoreConfig) -> int:
     """Write the dense model; exit code 0."""
     dtype = STORED_DTYPES[config.dtype] if config.dtype else None
-    restore_checkpoint(config.folder, config.output, dtype)
+    remarks = restore_checkpoint(config.folder, config.output, dtype, full_rows=config.full_rows)
     print(f"{config.output}: dense model written")
+    for remark in remarks:
+        print(remark)
     return 0

@@ -157,6 +157,10 @@ class RestoreConfig(CommandConfig):
     folder: Path = option(help="compressed folder", positional=True)
     output: Path = option(help="folder to write; must not exist", positional=True)
     dtype: Dtype | None = option(None, "of the experts (default: as stored)")
+    full_rows: bool = option(
+        False,
+        "give experts that are stored with fewer rows the source's number, with rows of zeros",
+    )
 
 
 class ExecutionConfig(CommandConfig):

@@ -59,7 +59,8 @@ def _check_size(folder: Path, model: nn.Module, files: ModelFiles) -> None:
     held = sum(files.holding(name).size(name) for name in files.locations)
     if is_compressed(folder):
         held += sum(
-            layer.num_experts * layer.shape.entries * 4 for layer in read_index(folder).layers
+            layer.num_experts * layer.source_shape.entries * 4
+            for layer in read_index(folder).layers
         )
     asked = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     if asked > _BEYOND_FILES * held + _ANY_MODEL:

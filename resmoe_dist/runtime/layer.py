@@ -30,8 +30,7 @@ from resmoe_dist.runtime.planning import execution_for
 class _RoutedExperts(MOELayer):
     """DeepSpeed's MOELayer with our dispatch, which drops nothing and adds up partial sums.
 
-    expert_map_E: the stored expert of each of the model's experts, NO_EXPERT for a dropped one;
-    None if they are the same.
+    expert_map_E: the stored expert of each of the router's experts; None if they are the same.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class _RoutedExperts(MOELayer):
 
     def run(self, x_TH: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor) -> Tensor:
         """The distributed forward of one MoE layer: out_TH, the same on all ranks of a lane."""
-        # 1. The stored experts of the model's experts (merged models; NO_EXPERT is index -1).
+        # 1. The stored experts of the router's experts (merged models; NO_EXPERT is index -1).
         if self.expert_map_E is not None:
             top_k_index_TK = self.expert_map_E[top_k_index_TK]
         # 2. Dispatch: tokens to the ranks that own their experts.
@@ -78,13 +77,13 @@ class _RoutedExperts(MOELayer):
 class ResMoE(MoE):
     """A DeepSpeed MoE layer whose experts are stored as a centre and residuals (papers 000, 001).
 
-    hidden_size: H. experts: what this rank owns of the layer. num_experts: of the model, on all
-    ranks. topology: the grid it was loaded for; its process groups are DeepSpeed's, named by
-    `expert_group_name` as in any DeepSpeed MoE. expert_map: which stored expert each of the model's
-    experts is; None if they are the same. dispatcher: how tokens travel; None is `auto` for a layer
-    by itself. adapter: how the model calls its experts; None: with routing. own_gate: keep
-    DeepSpeed's `TopKGate` (`k`, and `gate_options` as `deepspeed.moe.layer.MoE` takes them) for
-    calls without routing. Inference only.
+    hidden_size: H. experts: what this rank owns of the layer. num_experts: that the router chooses
+    among, on all ranks. topology: the grid it was loaded for; its process groups are DeepSpeed's,
+    named by `expert_group_name` as in any DeepSpeed MoE. expert_map: which stored expert each of
+    the router's experts is; None if they are the same. dispatcher: how tokens travel; None is
+    `auto` for a layer by itself. adapter: how the model calls its experts; None: with routing.
+    own_gate: keep DeepSpeed's `TopKGate` (`k`, and `gate_options` as `deepspeed.moe.layer.MoE`
+    takes them) for calls without routing. Inference only.
     """
 
     deepspeed_moe: _RoutedExperts
@@ -139,7 +138,8 @@ class ResMoE(MoE):
         """Layer number `layer` (among the MoE layers) of a compressed checkpoint, with a gate.
 
         execution: how C + R is computed, `auto` by default. The gate's weight is
-        `deepspeed_moe.gate.wg.weight` [E, H], for the caller to fill.
+        `deepspeed_moe.gate.wg.weight` [E, H], for the caller to fill. If experts were dropped, it
+        has the rows of the others alone, in order.
         """
         checkpoint = CompressedCheckpoint(Path(folder))
         entry = checkpoint.index.layers[layer]
@@ -153,9 +153,9 @@ class ResMoE(MoE):
         return cls(
             entry.hidden,
             experts,
-            entry.num_experts,
+            len(entry.kept_experts),
             topology,
-            expert_map=entry.expert_map,
+            expert_map=entry.kept_map,
             own_gate=True,
             k=k,
             **gate_options,

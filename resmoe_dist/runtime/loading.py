@@ -127,7 +127,8 @@ def check_grid(folder: Path, ep: int, tp: int) -> None:
             )
         return
     for layer in read_index(folder).layers:
-        owned_experts(layer.stored_experts, 0, ep)
+        for count in (layer.stored_experts, len(layer.kept_experts)):
+            owned_experts(count, 0, ep)
         if tp > layer.rows:
             raise UserError(
                 f"--tp {tp}: {layer.module} has {layer.rows} rows, fewer than ranks to share them"

@@ -33,6 +33,7 @@ from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
 from resmoe_dist.registration import QUANT_METHOD
 from resmoe_dist.runtime.execution import Execution
 from resmoe_dist.runtime.experts import CompressedExperts
+from resmoe_dist.runtime.kept_experts import KeptExperts
 from resmoe_dist.runtime.layer import ResMoE
 from resmoe_dist.runtime.planning import execution_for
 from resmoe_dist.runtime.tensor_parallel import LaneSharding
@@ -92,6 +93,8 @@ class ResMoEQuantizer(HfQuantizer):
         folder = _folder_of(model, kwargs.get("checkpoint_files"))
         self._checkpoint = CompressedCheckpoint(folder, verify=_options.get().verify)
         self._modules = _modules_of_layers(model, self._checkpoint.index.layers)
+        self._kept = KeptExperts(self._checkpoint.index.layers)
+        self._kept.plan(model)
         for layer in self._checkpoint.index.layers:
             original, adapter = _experts_module(model, layer)
             placeholder = _Placeholder(adapter, adapter.activation(original))
@@ -104,6 +107,7 @@ class ResMoEQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         # Not earlier: transformers empties all buffers that its checkpoint files do not fill.
         self._sharding.finish(model)
+        self._kept.finish(model)
         options = _options.get()
         topology, execution = options.topology, options.execution or execution_for()
         steps_of_stack: dict[str, StepSizes] = {}
@@ -120,9 +124,9 @@ class ResMoEQuantizer(HfQuantizer):
                 moe = ResMoE(
                     layer.hidden,
                     experts,
-                    layer.num_experts,
+                    len(layer.kept_experts),
                     topology,
-                    expert_map=layer.expert_map,
+                    expert_map=layer.kept_map,
                     dispatcher=dispatcher_for(
                         layer.stored_experts,
                         topology,
@@ -187,10 +191,10 @@ def _experts_module(model: PreTrainedModel, layer: LayerEntry) -> tuple[nn.Modul
     if adapter is None:
         raise UserError(f"{layer.module}: a {type(module).__name__} holds no experts")
     site = adapter.site(layer.module, module)
-    if (site.num_experts, site.shape) != (layer.num_experts, layer.source_shape):
+    kept = len(layer.kept_experts)
+    if (site.num_experts, site.shape) != (kept, layer.source_shape):
         raise UserError(
-            f"{layer.module}: {INDEX_FILE} has {layer.num_experts} experts of "
-            f"{layer.source_shape}, "
+            f"{layer.module}: {INDEX_FILE} has {kept} experts of {layer.source_shape}, "
             f"config.json asks for {site.num_experts} of {site.shape}; they do not belong together"
         )
     return module, adapter

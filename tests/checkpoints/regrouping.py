@@ -43,13 +43,16 @@ def regroup(
     keep: float = 1.0,
     center_codec: str = "dense",
     expert_map: Sequence[int] | None = None,
+    kept_rows: Sequence[int] | None = None,
+    only_layers: Collection[int] | None = None,
 ) -> Path:
     """A copy of a compressed checkpoint with its restored experts in other groups.
 
     partition: the stored experts of each group. centerless: positions of the groups to store
     without a centre. codec, center_codec: names. keep: budget of codecs that have one; with 1,
     every expert stays what it was, up to rounding. expert_map: see `LayerEntry`; a stored expert is
-    the mean of the model's experts that it stands for.
+    the mean of the model's experts that it stands for. kept_rows: numbers of the rows to store of
+    each expert; None is all. only_layers: positions of the layers to change; None is all.
     """
     residual = _spec(codec, keep)
     # Experts that are stored dense share nothing.
@@ -59,7 +62,12 @@ def regroup(
     layers = checkpoint.index.layers
     regrouped = []
     for i, layer in enumerate(layers):
+        if only_layers is not None and i not in only_layers:
+            regrouped.append(layer)
+            continue
         experts = _stored_experts(_restored_experts(checkpoint, layer), expert_map)
+        if kept_rows is not None:
+            experts = {k: (matrix_ID[kept_rows], bias) for k, (matrix_ID, bias) in experts.items()}
         for group in layer.groups:
             (target / group.file.file).unlink()
         groups = [
@@ -77,6 +85,8 @@ def regroup(
             "expert_map": None if expert_map is None else list(expert_map),
             "groups": groups,
         }
+        if kept_rows is not None:
+            changes |= {"rows": len(kept_rows), "source_rows": layer.rows}
         regrouped.append(layer.model_copy(update=changes))
     changes = {"format_version": FORMAT_VERSION, "layers": regrouped}
     write_index(target, checkpoint.index.model_copy(update=changes))

@@ -221,15 +221,6 @@ def test_merged_expert_is_the_mean_that_was_stored(family_folder, tmp_path):
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_dropped_expert_cannot_be_restored(pristine, tmp_path):
-    regroup(pristine, tmp_path / "r", [[0, 1]], codec="empty", expert_map=[0, -1, 1, 1])
-
-    assert CompressedCheckpoint(tmp_path / "r").faults() == []
-    with mistake("model.layers.0.mlp.experts: expert 1 was dropped .* no dense model"):
-        restore_checkpoint(tmp_path / "r", tmp_path / "d")
-    assert names_in(tmp_path) == {"r"}
-
-
 def test_experts_can_be_written_in_another_dtype(pristine, tmp_path):
     restore_checkpoint(pristine, tmp_path / "d", torch.bfloat16)
 

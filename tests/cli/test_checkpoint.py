@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.checkpoints.damage import (
     bytes_by_tensor,
     copy_of,
@@ -11,6 +13,7 @@ from tests.checkpoints.damage import (
     flip_byte_of,
     names_in,
 )
+from tests.checkpoints.regrouping import regroup
 from tests.cli.commands import GROUP, assert_mistake
 
 
@@ -70,3 +73,24 @@ def test_restore_of_a_damaged_folder_leaves_nothing(run, pristine, tmp_path):
     flip_byte_of(folder / GROUP, "experts.1.bitmap", 3)
     assert_mistake(run("restore", folder, tmp_path / "d"), f"{folder / GROUP}: damaged")
     assert names_in(tmp_path) == {"c"}
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "said"),
+    [
+        ((), 9, "config.json: intermediate_size is 9 instead of 27"),
+        (("--full-rows",), 27, "2 of 2 layers: zero rows are added to experts, from 9 to 27 in"),
+    ],
+)
+def test_restore_says_how_the_model_differs_from_the_source(
+    run, pristine, tmp_path, options, rows, said
+):
+    folder = regroup(pristine, tmp_path / "r", [[0, 1, 2, 3]], kept_rows=range(9))
+
+    code, out, err = run("restore", folder, tmp_path / "d", *options)
+
+    assert (code, err) == (0, "")
+    first, second = out.splitlines()
+    assert first == f"{tmp_path}/d: dense model written"
+    assert second.startswith(said)
+    assert json.loads((tmp_path / "d" / "config.json").read_text())["intermediate_size"] == rows

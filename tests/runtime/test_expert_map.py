@@ -48,16 +48,3 @@ def test_merged_experts_are_served_on_a_grid(merged):
 
     for found in run_on_ranks(4, _logits_on_grid, merged, 2, 2):
         assert relative_difference(found, expected) <= TOLERANCE
-
-
-def test_copies_for_dropped_experts_add_nothing(family_folder, tmp_path):
-    compress(family_folder("mixtral"), tmp_path / "c", groups=1)
-    dropped = regroup(tmp_path / "c", tmp_path / "r", [[0, 1]], expert_map=[0, 1, -1, -1])
-    layer = load_model(dropped).model.layers[0].mlp.experts
-    x_TH, weights_TK = torch.randn(3, 20), torch.rand(3, 2)
-
-    found = layer(x_TH, torch.tensor([[0, 2], [3, 1], [2, 3]]), weights_TK)
-
-    kept = layer(x_TH, torch.tensor([[0, -1], [-1, 1], [-1, -1]]), weights_TK)
-    assert torch.equal(found, kept)
-    assert not found[2].any()
