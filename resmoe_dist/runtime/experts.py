@@ -26,7 +26,9 @@ class CompressedExperts(nn.Module):
     layer: their weights, which become submodules, so that they follow the model to a device or
     dtype. execution: how C + R is computed; the layers of a model share one. output_bias_LH: added
     to each expert's output, or None. With tensor parallelism the output is a partial sum, so
-    exactly one rank of a tensor-parallel group has the biases.
+    exactly one rank of a tensor-parallel group has the biases. num_groups: of which this rank holds
+    experts. model_entries: of all experts of the source's layer; more than are stored if the
+    checkpoint has fewer experts or rows.
     """
 
     output_bias_LH: Tensor | None
@@ -37,6 +39,7 @@ class CompressedExperts(nn.Module):
         execution: Execution | None = None,
         output_bias_LH: Tensor | None = None,
         num_groups: int | None = None,
+        model_entries: int | None = None,
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -44,6 +47,8 @@ class CompressedExperts(nn.Module):
         self.residuals = nn.ModuleList(layer.residuals)
         self.register_buffer("output_bias_LH", output_bias_LH, persistent=False)
         self.num_groups = len(layer.centers) if num_groups is None else num_groups
+        here = len(layer.residuals) * layer.shape.entries
+        self.model_entries = here if model_entries is None else model_entries
         execution = execution or Product(share_center=True)
         self.execution = Restore() if layer.is_dense else execution
         self._backend: Backend | None = None
@@ -91,7 +96,8 @@ class CompressedExperts(nn.Module):
             activation,
         )
         output_bias_LH = torch.stack([biases[k] for k in owned]) if biases else None
-        return cls(layer, execution, output_bias_LH, num_groups)
+        model_entries = entry.num_experts * entry.source_shape.entries
+        return cls(layer, execution, output_bias_LH, num_groups, model_entries)
 
     @property
     def backend(self) -> Backend:

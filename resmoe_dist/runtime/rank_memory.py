@@ -54,5 +54,5 @@ def rank_memory(model: PreTrainedModel) -> RankMemory:
         groups=sum(layer.experts.num_groups for layer in layers),
         num_experts=layers[0].num_experts if layers else 0,
         dense_expert_bytes=model.dtype.itemsize
-        * sum(layer.num_experts * layer.experts.layer.shape.entries for layer in layers),
+        * sum(layer.experts.model_entries for layer in layers),
     )
