@@ -28,6 +28,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "compress": Command(commands.CompressConfig, "resmoe_dist.launch.compress:run_compress"),
+    "compare": Command(commands.CompareConfig, "resmoe_dist.comparison.run:run_compare"),
     "plan": Command(commands.PlanConfig, "resmoe_dist.cli.plan:run_plan"),
     "inspect": Command(commands.InspectConfig, "resmoe_dist.cli.checkpoint:run_inspect"),
     "verify": Command(commands.VerifyConfig, "resmoe_dist.cli.checkpoint:run_verify"),

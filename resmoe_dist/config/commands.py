@@ -24,9 +24,23 @@ def _layer_positions(value: Any) -> Any:
     return str(value) if isinstance(value, int) else value
 
 
+def _shares(value: Any) -> Any:
+    """From `0.25,50%`, or a list or number of a file."""
+    parts = value if isinstance(value, list) else str(value).split(",")
+    return [parse_share(part) for part in parts]
+
+
+def _positive(shares: list[float]) -> list[float]:
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise ValueError("each share must lie in (0, 1]")
+    return shares
+
+
 Dtype = Literal["float32", "float16", "bfloat16"]
 # 0.35 or 35%.
 Share = Annotated[float, BeforeValidator(parse_share)]
+# 25%,50%; a file may give a list.
+Shares = Annotated[list[float], BeforeValidator(_shares), AfterValidator(_positive)]
 # Bytes, written 8GB or 7500MiB.
 Size = Annotated[int, BeforeValidator(parse_size)]
 # all, last:24, 8-31 or 0,2.
@@ -136,6 +150,43 @@ class CompressConfig(StorageConfig):
         if self.center == "mean" and self.align != "none":
             raise ValueError(f"--center mean averages experts as stored; drop --align {self.align}")
         return self
+
+
+class CompareConfig(CommandConfig):
+    """compare compression methods on a model: bytes, errors, quality, in one table"""
+
+    source: Path = option(help="Hugging Face model folder (safetensors)", positional=True)
+    report: Path = option(help="folder for the report and finished rows", metavar="DIR")
+    methods: str = option("all", "all, or names with commas", metavar="NAMES")
+    keep: Shares | None = option(
+        None, "shares to keep, with commas (default: 0.25)", exclusive="budget"
+    )
+    target_bytes: Shares | None = option(
+        None,
+        "shares of the dense expert bytes, everything counted, with commas",
+        metavar="SHARES",
+        exclusive="budget",
+    )
+    text: Path | None = option(
+        None, "UTF-8 text file to score", metavar="F", exclusive="data", required_set=True
+    )
+    token_ids: Path | None = option(
+        None,
+        "JSON list of sequences of token ids to score",
+        metavar="F.json",
+        exclusive="data",
+        required_set=True,
+    )
+    context: int = option(512, "tokens per window of --text", ge=2)
+    calibration: Path | None = option(
+        None, "UTF-8 text for the methods that look at activations", metavar="TEXT"
+    )
+    layers: Layers = option("all", "MoE layers to compress: all, last:24, 8-31 or 0,2")
+    ep: int = option(1, "groups per layer, for the methods that have any", metavar="G", ge=1)
+    dtype: Dtype | None = option(None, "of stored values (default: the source's)")
+    seeds: int = option(3, "runs of each method that draws at random", ge=1)
+    resume: bool = option(False, "continue in a report folder; finished rows are kept")
+    keep_models: bool = option(False, "keep the compressed models in DIR/work")
 
 
 class InspectConfig(CommandConfig):

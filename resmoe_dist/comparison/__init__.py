@@ -1,0 +1,1 @@
+"""Compression methods side by side on one model: `resmoe-dist compare`."""

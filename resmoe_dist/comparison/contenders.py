@@ -1,0 +1,73 @@
+"""What `compare` compares: methods with their options, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from resmoe_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compress a model.
+
+    kind: of method, for the report. text: one line on what it does. options: of `compress`.
+    calibrated: whether it needs `--calibration`. seeded: whether its method has an option `seed`.
+    whole_layer: whether it needs all experts of a layer in one group, whatever `--ep` is.
+    """
+
+    kind: str
+    text: str
+    options: dict[str, Any] = field(default_factory=dict)
+    calibrated: bool = False
+    seeded: bool = False
+    whole_layer: bool = False
+
+    def compress_options(self, seed: int, ep: int) -> dict[str, Any]:
+        """The options of `compress` for one run."""
+        options = {"ep": 1 if self.whole_layer else ep} | self.options
+        if self.seeded:
+            method = options["method"]
+            options["method"] = f"{method}{',' if ':' in method else ':'}seed={seed}"
+        return options
+
+
+OURS, PRUNING, LOW_RANK, DROPPING = "ours", "pruning", "low rank", "dropping experts"
+MERGING, WIDTH = "merging experts", "fewer neurons"
+
+CONTENDERS: dict[str, Contender] = {
+    "resmoe": Contender(OURS, "centre and kept entries chosen together, exactly"),
+    "resmoe-calibrated": Contender(
+        OURS, "the same, errors weighted by activations", calibrated=True
+    ),
+    "resmoe-svd": Contender(OURS, "low-rank residuals", {"codec": "low_rank"}),
+    "resmoe-no-alignment": Contender(
+        OURS, "rows in stored order", {"align": "none", "center": "joint"}
+    ),
+    "resmoe-no-center": Contender(OURS, "no centre, one budget per group", {"center": "none"}),
+    "resmoe-barycenter": Contender(
+        OURS,
+        "the papers' recipe: POT's barycentre, then pruning",
+        {"align": "pot", "center": "barycenter", "allocate": "expert"},
+    ),
+    "sp": Contender(WIDTH, "the smallest neurons go", {"method": "sp"}),
+    "reap": Contender(
+        DROPPING,
+        "experts with the smallest weighted outputs go",
+        {"method": "reap"},
+        calibrated=True,
+        whole_layer=True,
+    ),
+}
+
+
+def contenders_named(text: str) -> dict[str, Contender]:
+    """The contenders of `--methods`: `all`, or names with commas. Raises UserError."""
+    if text == "all":
+        return CONTENDERS
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in CONTENDERS:
+            raise UserError(f"--methods {name!r}: choose all, or of {', '.join(CONTENDERS)}")
+    return {name: CONTENDERS[name] for name in names}

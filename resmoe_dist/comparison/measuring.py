@@ -1,0 +1,174 @@
+"""One row of a comparison: compress, load, score, and measure bytes, errors and times."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
+from resmoe_dist.comparison.contenders import Contender
+from resmoe_dist.config.commands import CompareConfig, CompressConfig
+from resmoe_dist.errors import UserError
+from resmoe_dist.evaluation.perplexity import divergence, evaluate
+from resmoe_dist.evaluation.report import describe
+from resmoe_dist.launch.compress import compress
+from resmoe_dist.runtime.execution import Restore
+from resmoe_dist.runtime.experts import CompressedExperts
+from resmoe_dist.runtime.loading import load_model
+
+Row = dict[str, Any]
+# Tokens of the forward pass whose operations are counted.
+_COUNTED_TOKENS = 64
+_FIGURES = (
+    *("error", "relative_error", "values_kept", "expert_bytes", "expert_share"),
+    *("checkpoint_bytes", "resident_bytes", "flops_per_token", "compress_seconds"),
+    *("score_seconds", "perplexity", "nll", "divergence"),
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The field of `compress` that says how much to keep, and its value."""
+
+    option: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.option.replace('_', '-')} {self.value:g}"
+
+
+def measure_row(
+    config: CompareConfig,
+    contender: Contender,
+    budget: Budget,
+    sequences: list[list[int]],
+    reference: PreTrainedModel,
+    folder: Path,
+) -> Row:
+    """The figures of a contender: the mean over seeds, and `_sd` where there are several.
+
+    folder: for the compressed model; it is removed unless the config keeps models. A contender that
+    cannot compress this model, or not to this budget, gives a row with the `reason`.
+    """
+    seeds = range(config.seeds if contender.seeded else 1)
+    found = []
+    try:
+        for seed in seeds:
+            shutil.rmtree(folder, ignore_errors=True)
+            found.append(_measure(config, contender, budget, seed, sequences, reference, folder))
+    except UserError as error:
+        return {"reason": str(error)}
+    finally:
+        if not config.keep_models:
+            shutil.rmtree(folder, ignore_errors=True)
+    row: Row = {name: statistics.fmean(each[name] for each in found) for name in _FIGURES}
+    if len(found) > 1:
+        row |= {f"{name}_sd": statistics.stdev(each[name] for each in found) for name in _FIGURES}
+    return row
+
+
+def source_row(reference: PreTrainedModel, sequences: list[list[int]]) -> Row:
+    """The figures of the model that is compressed."""
+    began = time.perf_counter()
+    quality = evaluate(reference, sequences)
+    return {
+        "score_seconds": time.perf_counter() - began,
+        "resident_bytes": resident_bytes(reference),
+        "flops_per_token": flops_per_token(reference, sequences),
+        **quality.as_dict(),
+    }
+
+
+def _measure(
+    config: CompareConfig,
+    contender: Contender,
+    budget: Budget,
+    seed: int,
+    sequences: list[list[int]],
+    reference: PreTrainedModel,
+    folder: Path,
+) -> Row:
+    if contender.calibrated and config.calibration is None:
+        raise UserError("needs --calibration TEXT")
+    options = contender.compress_options(seed, config.ep) | {budget.option: budget.value}
+    if contender.calibrated:
+        options["calibration"] = config.calibration
+    began = time.perf_counter()
+    compress(
+        CompressConfig(
+            source=config.source,
+            output=folder,
+            layers=config.layers,
+            dtype=config.dtype,
+            **options,
+        )
+    )
+    seconds = time.perf_counter() - began
+    described = describe(CompressedCheckpoint(folder))
+    experts = described["experts"]
+    compressed = [layer for layer in described["layers"] if layer["compressed"]]
+    model = load_model(folder, dtype=reference.dtype)
+    began = time.perf_counter()
+    quality = evaluate(model, sequences)
+    score_seconds = time.perf_counter() - began
+    return {
+        "error": statistics.fmean(layer["error"] for layer in compressed),
+        "relative_error": experts["relative_error"],
+        "values_kept": _values_kept(described),
+        "expert_bytes": experts["stored_bytes"],
+        "expert_share": experts["stored_bytes"] / experts["dense_bytes"],
+        "checkpoint_bytes": sum(path.stat().st_size for path in folder.rglob("*")),
+        "resident_bytes": resident_bytes(model),
+        "flops_per_token": flops_per_token(model, sequences),
+        "compress_seconds": seconds,
+        "score_seconds": score_seconds,
+        "perplexity": quality.perplexity,
+        "nll": quality.nll,
+        "divergence": divergence(model, reference, sequences),
+    }
+
+
+def _values_kept(described: dict[str, Any]) -> float:
+    """Stored values as a share of the source's, centres included and indices not."""
+    experts = described["experts"]
+    return (experts["center_bytes"] + experts["residual_bytes"]["values"]) / experts["dense_bytes"]
+
+
+def resident_bytes(model: PreTrainedModel) -> int:
+    """Bytes of a model's tensors; those that share memory count once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@torch.no_grad()
+def flops_per_token(model: PreTrainedModel, sequences: Sequence[list[int]]) -> float:
+    """Floating-point operations of a forward pass per token, as PyTorch counts its products.
+
+    Compressed experts are restored first: PyTorch does not see inside their kernels. So pruned
+    entries count as zeros that are multiplied, and only fewer experts, neurons or layers show.
+    """
+    experts = [module for module in model.modules() if isinstance(module, CompressedExperts)]
+    usual = [module.execution for module in experts]
+    ids = torch.tensor([sequences[0][:_COUNTED_TOKENS]], device=model.device)
+    inputs = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    try:
+        for module in experts:
+            module.execution = Restore()
+        with FlopCounterMode(display=False) as counter:
+            model(**inputs)
+    finally:
+        for module, execution in zip(experts, usual, strict=True):
+            module.execution = execution
+    return counter.get_total_flops() / ids.numel()
