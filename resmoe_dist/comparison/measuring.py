@@ -18,7 +18,7 @@ from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.comparison.contenders import Contender
 from resmoe_dist.config.commands import CompareConfig, CompressConfig
 from resmoe_dist.errors import UserError
-from resmoe_dist.evaluation.perplexity import divergence, evaluate
+from resmoe_dist.evaluation.perplexity import evaluate, likeness
 from resmoe_dist.evaluation.report import describe
 from resmoe_dist.launch.compress import compress
 from resmoe_dist.runtime.execution import Restore
@@ -117,9 +117,7 @@ def _measure(
     experts = described["experts"]
     compressed = [layer for layer in described["layers"] if layer["compressed"]]
     model = load_model(folder, dtype=reference.dtype)
-    began = time.perf_counter()
-    quality = evaluate(model, sequences)
-    score_seconds = time.perf_counter() - began
+    scored = likeness(model, reference, sequences)
     return {
         "error": statistics.fmean(layer["error"] for layer in compressed),
         "relative_error": experts["relative_error"],
@@ -130,10 +128,10 @@ def _measure(
         "resident_bytes": resident_bytes(model),
         "flops_per_token": flops_per_token(model, sequences),
         "compress_seconds": seconds,
-        "score_seconds": score_seconds,
-        "perplexity": quality.perplexity,
-        "nll": quality.nll,
-        "divergence": divergence(model, reference, sequences),
+        "score_seconds": scored.seconds,
+        "perplexity": scored.evaluation.perplexity,
+        "nll": scored.evaluation.nll,
+        "divergence": scored.divergence,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,36 +158,62 @@ def evaluate(
     return Evaluation(nll=float(total[0] / total[1]), tokens=int(total[1]))
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Likeness:
+    """How a model predicts, beside a reference.
+
+    divergence: mean Kullback-Leibler divergence of its next-token distributions from the
+    reference's, in nats per predicted token. seconds: of the model's own forward passes.
+    """
+
+    evaluation: Evaluation
+    divergence: float
+    seconds: float
+
+
 def divergence(
     model: PreTrainedModel, reference: PreTrainedModel, sequences: list[list[int]]
 ) -> float:
-    """Mean Kullback-Leibler divergence of a model's next-token distributions from the reference's.
+    """Mean divergence of a model's predictions from the reference's (see `Likeness`).
 
-    In nats per predicted token, in one process. It shows every change that compression makes,
-    whereas a perplexity can improve by chance.
+    It shows every change that compression makes, whereas a perplexity can improve by chance.
     """
-    total, tokens = 0.0, 0
+    return likeness(model, reference, sequences).divergence
+
+
+@torch.no_grad()
+def likeness(
+    model: PreTrainedModel, reference: PreTrainedModel, sequences: list[list[int]]
+) -> Likeness:
+    """Score a model and compare its predictions with a reference's, in one process."""
+    nll, diverged, tokens, seconds = 0.0, 0.0, 0, 0.0
     for batch in _equal_length_batches(sequences):
         ids_BS = torch.tensor(batch)
-        expected, labels = _predictions(reference, ids_BS.to(reference.device))
-        found, _ = _predictions(model, ids_BS.to(model.device))
+        began = time.perf_counter()
+        found, labels = _predictions(model, ids_BS.to(model.device))
+        nll += _summed_nll(found, labels)
+        seconds += time.perf_counter() - began
+        expected, _ = _predictions(reference, ids_BS.to(reference.device))
         terms = F.kl_div(
             found.double().log_softmax(-1).to(expected.device),
             expected.double().log_softmax(-1),
             reduction="sum",
             log_target=True,
         )
-        total += float(terms)
+        diverged += float(terms)
         tokens += labels.numel()
-    return total / tokens
+    return Likeness(Evaluation(nll / tokens, tokens), diverged / tokens, seconds)
 
 
 def _batch_nll(model: PreTrainedModel, ids_BS: torch.Tensor) -> tuple[float, int]:
     """Summed NLL and number of predicted tokens."""
     logits, labels = _predictions(model, ids_BS)
+    return _summed_nll(logits, labels), labels.numel()
+
+
+def _summed_nll(logits: torch.Tensor, labels: torch.Tensor) -> float:
     nll = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
-    return float(nll.double().sum()), labels.numel()
+    return float(nll.double().sum())
 
 
 def _predictions(model: PreTrainedModel, ids_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

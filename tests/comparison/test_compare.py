@@ -1,0 +1,138 @@
+"""`resmoe-dist compare`: the figures of a row, rows that fail, and what is kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from resmoe_dist.checkpoints.restore import restore_checkpoint
+from resmoe_dist.checkpoints.source import SourceCheckpoint
+from resmoe_dist.comparison.contenders import CONTENDERS
+from resmoe_dist.comparison.run import run_compare
+from resmoe_dist.config.commands import CompareConfig, CompressConfig
+from resmoe_dist.config.sources import build_config
+from resmoe_dist.errors import UserError
+from resmoe_dist.launch.compress import settings_of
+from resmoe_dist.methods import method_of
+from tests.models import dense_model, random_sequences
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    path = tmp_path / "ids.json"
+    path.write_text(json.dumps(random_sequences(12, 12, 7)))
+    return path
+
+
+def _run(source: Path, tmp_path: Path, data: Path, **changes: Any) -> dict[str, Any]:
+    values = {"source": source, "report": tmp_path / "r", "token_ids": data, "keep": "0.5"}
+    assert run_compare(build_config(CompareConfig, values | changes)) == 0
+    return json.loads((tmp_path / "r" / "report.json").read_text())
+
+
+def _log_probabilities(folder: Path, sequence: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return dense_model(folder)(torch.tensor([sequence])).logits[0, :-1].log_softmax(-1)
+
+
+def test_figures_equal_those_of_the_restored_model(family_folder, tmp_path, data):
+    source = family_folder("mixtral")
+
+    row = _run(source, tmp_path, data, methods="resmoe", keep_models="true")["rows"][0]
+
+    (folder,) = (tmp_path / "r" / "work").iterdir()
+    assert row["checkpoint_bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+    restore_checkpoint(folder, tmp_path / "d")
+    nll, diverged, tokens = 0.0, 0.0, 0
+    for sequence in json.loads(data.read_text()):
+        found, exact = (_log_probabilities(each, sequence) for each in (tmp_path / "d", source))
+        nll -= float(found[range(len(sequence) - 1), sequence[1:]].sum())
+        diverged += float((exact.exp() * (exact - found)).sum())
+        tokens += len(sequence) - 1
+    assert row["nll"] == pytest.approx(nll / tokens, rel=1e-4)
+    assert row["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-4)
+    assert row["divergence"] == pytest.approx(diverged / tokens, rel=1e-3)
+    before, after = (SourceCheckpoint(each) for each in (source, tmp_path / "d"))
+    errors, norms = [], []
+    for layer in range(2):
+        for k in range(4):
+            exact_ID, restored_ID = (each.read_expert(layer, k)[0] for each in (before, after))
+            # Rows are restored in another order: each goes with its nearest.
+            errors.append(float(torch.cdist(exact_ID, restored_ID).square().min(1).values.sum()))
+            norms.append(float(exact_ID.square().sum()))
+    assert row["relative_error"] == pytest.approx(sum(errors) / sum(norms), rel=0.02)
+
+
+def test_contender_that_cannot_run_gives_a_reason_and_the_others_go_on(
+    family_folder, tmp_path, data
+):
+    found = _run(family_folder("mixtral"), tmp_path, data, methods="reap,sp")
+
+    reap, sp = found["rows"]
+    assert reap == {"contender": "reap", "budget": "keep 0.5", "reason": "needs --calibration TEXT"}
+    # 13 of 27 neurons stay, of four experts in two layers.
+    assert sp["expert_share"] == pytest.approx(13 / 27)
+    report = (tmp_path / "r" / "report.md").read_text()
+    assert "- reap, keep 0.5: needs --calibration TEXT" in report
+    assert "| sp | keep 0.5 | 48.1% |" in report
+    assert not any((tmp_path / "r" / "work").glob("*"))
+
+
+def test_resumed_comparison_keeps_finished_rows(family_folder, tmp_path, data):
+    source = family_folder("mixtral")
+    first = _run(source, tmp_path, data, methods="sp")["rows"]
+
+    with pytest.raises(UserError, match="holds a comparison; give --resume"):
+        _run(source, tmp_path, data, methods="sp")
+    again = _run(source, tmp_path, data, methods="sp,resmoe-no-center", resume="true")["rows"]
+
+    # Seconds would differ if the row had been measured again.
+    assert again[0] == first[0]
+    assert again[1]["contender"] == "resmoe-no-center"
+    with pytest.raises(UserError, match="holds a comparison of other options"):
+        _run(source, tmp_path, data, methods="sp", ep="2", resume="true")
+
+
+def test_fewer_neurons_take_fewer_operations(family_folder, tmp_path, data):
+    found = _run(family_folder("mixtral"), tmp_path, data, methods="sp,resmoe-no-center")
+
+    sp, pruned = found["rows"]
+    # Two experts of each token lose 14 of 27 neurons: 3 products of 20 values in two layers.
+    saved = 2 * 2 * 14 * 3 * 20 * 2
+    assert pruned["flops_per_token"] - sp["flops_per_token"] == pytest.approx(saved, rel=1e-6)
+    assert pruned["flops_per_token"] == pytest.approx(found["source"]["flops_per_token"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"methods": "resmoe,zip"}, "--methods 'zip': choose all, or of resmoe, "),
+        ({"keep": "0.5,2"}, "each share must lie in"),
+        ({"layers": "7"}, "--layers 7: this model has 2 MoE layers"),
+        ({"calibration": "missing.txt"}, "missing.txt: cannot be read"),
+    ],
+)
+def test_invalid_input_is_refused_before_the_work(family_folder, tmp_path, data, changes, reason):
+    with pytest.raises(UserError, match=reason):
+        _run(family_folder("mixtral"), tmp_path, data, **changes)
+
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_contender_names_a_method_with_its_needs(name, tmp_path):
+    contender = CONTENDERS[name]
+    options = contender.compress_options(seed=1, ep=1)
+
+    config = CompressConfig(source=tmp_path, output=tmp_path / "c", keep=0.5, **options)
+    method = method_of(settings_of(config, [0]).method)
+
+    assert contender.whole_layer == (method.reduces == "experts")
+    assert contender.seeded == ("seed" in type(method.options).model_fields)
+    if method.needs_samples:
+        assert contender.calibrated
