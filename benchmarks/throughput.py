@@ -7,7 +7,8 @@ Makes a Mixtral with random weights, compresses it, restores that, and stores th
 with codec `dense`; all stay in DIR. Then every system (see `model_systems.py`) generates greedily
 from the same random prompts, in one launch and in turns. All systems hold the same weights. A
 turn's time is that of the slowest rank. No sequence ends early, so the ranks need not agree on
-when to stop; launch/infer.py adds one all-reduce per step for that if there are several lanes.
+when to stop; launch/infer.py adds a small message per step if there are several lanes and texts can
+end early.
 
 A system divides a batch over its lanes, over all ranks (DeepSpeed), or not at all. A rank without a
 sequence of the batch runs the first one, which does not count.
