@@ -65,6 +65,16 @@ def watch_steps(system: ModelSystem, ids_BS: Tensor, layers: int, steps: int) ->
     }
 
 
+def collectives_of_step(system: ModelSystem, ids_BS: Tensor) -> int:
+    """Collectives of this rank in one decode step. Collective over the ranks."""
+    found = []
+    for new_tokens in (1, 2):
+        with WireCount() as wire:
+            generate(system, ids_BS, new_tokens)
+        found.append(wire.collectives)
+    return found[1] - found[0]
+
+
 def empty_rows(messages: Sequence[Message]) -> float | None:
     """Rows of zeros / other rows, in what all ranks gave to collectives; None if they gave none.
 
