@@ -29,12 +29,13 @@ def describe(error: Exception, rank: int | None = None, *, joined: bool = True) 
     """The text to print for an exception.
 
     rank: of this process, None if it is alone. joined: whether the rank has joined the others; the
-    mistakes found before are mistakes of all ranks. An unexpected error of a single process comes
-    with its traceback.
+    mistakes that rank 0 finds before are mistakes of all ranks as a rule. An unexpected error of a
+    single process comes with its traceback.
     """
     prefix = "error: " if rank is None else f"error: rank {rank}: "
     if isinstance(error, UserError):
-        alike = not joined or isinstance(error, DisagreementError)
+        # Of mistakes that all ranks make, rank 0 reports its own.
+        alike = (not joined and not rank) or isinstance(error, DisagreementError)
         line = f"error: {error}" if alike else f"{prefix}{error}"
         return f"{traceback.format_exc()}{line}" if os.environ.get(TRACEBACK) else line
     if isinstance(error, FailedCheckError):
