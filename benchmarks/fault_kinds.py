@@ -81,7 +81,10 @@ KINDS = {
         strike=lambda launcher, _: launcher.terminate(),
     ),
     "raise": FaultKind(
-        "an exception in a layer", r"rank {rank} failed: ValueError: injected fault \(.*", 1
+        "an exception in a layer",
+        # The first steps try the folder, and count against it.
+        r"rank {rank}( failed: ValueError: injected fault \(.*"
+        r"|: .*: cannot generate \(ValueError: injected fault\).*)",
     ),
     "memory": FaultKind("a layer asks for more than there is", _NO_MEMORY, 1),
     "limit": FaultKind("a layer fills the address space up to RLIMIT_AS", _NO_MEMORY, 1),

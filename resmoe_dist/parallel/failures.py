@@ -13,7 +13,7 @@ UNEXPECTED = 1
 # With this variable set, failures are printed with a traceback.
 TRACEBACK = "RESMOE_TRACEBACK"
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc")
-# What torch's collectives raise on a rank whose peer has ended.
+# What torch's collectives say on a rank whose peer has ended, besides raising a DistError.
 _LOST_PEER = (
     *("gloo", "NCCL", "ProcessGroup", "TCPStore", "store->get"),
     *("Connection closed by peer", "Connection reset by peer", "recvValue failed", "Broken pipe"),
@@ -57,7 +57,12 @@ def describe(error: Exception, rank: int | None = None, *, joined: bool = True) 
 
 def may_be_lost_peer(error: Exception) -> bool:
     """Whether the reason of an exception may be that another rank has ended."""
-    return not isinstance(error, UserError) and any(part in str(error) for part in _LOST_PEER)
+    if isinstance(error, UserError):
+        return False
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and isinstance(error, distributed.DistError):
+        return True
+    return any(part in str(error) for part in _LOST_PEER)
 
 
 def is_out_of_memory(error: Exception) -> bool:
