@@ -195,9 +195,14 @@ def write_json(path: Path, value: Any) -> None:
     Infinity, which JSON does not have, is written as transformers writes it in configs.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False)
+    # Half a surrogate pair, which UTF-8 does not have, becomes JSON's escape again.
+    write_bytes(path, (text + "\n").encode("utf-8", "backslashreplace"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file as atomically as `write_tensors`."""
     with _replacing(path) as temporary:
-        # Half a surrogate pair, which UTF-8 does not have, becomes JSON's escape again.
-        temporary.write_bytes((text + "\n").encode("utf-8", "backslashreplace"))
+        temporary.write_bytes(content)
 
 
 def copy_file(source: Path, target: Path) -> None:

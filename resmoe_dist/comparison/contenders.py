@@ -24,6 +24,11 @@ class Contender:
     seeded: bool = False
     whole_layer: bool = False
 
+    @property
+    def needs(self) -> list[Any]:
+        """What decides the figures of a row, for digests."""
+        return [self.options, self.calibrated, self.seeded, self.whole_layer]
+
     def compress_options(self, seed: int, ep: int) -> dict[str, Any]:
         """The options of `compress` for one run."""
         options = {"ep": 1 if self.whole_layer else ep} | self.options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import statistics
 import time
@@ -63,29 +64,38 @@ def measure_row(
     found = []
     try:
         for seed in seeds:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
             found.append(_measure(config, contender, budget, seed, sequences, reference, folder))
     except UserError as error:
         return {"reason": str(error)}
     finally:
         if not config.keep_models:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
     row: Row = {name: statistics.fmean(each[name] for each in found) for name in _FIGURES}
     if len(found) > 1:
         row |= {f"{name}_sd": statistics.stdev(each[name] for each in found) for name in _FIGURES}
     return row
 
 
+def _remove(folder: Path) -> None:
+    """Remove a compressed model, and what an interrupted run of `compress` left of it."""
+    for each in (folder, folder.with_name(f"{folder.name}.partial")):
+        shutil.rmtree(each, ignore_errors=True)
+
+
 def source_row(reference: PreTrainedModel, sequences: list[list[int]]) -> Row:
     """The figures of the model that is compressed."""
     began = time.perf_counter()
     quality = evaluate(reference, sequences)
-    return {
+    row = {
         "score_seconds": time.perf_counter() - began,
         "resident_bytes": resident_bytes(reference),
         "flops_per_token": flops_per_token(reference, sequences),
-        **quality.as_dict(),
+        "perplexity": quality.perplexity,
+        "nll": quality.nll,
     }
+    _check_finite(row)
+    return row
 
 
 def _measure(
@@ -118,7 +128,7 @@ def _measure(
     compressed = [layer for layer in described["layers"] if layer["compressed"]]
     model = load_model(folder, dtype=reference.dtype)
     scored = likeness(model, reference, sequences)
-    return {
+    row = {
         "error": statistics.fmean(layer["error"] for layer in compressed),
         "relative_error": experts["relative_error"],
         "values_kept": _values_kept(described),
@@ -133,6 +143,14 @@ def _measure(
         "nll": scored.evaluation.nll,
         "divergence": scored.divergence,
     }
+    _check_finite(row)
+    return row
+
+
+def _check_finite(row: Row) -> None:
+    for name, value in row.items():
+        if not math.isfinite(value):
+            raise UserError(f"{name.replace('_', ' ')} is {value}: values overflow")
 
 
 def _values_kept(described: dict[str, Any]) -> float:

@@ -3,40 +3,44 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from resmoe_dist.checkpoints.tensor_files import write_json
+from resmoe_dist.checkpoints.tensor_files import write_bytes, write_json
 from resmoe_dist.comparison.contenders import CONTENDERS
 from resmoe_dist.comparison.measuring import Row
 from resmoe_dist.evaluation.tables import human_bytes
-
-logger = logging.getLogger(__name__)
 
 
 def _plain(digits: str) -> Callable[[float], str]:
     return lambda value: format(value, digits)
 
 
+NO_PLOT = "No plot: matplotlib is missing; run pip install 'resmoe-dist[plot]'."
 # Header, key of the row, how the figure is written, and what it means.
 _COLUMNS: tuple[tuple[str, str, Callable[[float], str], str], ...] = (
-    ("experts", "expert_share", _plain(".1%"), "bytes of everything stored for the experts, centres"
-     " and indices included, as a share of dense experts in the stored dtype"),
-    ("values kept", "values_kept", _plain(".1%"), "the same without indices: what papers count"),
+    ("experts", "expert_bytes", human_bytes, "bytes of everything stored for the experts, centres "
+     "and indices included"),
+    ("share", "expert_share", _plain(".1%"), "those bytes as a share of dense experts in the "
+     "stored dtype"),
+    ("values kept", "values_kept", _plain(".1%"), "that share without indices: what papers count"),
     ("checkpoint", "checkpoint_bytes", human_bytes, "bytes of all files of the folder"),
     ("resident", "resident_bytes", human_bytes, "bytes of the loaded model's tensors"),
-    ("error", "error", _plain(".4g"), "mean over layers of (1/E) Σ ‖T_k W_k − restored_k‖²"),
+    ("error", "error", _plain(".4g"), "mean over compressed layers of "
+     "(1/E) Σ ‖T_k W_k − restored_k‖²"),
     ("relative", "relative_error", _plain(".4f"), "that error as a share of Σ ‖W_k‖²"),
     ("perplexity", "perplexity", _plain(".4f"), "of the text"),
     ("divergence", "divergence", _plain(".2e"), "mean Kullback-Leibler divergence of next-token "
      "distributions from the source's, in nats"),
     ("MFLOP/token", "flops_per_token", lambda value: f"{value / 1e6:.2f}", "of a forward pass with "
      "restored experts, as PyTorch counts products"),
-    ("compress s", "compress_seconds", _plain(".1f"), "seconds to compress"),
+    ("compress s", "compress_seconds", _plain(".1f"), "seconds to compress, calibration included"),
     ("score s", "score_seconds", _plain(".1f"), "seconds to score the text"),
 )  # fmt: skip
+# Figures whose standard deviation over seeds is shown.
+_SPREAD = ("error", "relative_error", "perplexity", "divergence")
 _PLOTTED = (
     ("relative_error", "relative error"),
     ("perplexity", "perplexity"),
@@ -52,7 +56,12 @@ def write_report(folder: Path, facts: dict[str, Any], source: Row, rows: list[Ro
     write_json(folder / "report.json", {"facts": facts, "source": source, "rows": rows})
     plotted = _plot(folder / "report.svg", rows)
     text = "\n".join(_markdown(facts, source, rows, plotted=plotted)) + "\n"
-    (folder / "report.md").write_text(text, encoding="utf-8")
+    write_bytes(folder / "report.md", text.encode())
+
+
+def can_plot() -> bool:
+    """Whether matplotlib, an optional dependency, is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def table(source: Row, rows: list[Row]) -> list[str]:
@@ -63,21 +72,25 @@ def table(source: Row, rows: list[Row]) -> list[str]:
     lines.append(_line("(source)", "", source))
     order = {budget: i for i, budget in enumerate(dict.fromkeys(row["budget"] for row in rows))}
     measured = [row for row in rows if "reason" not in row]
+    # One run has no deviation: a dash, if others of the table have one.
+    no_spread = " ± –" if any("error_sd" in row for row in measured) else ""
     for row in sorted(measured, key=lambda row: (order[row["budget"]], row["divergence"])):
-        lines.append(_line(row["contender"], row["budget"], row))
+        lines.append(_line(row["contender"], row["budget"], row, no_spread))
     return lines
 
 
-def _line(name: str, budget: str, row: Row) -> str:
-    cells = [_cell(row, key, written) for _, key, written, _ in _COLUMNS]
+def _line(name: str, budget: str, row: Row, no_spread: str = "") -> str:
+    cells = [_cell(row, key, written, no_spread) for _, key, written, _ in _COLUMNS]
     return "| " + " | ".join([name, budget, *cells]) + " |"
 
 
-def _cell(row: Row, key: str, written: Callable[[float], str]) -> str:
-    if row.get(key) is None:
+def _cell(row: Row, key: str, written: Callable[[float], str], no_spread: str) -> str:
+    if key not in row:
         return ""
-    spread = f"{key}_sd"
-    return written(row[key]) + (f" ± {written(row[spread])}" if spread in row else "")
+    if key not in _SPREAD:
+        return written(row[key])
+    spread = row.get(f"{key}_sd")
+    return written(row[key]) + (no_spread if spread is None else f" ± {written(spread)}")
 
 
 def _markdown(facts: dict[str, Any], source: Row, rows: list[Row], *, plotted: bool) -> list[str]:
@@ -86,6 +99,8 @@ def _markdown(facts: dict[str, Any], source: Row, rows: list[Row], *, plotted: b
     lines += ["", *table(source, rows), ""]
     if plotted:
         lines += ["![Error, perplexity and divergence against bytes](report.svg)", ""]
+    elif not can_plot():
+        lines += [NO_PLOT, ""]
     if failed := [row for row in rows if "reason" in row]:
         lines += ["Not measured:", ""]
         lines += [f"- {row['contender']}, {row['budget']}: {row['reason']}" for row in failed]
@@ -93,7 +108,11 @@ def _markdown(facts: dict[str, Any], source: Row, rows: list[Row], *, plotted: b
     lines += ["Methods:", ""]
     names = dict.fromkeys(row["contender"] for row in rows)
     lines += [f"- {name} ({CONTENDERS[name].kind}): {CONTENDERS[name].text}" for name in names]
-    lines += ["", "Columns:", ""]
+    lines += [
+        "",
+        "Columns (± is the standard deviation over seeds, of methods that draw at random):",
+        "",
+    ]
     lines += [f"- {name}: {meaning}" for name, _, _, meaning in _COLUMNS]
     return lines
 
@@ -101,10 +120,7 @@ def _markdown(facts: dict[str, Any], source: Row, rows: list[Row], *, plotted: b
 def _plot(path: Path, rows: list[Row]) -> bool:
     """Figures against the experts' bytes, one line per contender; whether it could be drawn."""
     measured = [row for row in rows if "reason" not in row]
-    if importlib.util.find_spec("matplotlib") is None:
-        logger.warning("no plot: matplotlib is missing; run pip install 'resmoe-dist[plot]'")
-        return False
-    if not measured:
+    if not measured or not can_plot():
         return False
     # Not pyplot, which would look for a display.
     from matplotlib.figure import Figure
@@ -123,5 +139,7 @@ def _plot(path: Path, rows: list[Row]) -> bool:
         diagram.set(xlabel="expert bytes, % of dense", ylabel=label, yscale="log")
     handles, labels = diagrams[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5)
-    figure.savefig(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="svg")
+    write_bytes(path, drawn.getvalue())
     return True

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,16 @@ from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.checkpoints.tensor_files import check_writable, read_json_object, write_json
 from resmoe_dist.comparison.contenders import Contender, contenders_named
 from resmoe_dist.comparison.measuring import Budget, Row, measure_row, source_row
-from resmoe_dist.comparison.report import table, write_report
+from resmoe_dist.comparison.report import NO_PLOT, can_plot, table, write_report
 from resmoe_dist.config.commands import CompareConfig, EvaluateConfig
 from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.tables import human_bytes
 from resmoe_dist.jobs.settings import parse_layers
+from resmoe_dist.launch.compress import calibration_of
 from resmoe_dist.launch.evaluate import check, read_sequences
 from resmoe_dist.parallel.entry_point import quiet_libraries
 from resmoe_dist.runtime.loading import load_model
 from resmoe_dist.version import __version__
-
-logger = logging.getLogger(__name__)
 
 
 def run_compare(config: CompareConfig) -> int:
@@ -39,13 +40,16 @@ def run_compare(config: CompareConfig) -> int:
     sequences = read_sequences(scored)
     source = SourceCheckpoint(config.source)
     parse_layers(config.layers, len(source.sites))
+    if config.calibration is None:
+        calibration = None
+    else:
+        calibration, _ = calibration_of(source, config.calibration)
     cases = [
         (name, each, budget) for budget in _budgets(config) for name, each in contenders.items()
     ]
     common = {
         "source": source.fingerprint(),
         "data": _digest(sequences),
-        "calibration": None if config.calibration is None else _content(config.calibration),
         "layers": config.layers,
         "ep": config.ep,
         "dtype": config.dtype,
@@ -53,23 +57,32 @@ def run_compare(config: CompareConfig) -> int:
     }
     rows = _Rows(config.report, common, resume=config.resume)
     reference = load_model(config.source)
-    baseline = rows.get("source", lambda: source_row(reference, sequences))
+    baseline = {"expert_bytes": _expert_bytes(source)}
+    baseline |= rows.get("source", lambda: source_row(reference, sequences))
     facts = _facts(config, source, sequences)
     done: list[Row] = []
+    work = config.report / "work"
     # disable=None: tqdm shows the bar only on a terminal.
     for name, contender, budget in tqdm(cases, desc="comparing", unit="row", disable=None):
 
-        def measure(contender: Contender = contender, budget: Budget = budget) -> Row:
-            folder = config.report / "work" / _digest([vars(contender), str(budget)])
+        def measure(
+            name: str = name, contender: Contender = contender, budget: Budget = budget
+        ) -> Row:
+            folder = work / f"{name}-{budget.option}-{budget.value}"
             return measure_row(config, contender, budget, sequences, reference, folder)
 
         seeds = config.seeds if contender.seeded else 1
-        key = _digest([vars(contender), str(budget), seeds])
+        used = calibration if contender.calibrated else None
+        key = _digest([contender.needs, astuple(budget), seeds, used])
         done.append({"contender": name, "budget": str(budget)} | rows.get(key, measure))
         write_report(config.report, facts, baseline, done)
         if not sys.stderr.isatty():
             print(_progress(done[-1]), flush=True)
+    with suppress(OSError):  # of an earlier run, models may be kept
+        work.rmdir()
     print("\n".join(table(baseline, done)))
+    if not can_plot():
+        print(NO_PLOT)
     print(f"{config.report / 'report.md'}: written")
     return 0
 
@@ -86,8 +99,11 @@ class _Rows:
         made = folder / "comparison.json"
         try:
             folder.mkdir(exist_ok=True)
+            other = any(folder.iterdir()) and not made.exists()
         except OSError as error:
             raise UserError(f"{folder}: cannot be made ({error.strerror})") from error
+        if other:
+            raise UserError(f"{folder}: holds other files; choose another --report")
         check_writable(made)
         if made.exists():
             if not resume:
@@ -97,7 +113,7 @@ class _Rows:
         self._folder.mkdir(parents=True, exist_ok=True)
         write_json(made, common)
 
-    def get(self, key: str, measure: Any) -> Row:
+    def get(self, key: str, measure: Callable[[], Row]) -> Row:
         """The row of an earlier run, or a new one. Rows with a reason are measured again."""
         path = self._folder / f"{key}.json"
         row = read_json_object(path) if path.exists() else {"reason": "not measured"}
@@ -109,26 +125,33 @@ class _Rows:
 
 def _budgets(config: CompareConfig) -> list[Budget]:
     if config.target_bytes is not None:
-        return [Budget("target_bytes", share) for share in config.target_bytes]
-    return [Budget("keep", share) for share in config.keep or [0.25]]
+        return [Budget("target_bytes", share) for share in dict.fromkeys(config.target_bytes)]
+    return [Budget("keep", share) for share in dict.fromkeys(config.keep or [0.25])]
 
 
 def _facts(
     config: CompareConfig, source: SourceCheckpoint, sequences: list[list[int]]
 ) -> dict[str, Any]:
     experts = sum(site.num_experts for site in source.sites)
-    bytes_of_experts = sum(
-        site.num_experts * site.shape.entries * source.dtype(i).itemsize
-        for i, site in enumerate(source.sites)
-    )
     return {
         "model": f"{config.source.name} ({source.config.model_type})",
-        "experts": f"{experts} in {len(source.sites)} layers, {human_bytes(bytes_of_experts)}",
+        "experts": f"{experts} in {len(source.sites)} layers, {human_bytes(_expert_bytes(source))}",
         "compressed layers": config.layers,
+        "stored dtype": config.dtype or "the source's",
         "groups per layer": config.ep,
         "text": f"{sum(map(len, sequences))} tokens in {len(sequences)} sequences",
+        "calibration text": config.calibration.name if config.calibration else "none",
         "resmoe-dist": __version__,
     }
+
+
+def _expert_bytes(source: SourceCheckpoint) -> int:
+    return sum(
+        site.num_experts
+        * (site.shape.entries + (site.shape.hidden if site.shape.output_bias else 0))
+        * source.dtype(i).itemsize
+        for i, site in enumerate(source.sites)
+    )
 
 
 def _progress(row: Row) -> str:
@@ -139,13 +162,6 @@ def _progress(row: Row) -> str:
         f"{name}: {row['expert_share']:.1%} of the bytes, error {row['relative_error']:.4f}, "
         f"perplexity {row['perplexity']:.4f}, divergence {row['divergence']:.2e}"
     )
-
-
-def _content(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _digest(value: Any) -> str:

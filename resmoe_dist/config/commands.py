@@ -185,7 +185,7 @@ class CompareConfig(CommandConfig):
     ep: int = option(1, "groups per layer, for the methods that have any", metavar="G", ge=1)
     dtype: Dtype | None = option(None, "of stored values (default: the source's)")
     seeds: int = option(3, "runs of each method that draws at random", ge=1)
-    resume: bool = option(False, "continue in a report folder; finished rows are kept")
+    resume: bool = option(False, "continue a comparison in its folder; finished rows are kept")
     keep_models: bool = option(False, "keep the compressed models in DIR/work")
 
 

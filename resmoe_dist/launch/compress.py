@@ -76,7 +76,7 @@ def compress(config: CompressConfig, workers: Workers | None = None) -> Checkpoi
         logger.warning(line)
     digest, measure = None, None
     if config.calibration is not None:
-        digest, measure = _calibration(source, config.calibration)
+        digest, measure = calibration_of(source, config.calibration)
     run = Compression(
         source,
         config.output,
@@ -131,8 +131,11 @@ def _device(name: str, workers: Workers) -> torch.device:
     return torch.device(name, number % torch.cuda.device_count())
 
 
-def _calibration(source: SourceCheckpoint, text: Path) -> tuple[str, Measure]:
-    """SHA-256 of a text's token ids, and a function that measures the activations they cause."""
+def calibration_of(source: SourceCheckpoint, text: Path) -> tuple[str, Measure]:
+    """SHA-256 of a text's token ids, and a function that measures the activations they cause.
+
+    Raises UserError for a text that cannot be used, or a source without a tokenizer.
+    """
     sequences = calibration_sequences(text, load_tokenizer(source.folder))
     check_vocabulary(text, sequences, source.config.get_text_config().vocab_size)
     digest = hashlib.sha256(json.dumps(sequences).encode()).hexdigest()

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
+from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.checkpoints.restore import restore_checkpoint
 from resmoe_dist.checkpoints.source import SourceCheckpoint
-from resmoe_dist.comparison.contenders import CONTENDERS
+from resmoe_dist.comparison.contenders import CONTENDERS, WIDTH, Contender
 from resmoe_dist.comparison.run import run_compare
+from resmoe_dist.compression.encoding import GroupCodecs
 from resmoe_dist.config.commands import CompareConfig, CompressConfig
 from resmoe_dist.config.sources import build_config
 from resmoe_dist.errors import UserError
-from resmoe_dist.launch.compress import settings_of
-from resmoe_dist.methods import method_of
+from resmoe_dist.evaluation.report import describe
+from resmoe_dist.launch.compress import compress, settings_of
+from resmoe_dist.methods import method_of, register_method
+from resmoe_dist.methods.base import EncodedGroup, MethodConfig, SourceGroup
+from resmoe_dist.methods.plan import GroupPlan
+from resmoe_dist.methods.structured_pruning import StructuredPruning
 from tests.models import dense_model, random_sequences
 
 
@@ -80,7 +88,7 @@ def test_contender_that_cannot_run_gives_a_reason_and_the_others_go_on(
     report = (tmp_path / "r" / "report.md").read_text()
     assert "- reap, keep 0.5: needs --calibration TEXT" in report
     assert "| sp | keep 0.5 | 48.1% |" in report
-    assert not any((tmp_path / "r" / "work").glob("*"))
+    assert not (tmp_path / "r" / "work").exists()
 
 
 def test_resumed_comparison_keeps_finished_rows(family_folder, tmp_path, data):
@@ -89,13 +97,69 @@ def test_resumed_comparison_keeps_finished_rows(family_folder, tmp_path, data):
 
     with pytest.raises(UserError, match="holds a comparison; give --resume"):
         _run(source, tmp_path, data, methods="sp")
+    # As a run leaves it that is killed.
+    (tmp_path / "r" / "work" / "resmoe-no-center-keep-0.5.partial" / "index").mkdir(parents=True)
     again = _run(source, tmp_path, data, methods="sp,resmoe-no-center", resume="true")["rows"]
 
     # Seconds would differ if the row had been measured again.
     assert again[0] == first[0]
     assert again[1]["contender"] == "resmoe-no-center"
+    assert not (tmp_path / "r" / "work").exists()
+
+
+def test_folder_of_another_comparison_is_refused(family_folder, tmp_path, data):
+    source = family_folder("mixtral")
+    _run(source, tmp_path, data, methods="sp")
+
     with pytest.raises(UserError, match="holds a comparison of other options"):
         _run(source, tmp_path, data, methods="sp", ep="2", resume="true")
+    data.write_text("[[1, 2, 3]]")
+    with pytest.raises(UserError, match="holds a comparison of other options"):
+        _run(source, tmp_path, data, methods="sp", resume="true")
+    with pytest.raises(UserError, match="holds other files"):
+        _run(source, tmp_path, data, report=str(tmp_path))
+
+
+class _Seeded(MethodConfig):
+    seed: int = 0
+
+
+class _RandomRows(StructuredPruning):
+    """Scales random experts down before their rows are chosen."""
+
+    name = "test_random_rows"
+    config = _Seeded
+
+    def encode(
+        self, group: SourceGroup, codecs: GroupCodecs, plan: GroupPlan | None = None
+    ) -> EncodedGroup:
+        torch.manual_seed(self.options.seed)
+        scale = torch.rand(group.experts_EID.shape[1], 1)
+        return super().encode(replace(group, experts_EID=group.experts_EID * scale), codecs, plan)
+
+
+def test_method_with_a_seed_runs_once_per_seed(family_folder, tmp_path, data, monkeypatch):
+    register_method(_RandomRows)
+    random = Contender(WIDTH, "random", {"method": _RandomRows.name}, seeded=True)
+    monkeypatch.setitem(CONTENDERS, "random", random)
+    source = family_folder("mixtral")
+
+    row, once = _run(source, tmp_path, data, methods="random,sp", seeds="3")["rows"]
+
+    errors = []
+    for seed in range(3):
+        method = f"{_RandomRows.name}:seed={seed}"
+        options = {"source": source, "output": tmp_path / str(seed), "ep": 1, "keep": 0.5}
+        compress(CompressConfig(**options, method=method))
+        described = describe(CompressedCheckpoint(tmp_path / str(seed)))
+        errors.append(described["experts"]["relative_error"])
+    assert row["relative_error"] == pytest.approx(numpy.mean(errors))
+    assert row["relative_error_sd"] == pytest.approx(numpy.std(errors, ddof=1))
+    assert len(set(errors)) == 3
+    assert "relative_error_sd" not in once
+    written = (tmp_path / "r" / "report.md").read_text()
+    assert f"{once['relative_error']:.4f} ± – |" in written
+    assert f"{row['relative_error']:.4f} ± {row['relative_error_sd']:.4f} |" in written
 
 
 def test_fewer_neurons_take_fewer_operations(family_folder, tmp_path, data):
@@ -114,7 +178,8 @@ def test_fewer_neurons_take_fewer_operations(family_folder, tmp_path, data):
         ({"methods": "resmoe,zip"}, "--methods 'zip': choose all, or of resmoe, "),
         ({"keep": "0.5,2"}, "each share must lie in"),
         ({"layers": "7"}, "--layers 7: this model has 2 MoE layers"),
-        ({"calibration": "missing.txt"}, "missing.txt: cannot be read"),
+        ({"calibration": "missing.txt"}, "no tokenizer could be loaded"),
+        ({"context": "1"}, "context"),
     ],
 )
 def test_invalid_input_is_refused_before_the_work(family_folder, tmp_path, data, changes, reason):
