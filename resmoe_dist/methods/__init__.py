@@ -1,5 +1,6 @@
 """Ways to compress a layer: one file per method, found by name."""
 
+from resmoe_dist.methods.averaging import Averaging
 from resmoe_dist.methods.base import (
     METHODS,
     EncodedGroup,
@@ -13,17 +14,29 @@ from resmoe_dist.methods.base import (
     register_method,
 )
 from resmoe_dist.methods.dense import Dense
+from resmoe_dist.methods.frequency_merging import FrequencyMerging
+from resmoe_dist.methods.frequency_pruning import FrequencyPruning
+from resmoe_dist.methods.git_rebasin import GitRebasin
+from resmoe_dist.methods.hc_smoe import HCSMoE
+from resmoe_dist.methods.m_smoe import MSMoE
 from resmoe_dist.methods.plan import GroupPlan
 from resmoe_dist.methods.reap import Reap
 from resmoe_dist.methods.resmoe import ResMoE, ResMoEConfig
 from resmoe_dist.methods.structured_pruning import StructuredPruning
+from resmoe_dist.methods.uncurl import Uncurl
 
 __all__ = [
     "METHODS",
+    "Averaging",
     "Dense",
     "EncodedGroup",
+    "FrequencyMerging",
+    "FrequencyPruning",
+    "GitRebasin",
     "GroupCodecs",
     "GroupPlan",
+    "HCSMoE",
+    "MSMoE",
     "Method",
     "MethodConfig",
     "MethodSpec",
@@ -32,6 +45,7 @@ __all__ = [
     "ResMoEConfig",
     "SourceGroup",
     "StructuredPruning",
+    "Uncurl",
     "method_named",
     "method_of",
     "register_method",
