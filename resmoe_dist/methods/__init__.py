@@ -17,6 +17,7 @@ from resmoe_dist.methods.plan import GroupPlan
 from resmoe_dist.methods.reap import Reap
 from resmoe_dist.methods.resmoe import ResMoE, ResMoEConfig
 from resmoe_dist.methods.structured_pruning import StructuredPruning
+from resmoe_dist.methods.unstructured_pruning import UnstructuredPruning
 
 __all__ = [
     "METHODS",
@@ -32,6 +33,7 @@ __all__ = [
     "ResMoEConfig",
     "SourceGroup",
     "StructuredPruning",
+    "UnstructuredPruning",
     "method_named",
     "method_of",
     "register_method",
