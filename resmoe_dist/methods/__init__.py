@@ -17,6 +17,7 @@ from resmoe_dist.methods.plan import GroupPlan
 from resmoe_dist.methods.reap import Reap
 from resmoe_dist.methods.resmoe import ResMoE, ResMoEConfig
 from resmoe_dist.methods.structured_pruning import StructuredPruning
+from resmoe_dist.methods.truncated_svd import TruncatedSvd
 from resmoe_dist.methods.unstructured_pruning import UnstructuredPruning
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "ResMoEConfig",
     "SourceGroup",
     "StructuredPruning",
+    "TruncatedSvd",
     "UnstructuredPruning",
     "method_named",
     "method_of",

@@ -25,6 +25,8 @@ METHODS = [
     ("up", {"form": "sep"}),
     ("sp", {"form": "concat"}),
     ("sp", {"form": "sep"}),
+    ("svd", {"form": "concat"}),
+    ("svd", {"form": "sep"}),
 ]
 # Those that store every row, so that the error is a plain difference.
 ALL_ROWS = [
