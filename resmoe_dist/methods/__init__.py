@@ -13,6 +13,7 @@ from resmoe_dist.methods.base import (
     register_method,
 )
 from resmoe_dist.methods.dense import Dense
+from resmoe_dist.methods.mlp_fusion import MlpFusion
 from resmoe_dist.methods.plan import GroupPlan
 from resmoe_dist.methods.reap import Reap
 from resmoe_dist.methods.resmoe import ResMoE, ResMoEConfig
@@ -29,6 +30,7 @@ __all__ = [
     "Method",
     "MethodConfig",
     "MethodSpec",
+    "MlpFusion",
     "Reap",
     "ResMoE",
     "ResMoEConfig",

@@ -27,6 +27,7 @@ METHODS = [
     ("sp", {"form": "sep"}),
     ("svd", {"form": "concat"}),
     ("svd", {"form": "sep"}),
+    ("mlp_fusion", {"seed": 3}),
 ]
 # Those that store every row, so that the error is a plain difference.
 ALL_ROWS = [
