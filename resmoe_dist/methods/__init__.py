@@ -12,6 +12,7 @@ from resmoe_dist.methods.base import (
     method_of,
     register_method,
 )
+from resmoe_dist.methods.d2_moe import D2MoE
 from resmoe_dist.methods.dense import Dense
 from resmoe_dist.methods.mlp_fusion import MlpFusion
 from resmoe_dist.methods.plan import GroupPlan
@@ -23,6 +24,7 @@ from resmoe_dist.methods.unstructured_pruning import UnstructuredPruning
 
 __all__ = [
     "METHODS",
+    "D2MoE",
     "Dense",
     "EncodedGroup",
     "GroupCodecs",

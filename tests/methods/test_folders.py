@@ -28,6 +28,7 @@ METHODS = [
     ("svd", {"form": "concat"}),
     ("svd", {"form": "sep"}),
     ("mlp_fusion", {"seed": 3}),
+    ("d2_moe", {}),
 ]
 # Those that store every row, so that the error is a plain difference.
 ALL_ROWS = [
