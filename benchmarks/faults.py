@@ -3,22 +3,18 @@
     python -m benchmarks.faults --count 200 [--ranks 4] [--seed 0] [--json F]
 
 Each run starts a small grid under the `deepspeed` launcher, lets a random rank fail in a random way
-at a random moment, and checks that all processes end in time, that the exit code is not zero, that
-exactly one line starts with `error: ` and names what failed, and that no process, shared memory or
-temporary file is left.
-
-kinds: kill (SIGKILL), stop (SIGSTOP), term (SIGTERM) at a random time, from the start of the ranks
-on; launcher: SIGTERM to the `deepspeed` command; raise, memory: an exception in a layer; damage: a
-truncated file that one rank opens.
+at a random moment, and checks that all processes end in time, that the exit code is right, that
+exactly one line starts with `error: ` and is the one that is due, and that no process, shared
+memory or temporary file is left. `fault_kinds` has the kinds of faults; those from outside strike
+at a random time, from the start of the ranks on.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,45 +27,55 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.fault_kinds import INSIDE, KINDS
+from benchmarks.faulty_rank import Fault
 from benchmarks.processes import ROOT
 from resmoe_dist.checkpoints.tensor_files import write_json
 from resmoe_dist.parallel.entry_point import run_entry_point
 from resmoe_dist.parallel.rendezvous import free_port
 from resmoe_dist.testing.embedded import embedded_checkpoint
 
-SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
-IN_LAYER = ("raise", "memory")
-KINDS = (*SIGNALS, "launcher", *IN_LAYER, "damage")
 _HANG_SECONDS = 120
+# Which call of a MoE layer a fault inside a rank awaits: about as many are made in a second.
+_CALLS_PER_SECOND = 10
+# Lines of standard error that are kept of a run.
+_KEPT_LINES = 30
 
 
 @dataclass
 class Outcome:
     """One run. seconds: from the fault to the end of all processes; None: they hang.
 
-    lines: of ours on standard error. left: processes and files that remain.
+    lines: of ours on standard error. left: processes and files that remain. error: the end of
+    standard error.
     """
 
     kind: str
     rank: int
+    ranks: int
     delay: float
     seconds: float | None
     code: int | None
     lines: list[str]
     left: list[str]
-    traceback: bool
+    error: list[str]
 
-    def is_clean(self, bound: float) -> bool:
-        """Whether it ended as it should, within `bound` seconds."""
-        return (
-            self.seconds is not None
-            and self.seconds <= bound
-            and bool(self.code)
-            and len(self.lines) == 1
-            and re.search(r"\brank \d+", self.lines[0]) is not None
-            and not self.left
-            and not self.traceback
-        )
+    def problems(self, bound: float) -> list[str]:
+        """What is wrong with how it ended; nothing if it ended as it should."""
+        kind = KINDS[self.kind]
+        in_time = self.seconds is not None and self.seconds <= bound
+        right_code = bool(self.code) if kind.code is None else self.code == kind.code
+        one_line = len(self.lines) == 1
+        found = {
+            f"it took {self.seconds} s": in_time,
+            f"exit code {self.code}": right_code,
+            f"{len(self.lines)} lines": one_line,
+            "another line than is due": not one_line
+            or kind.expects(self.lines[0], self.rank, self.ranks),
+            f"left: {', '.join(self.left)}": not self.left,
+            "a traceback": not any("Traceback" in line for line in self.error),
+        }
+        return [problem for problem, is_right in found.items() if not is_right]
 
 
 def inject(
@@ -79,13 +85,17 @@ def inject(
     *,
     ranks: int = 4,
     delay: float = 5.0,
+    number: int | None = None,
     rank_timeout: float = 5.0,
     launcher: Sequence[str] | None = None,
 ) -> Outcome:
-    """Start `ranks` ranks, let `rank` fail after `delay` seconds, and see how all end.
+    """Start `ranks` ranks, let `rank` fail, and see how all end.
 
-    kind: one of KINDS. launcher: the command in front of the script, `deepspeed` by default.
+    kind: one of KINDS. delay: seconds after which a fault strikes from outside. number: see
+    `Fault`; it follows from `delay` by default. launcher: the command in front of the script,
+    `deepspeed` by default.
     """
+    fault = KINDS[kind]
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "tmp"
         folder.mkdir()
@@ -93,16 +103,18 @@ def inject(
         environment = os.environ | {"TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         script = ["launch/infer.py"]
-        if kind in IN_LAYER:
+        other = fault.folder(model, Path(work) / "model", rank) if fault.folder else None
+        if fault.damaged and other:
+            model = other
+        elif kind in INSIDE:
             script = ["--module", "benchmarks.faulty_rank"]
-            environment["FAULT"] = f"{kind}:{rank}:{int(delay * 10)}"
-        elif kind == "damage":
-            model = _damaged(model, Path(work) / "model", rank)
+            number = int(delay * _CALLS_PER_SECOND) if number is None else number
+            environment |= Fault(kind, rank, number, str(other)).environment()
         default = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())]
         command = [
             *(launcher or default),
             *(*script, "--ep", str(ranks), "--model", str(model), "--prompt", "import"),
-            *("--max-new-tokens", "900", "--rank-timeout", str(rank_timeout)),
+            *("--max-new-tokens", "900", "--rank-timeout", str(rank_timeout), *fault.options),
         ]
         process = subprocess.Popen(
             command,
@@ -113,14 +125,11 @@ def inject(
             text=True,
         )
         pids, family = _wait_for_ranks(process, ranks, script[-1])
-        if kind in SIGNALS or kind == "launcher":
+        if fault.strike:
             time.sleep(delay)
             began = time.monotonic()
             with suppress(ProcessLookupError):
-                if kind == "launcher":
-                    process.terminate()
-                else:
-                    os.kill(pids[rank], SIGNALS[kind])
+                fault.strike(process, pids[rank])
         else:
             # The moment of the fault is not known; the end of the first rank comes right after.
             while all(map(_runs, pids)) and process.poll() is None:
@@ -134,20 +143,12 @@ def inject(
                 os.kill(pid, signal.SIGKILL)
         if process.poll() is None:
             process.kill()
-        _, error = process.communicate()
+        error = process.communicate()[1].splitlines()
         left += [str(path) for path in folder.iterdir()]
         left += sorted(set(os.listdir("/dev/shm")) - shared)
-        lines = [line for line in error.splitlines() if line.startswith("error: ")]
-        stray = "Traceback" in error
-        return Outcome(kind, rank, delay, ended, process.returncode, lines, left, stray)
-
-
-def _damaged(model: Path, copy: Path, rank: int) -> Path:
-    """A copy of a model in which the file of one EP rank is truncated."""
-    shutil.copytree(model, copy)
-    bad = sorted(copy.glob(f"resmoe-*-group-{rank:03d}.safetensors"))[0]
-    bad.write_bytes(bad.read_bytes()[:-100])
-    return copy
+        lines = [line for line in error if line.startswith("error: ")]
+        code = process.returncode
+        return Outcome(kind, rank, ranks, delay, ended, code, lines, left, error[-_KEPT_LINES:])
 
 
 def _runs(pid: int) -> bool:
@@ -189,10 +190,14 @@ def _wait_for_end(pids: list[int], process: subprocess.Popen[str]) -> float | No
 
 def main() -> None:
     """Inject `--count` random faults and print how they ended."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    kinds = "\n".join(f"  {name:14} {kind.what}" for name, kind in KINDS.items())
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__.splitlines()[0]}\n\nkinds:\n{kinds}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--count", type=int, default=20, help="faults to inject")
-    parser.add_argument("--ranks", type=int, default=2, help="ranks of the grid: 1, 2, 4 or 8")
-    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
+    parser.add_argument("--ranks", type=int, default=2, help="ranks of the grid: 2, 4 or 8")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, metavar="KIND")
     parser.add_argument("--seed", type=int, default=0, help="of kinds, ranks and moments")
     parser.add_argument("--latest", type=float, default=12, help="latest moment, in seconds")
     parser.add_argument("--bound", type=float, default=60, help="seconds that an end may take")
@@ -200,18 +205,30 @@ def main() -> None:
     args = parser.parse_args()
     model = embedded_checkpoint(args.ranks)
     draw = random.Random(args.seed)
-    outcomes = []
+    outcomes: list[Outcome] = []
     for number in range(args.count):
         kind, rank = draw.choice(args.kinds), draw.randrange(args.ranks)
         outcome = inject(kind, rank, model, ranks=args.ranks, delay=draw.uniform(0, args.latest))
         outcomes.append(outcome)
-        state = "clean" if outcome.is_clean(args.bound) else "NOT CLEAN"
-        print(f"{number + 1}: {state} {outcome}", flush=True)
-    ended = [o.seconds for o in outcomes if o.seconds is not None]
-    clean = sum(outcome.is_clean(args.bound) for outcome in outcomes)
-    print(f"{clean} of {len(outcomes)} clean, longest {max(ended):.1f} s")
-    if args.json:
-        write_json(args.json, [asdict(outcome) for outcome in outcomes])
+        problems = outcome.problems(args.bound)
+        state = f"NOT CLEAN ({'; '.join(problems)}) {outcome}" if problems else "clean"
+        seconds = f"{outcome.seconds or math.inf:.1f} s"
+        print(f"{number + 1}: {kind}, rank {rank}, {seconds}: {state}", flush=True)
+        if args.json:
+            write_json(args.json, [asdict(outcome) for outcome in outcomes])
+    print(summary(outcomes, args.bound))
+
+
+def summary(outcomes: Sequence[Outcome], bound: float) -> str:
+    """How many of each kind ended as they should, and the longest time that one took."""
+    lines = []
+    for name in (*KINDS, None):
+        mine = [outcome for outcome in outcomes if name in (None, outcome.kind)]
+        if mine:
+            clean = sum(not outcome.problems(bound) for outcome in mine)
+            longest = max(outcome.seconds or math.inf for outcome in mine)
+            lines.append(f"{name or 'all'}: {clean} of {len(mine)} clean, longest {longest:.1f} s")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ class ModelSystem:
 
     model: None on ranks that do not take part. batches: how many different batches the ranks carry
     together; batch: this rank's. implementation: of transformers' experts; None for ours and
-    DeepSpeed's. threads: of this rank; None leaves them.
+    DeepSpeed's. threads: of this rank; None leaves them. ranks_per_copy: that each compute a part
+    of every routed copy.
     """
 
     name: str
@@ -59,10 +60,16 @@ class ModelSystem:
     batch: int
     implementation: str | None = None
     threads: int | None = None
+    ranks_per_copy: int = 1
 
     def share(self, ids_BS: Tensor) -> Tensor:
         """This rank's sequences of a batch."""
         return ids_BS[slice(*row_range(len(ids_BS), self.batch, self.batches))]
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token; 0 on ranks that do not take part."""
+        return 0 if self.model is None else self.model.config.num_experts_per_tok
 
     @property
     def parts(self) -> list[LayerParts]:
@@ -83,7 +90,9 @@ def our_model_systems(
         for name, folder in (("resmoe", compressed), ("resmoe-dense", dense)):
             usable = "auto" if form == "shared_batch" and place.replica_lanes > 1 else form
             model = load_model(folder, dtype=dtype, topology=place, dispatch=usable)
-            yield ModelSystem(f"{name}, {lanes}", model, place.lanes, place.lane)
+            yield ModelSystem(
+                f"{name}, {lanes}", model, place.lanes, place.lane, ranks_per_copy=place.tp
+            )
 
 
 def one_rank_systems(
@@ -192,6 +201,7 @@ def _timed(kind: type[EPImplementation]) -> type[EPImplementation]:
         def __init__(self, experts: nn.Module, *meshes: Any, **named: Any) -> None:
             super().__init__(experts, *meshes, **named)
             self.experts_forward = _CalledAsModule(self.experts_forward)
+            self.experts_forward.num_experts = self.num_local_experts
             vars(experts)["watched_experts"] = self.experts_forward
 
     return Timed

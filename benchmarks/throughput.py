@@ -7,7 +7,8 @@ Makes a Mixtral with random weights, compresses it, restores that, and stores th
 with codec `dense`; all stay in DIR. Then every system (see `model_systems.py`) generates greedily
 from the same random prompts, in one launch and in turns. All systems hold the same weights. A
 turn's time is that of the slowest rank. No sequence ends early, so the ranks need not agree on
-when to stop; launch/infer.py adds one all-reduce per step for that if there are several lanes.
+when to stop; launch/infer.py adds a small message per step if there are several lanes and texts can
+end early.
 
 A system divides a batch over its lanes, over all ranks (DeepSpeed), or not at all. A rank without a
 sequence of the batch runs the first one, which does not count.
@@ -20,6 +21,13 @@ equal         share of new tokens that equal the first system's. In float32 all 
 wire          of a decode step, per MoE layer, attention included: collectives of one rank, and
               bytes that leave ranks for others, per token, all ranks together (see `wire.py`)
 stages        of a decode step, per MoE layer: the mean over ranks and steps
+empty rows    sent: rows of zeros / other rows, in what all ranks give to collectives of MoE layers.
+              Fixed sizes send them for lanes with fewer tokens and experts with fewer copies; sums
+              for tokens that have no expert on a rank are zero too
+padding       computed: rows that experts compute without a token of the batch / those with one (see
+              `loads.py`): capacity, alignment, and sequences that ranks without one run
+imbalance     the largest number of routed copies / the mean, over experts and over ranks; the mean
+              over layers and steps
 resident      bytes of the model's tensors on the rank that has most
 peak          resident and what the process grew by while the system ran: at least so much, because
               memory that the process had freed before may be used again
@@ -66,12 +74,11 @@ from benchmarks.ranks import (
     of_all_ranks,
     rank,
 )
-from benchmarks.stages import STAGES, stage_seconds
+from benchmarks.steps import watch_steps
 from benchmarks.synthetic import add_model_arguments
 from benchmarks.tables import Row
 from benchmarks.timing import Clock, summary
 from benchmarks.ways import DENSE
-from benchmarks.wire import WireCount
 from resmoe_dist.checkpoints.format import STORED_DTYPES, is_compressed
 from resmoe_dist.config.commands import CompressConfig
 from resmoe_dist.errors import first_line
@@ -95,6 +102,14 @@ TABLES = (
     (
         *("rows", "system", "collectives/layer=wire.collectives:.1f"),
         *("wire/token/layer=wire.bytes_per_token:bytes", "{} ms=stages_ms.*:.2f"),
+    ),
+    *(
+        (
+            *("rows", f"{phase}=system", f"empty rows sent={phase}.empty_rows:.0%"),
+            f"padding computed={phase}.padding:.0%",
+            *(f"imbalance of {each}={phase}.imbalance.{each}:.2f" for each in ("experts", "ranks")),
+        )
+        for phase in ("prefill", "decode")
     ),
     ("skipped", "left out=system", "because=reason"),
 )
@@ -190,7 +205,8 @@ def measure_systems(
             raise RuntimeError(f"{system.name}: {reason}")
         else:
             skipped.append({"system": system.name, "reason": reason})
-    watched = {system.name: _watch(args, system, prompts.batch()) for system in running}
+    watch = partial(watch_steps, layers=args.layers, steps=min(_WATCHED_STEPS, args.output_len - 1))
+    watched = {system.name: watch(system, prompts.batch()) for system in running}
     generated: dict[str, list[Generated]] = {system.name: [] for system in running}
     batches = -(-(args.num_prompts or args.batch_size) // args.batch_size)
 
@@ -252,31 +268,6 @@ class _Prompts:
         """The next ones: [B, S]."""
         generator = torch.Generator().manual_seed(next(self._seeds))
         return torch.randint(VOCABULARY, self._shape, generator=generator)
-
-
-def _watch(args: argparse.Namespace, system: ModelSystem, ids_BS: Tensor) -> Row:
-    """Collectives, bytes and stages of a decode step, per MoE layer."""
-    steps, counts = min(_WATCHED_STEPS, args.output_len - 1), []
-    for new_tokens in (1, 1 + steps):
-        with WireCount() as wire:
-            generate(system, ids_BS, new_tokens)
-        counts.append((wire.collectives, sum(of_all_ranks(wire.bytes))))
-    per = max(1, steps) * args.layers
-    (calls, sent), (more_calls, more_sent) = counts
-    run = partial(generate, system, ids_BS, 1 + steps)
-    # The layers of the first step are the prefill's.
-    mine = stage_seconds(run, system.parts)[args.layers :]
-    found = [each for of_rank in of_all_ranks(mine) for each in of_rank]
-    return {
-        "wire": {
-            "collectives": (more_calls - calls) / per,
-            "bytes_per_token": (more_sent - sent) / per / args.batch_size,
-        },
-        "stages_ms": {
-            stage: 1000 * statistics.fmean(each[stage] for each in found) if found else None
-            for stage in STAGES
-        },
-    }
 
 
 def _figures(args: argparse.Namespace, found: list[Generated]) -> Row:

@@ -15,7 +15,7 @@ Bytes on the wire are those that leave a rank for others, with P ranks in the gr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,11 +28,17 @@ _SILENT = ("barrier", "monitored_barrier_", "recv_", "recv_any_source_", "irecv"
 
 
 class Message(NamedTuple):
-    """One collective: its operator, the ranks of its group, and the bytes that this rank sends."""
+    """One collective: its operator, the ranks of its group, and the bytes that this rank sends.
+
+    rows, empty_rows: of the matrices that this rank gives, all and those of zeros, its own part
+    included. A row is the last dimension.
+    """
 
     operator: str
     ranks: tuple[int, ...]
     bytes: int
+    rows: int = 0
+    empty_rows: int = 0
 
 
 class WireCount(TorchDispatchMode):
@@ -64,7 +70,9 @@ class WireCount(TorchDispatchMode):
             given = dict(zip(names, args, strict=False)) | (kwargs or {})
             if name not in _SILENT and ("process_group" in given or "group_name" in given):
                 ranks = torch.distributed.get_process_group_ranks(_group_of(given))
-                self.messages.append(Message(name, tuple(ranks), sent_bytes(name, given)))
+                # Before the call, which may change what it is given.
+                rows = count_rows(given_tensors(given))
+                self.messages.append(Message(name, tuple(ranks), sent_bytes(name, given), *rows))
         return func(*args, **(kwargs or {}))
 
 
@@ -75,8 +83,7 @@ def sent_bytes(operator: str, given: dict[str, Any]) -> int:
     """
     group = _group_of(given)
     ranks, rank = group.size(), group.rank()
-    sources = ("inputs", "input", "input_tensors", "input_tensor", "input_list", "tensors")
-    tensors = list(_tensors(next(given[name] for name in sources if name in given)))
+    tensors = given_tensors(given)
     size = sum(tensor.nbytes for tensor in tensors)
     kind = operator.replace("_", "")
     if kind.startswith("alltoall"):
@@ -96,6 +103,19 @@ def sent_bytes(operator: str, given: dict[str, Any]) -> int:
     if kind in ("send", "isend"):
         return size
     raise ValueError(f"no rule for the bytes of {operator}")
+
+
+def given_tensors(given: dict[str, Any]) -> list[Tensor]:
+    """What a rank gives to a collective. given: the operator's arguments by name."""
+    sources = ("inputs", "input", "input_tensors", "input_tensor", "input_list", "tensors")
+    return list(_tensors(next(given[name] for name in sources if name in given)))
+
+
+def count_rows(tensors: Sequence[Tensor]) -> tuple[int, int]:
+    """Rows of the tensors that have two dimensions or more, and how many of them are zero."""
+    matrices = [tensor.flatten(0, -2) for tensor in tensors if tensor.dim() > 1]
+    rows = sum(map(len, matrices))
+    return rows, rows - sum(int((matrix != 0).any(1).sum()) for matrix in matrices)
 
 
 def _group_of(given: dict[str, Any]) -> torch.distributed.ProcessGroup:

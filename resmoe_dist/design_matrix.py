@@ -45,6 +45,11 @@ class ExpertShape:
         return "down" if self.gated else "out"
 
     @property
+    def projections(self) -> int:
+        """How many weight matrices an expert has."""
+        return len(self.inputs) + 1
+
+    @property
     def columns(self) -> int:
         """D."""
         inputs = len(self.inputs)
@@ -75,6 +80,20 @@ def to_rows(shape: ExpertShape, projections: dict[str, Tensor]) -> Tensor:
     if shape.row_bias:
         blocks += [projections[f"{name}_bias"].unsqueeze(1) for name in shape.inputs]
     return torch.cat(blocks, dim=1)
+
+
+def projection_columns(shape: ExpertShape) -> list[Tensor]:
+    """The columns of each projection with its row bias, if any: inputs in order, then the output.
+
+    Together they are all D columns. They are int64 indices, because biases are at the end of a row.
+    """
+    H = shape.hidden
+    names = (*shape.inputs, shape.output)
+    columns = [torch.arange(i * H, (i + 1) * H) for i in range(len(names))]
+    if shape.row_bias:
+        for i in range(len(shape.inputs)):
+            columns[i] = torch.cat([columns[i], torch.tensor([len(names) * H + i])])
+    return columns
 
 
 def from_rows(shape: ExpertShape, matrix_ID: Tensor) -> dict[str, Tensor]:

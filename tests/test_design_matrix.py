@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resmoe_dist.design_matrix import ExpertShape, from_rows, row_range, to_rows
+from resmoe_dist.design_matrix import ExpertShape, from_rows, projection_columns, row_range, to_rows
 
 SHAPES = [
     ExpertShape(rows, hidden, gated=gated, row_bias=bias, output_bias=bias)
@@ -111,6 +111,22 @@ def test_partial_outputs_of_all_tensor_parallel_ranks_sum_to_the_experts(shape):
         ranges = [row_range(shape.rows, rank, size) for rank in range(size)]
         parts = [_mlp(shape, from_rows(shape, matrix[start:stop]), x_TH) for start, stop in ranges]
         np.testing.assert_allclose(sum(parts), expected, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("gated", "row_bias", "expected"),
+    [
+        (True, False, [[0, 1], [2, 3], [4, 5]]),
+        (True, True, [[0, 1, 6], [2, 3, 7], [4, 5]]),
+        (False, False, [[0, 1], [2, 3]]),
+        (False, True, [[0, 1, 4], [2, 3]]),
+    ],
+)
+def test_row_bias_is_a_column_of_its_projection(gated, row_bias, expected):
+    shape = ExpertShape(rows=5, hidden=2, gated=gated, row_bias=row_bias)
+
+    assert [columns.tolist() for columns in projection_columns(shape)] == expected
+    assert shape.projections == len(expected)
 
 
 @given(data=st.data(), rows=st.integers(1, 40_000))

@@ -12,6 +12,7 @@ from resmoe_dist.codecs.base import (
 from resmoe_dist.codecs.dense import DENSE, DenseMatrix
 from resmoe_dist.codecs.empty import EmptyMatrix
 from resmoe_dist.codecs.low_rank import LowRankConfig, LowRankMatrix
+from resmoe_dist.codecs.low_rank_blocks import LowRankBlocksConfig, LowRankBlocksMatrix
 from resmoe_dist.codecs.pruned import PrunedConfig, PrunedMatrix
 from resmoe_dist.codecs.registry import CODECS, CodecSpec, codec_named, register_codec
 
@@ -26,6 +27,8 @@ __all__ = [
     "DenseMatrix",
     "EmptyMatrix",
     "EncodedMatrix",
+    "LowRankBlocksConfig",
+    "LowRankBlocksMatrix",
     "LowRankConfig",
     "LowRankMatrix",
     "PrunedConfig",

@@ -38,6 +38,15 @@ class Contender:
         return options
 
 
+def _calibrated(kind: str, text: str, method: str) -> Contender:
+    return Contender(kind, text, {"method": method}, calibrated=True)
+
+
+def _of_layer(kind: str, text: str, method: str) -> Contender:
+    """A method that chooses among all experts of a layer, by what a calibration text shows."""
+    return Contender(kind, text, {"method": method}, calibrated=True, whole_layer=True)
+
+
 OURS, PRUNING, LOW_RANK, DROPPING = "ours", "pruning", "low rank", "dropping experts"
 MERGING, WIDTH = "merging experts", "fewer neurons"
 
@@ -56,13 +65,23 @@ CONTENDERS: dict[str, Contender] = {
         "the papers' recipe: POT's barycentre, then pruning",
         {"align": "pot", "center": "barycenter", "allocate": "expert"},
     ),
+    "up": Contender(PRUNING, "the smallest entries of each expert go", {"method": "up"}),
+    "up-sep": Contender(PRUNING, "the same in each projection", {"method": "up:form=sep"}),
+    "svd": Contender(LOW_RANK, "truncated SVD of each expert", {"method": "svd"}),
+    "svd-sep": Contender(LOW_RANK, "the same of each projection", {"method": "svd:form=sep"}),
+    "d2_moe": _calibrated(LOW_RANK, "shared base, differences that fit the inputs", "d2_moe"),
     "sp": Contender(WIDTH, "the smallest neurons go", {"method": "sp"}),
-    "reap": Contender(
-        DROPPING,
-        "experts with the smallest weighted outputs go",
-        {"method": "reap"},
-        calibrated=True,
-        whole_layer=True,
+    "sp-sep": Contender(WIDTH, "the same in each projection", {"method": "sp:form=sep"}),
+    "mlp_fusion": Contender(WIDTH, "k-means over neurons", {"method": "mlp_fusion"}, seeded=True),
+    "reap": _of_layer(DROPPING, "experts with the smallest weighted outputs go", "reap"),
+    "frequency_pruning": _of_layer(DROPPING, "the least used experts go", "frequency_pruning"),
+    "averaging": _of_layer(MERGING, "plain mean of experts routed alike", "averaging"),
+    "git_rebasin": _of_layer(MERGING, "the same after weight matching", "git_rebasin"),
+    "m_smoe": _of_layer(MERGING, "weighted by use, most used experts of all layers", "m_smoe"),
+    "hc_smoe": _of_layer(MERGING, "experts with similar outputs, hierarchically", "hc_smoe"),
+    "uncurl": _of_layer(MERGING, "spectral clusters of router logits", "uncurl"),
+    "frequency_merging": _of_layer(
+        MERGING, "rare experts into each layer's most used ones", "frequency_merging"
     ),
 }
 

@@ -63,10 +63,25 @@ def align_pot(experts_EID: Tensor, assign: Assign) -> Tensor:
     )
 
 
+def align_ot_fusion(experts_EID: Tensor, assign: Assign) -> Tensor:
+    """OT Fusion (paper 000, appendix B.2): each layer of the MLP is aligned before the next.
+
+    The input projections, with their biases, decide the order of the neurons as in `align_pot`; the
+    output projection follows. A permutation of the output elements would not restore an expert by
+    adding a residual, so there is none. experts_EID: input columns alone. Returns permutations
+    [E, I].
+    """
+    return align_pot(experts_EID, assign)
+
+
+# Those of `ALIGNERS` that see the columns of input projections alone.
+ALIGN_BY_INPUTS = ("ot_fusion",)
+
 # Alignment methods by name: experts [E, I, D] -> permutations [E, I].
 ALIGNERS: dict[str, Callable[[Tensor, Assign], Tensor]] = {
     "loo": align_leave_one_out,
     "pot": align_pot,
+    "ot_fusion": align_ot_fusion,
     "none": lambda experts_EID, _: identity_permutations(experts_EID),
 }
 
@@ -78,11 +93,16 @@ def align(
     *,
     solver: str = "scipy",
     device: torch.device = CPU,
+    input_columns: Tensor | None = None,
 ) -> Alignment:
     """Align experts [E, I, D] (any float dtype) with `method`, a key of `ALIGNERS`.
 
     solver, device: passed on to `best_assignment`; "loo" is the only method that uses them.
+    input_columns: those of the input projections, for "ot_fusion"; None takes all columns.
     """
     assign = partial(best_assignment, solver=solver, device=device)
-    permutations_EI = ALIGNERS[method](experts_EID, assign)
+    compared_EID = experts_EID
+    if method in ALIGN_BY_INPUTS and input_columns is not None:
+        compared_EID = experts_EID[:, :, input_columns]
+    permutations_EI = ALIGNERS[method](compared_EID, assign)
     return Alignment(permutations_EI, alignment_objective(experts_EID, permutations_EI))

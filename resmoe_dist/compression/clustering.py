@@ -5,7 +5,7 @@ Legend: E experts, I rows, D columns, S columns of a sketch, B rows of a block.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from scipy.cluster.hierarchy import fcluster, linkage
@@ -36,7 +36,6 @@ def cluster_experts(
     """
     sketches = _sketches(experts, device, sketch_columns)
     count = len(sketches)
-    assert clusters <= count
     if clusters in (1, count):
         return [list(range(count))] if clusters == 1 else [[k] for k in range(count)]
     distances = [
@@ -45,11 +44,28 @@ def cluster_experts(
         for a in range(count)
         for b in range(a + 1, count)
     ]
+    return average_linkage(distances, clusters)
+
+
+def average_linkage(distances: Sequence[float], clusters: int) -> list[list[int]]:
+    """Split items into `clusters` non-empty lists, merging the closest two clusters repeatedly.
+
+    distances: of all pairs (0, 1), (0, 2), …, (1, 2), … of two or more items. The distance of two
+    clusters is the mean over the pairs of their items. The lists are in order of their first item.
+    """
+    # SciPy merges all clusters at equal distances at once, so it may find too few.
     labels = fcluster(linkage(distances, "average"), clusters, criterion="maxclust")
-    found = [[k for k in range(count) if labels[k] == label] for label in sorted(set(labels))]
+    return clusters_of(labels.tolist(), clusters)
+
+
+def clusters_of(labels: Sequence[int], clusters: int) -> list[list[int]]:
+    """The items of each label, in order of their first item.
+
+    If there are fewer labels than `clusters`, items leave the largest lists until there are enough.
+    """
+    assert len(set(labels)) <= clusters <= len(labels)
+    found = [[k for k, own in enumerate(labels) if own == label] for label in sorted(set(labels))]
     while len(found) < clusters:
-        # SciPy merges all clusters at equal distances at once, so it may return fewer than asked
-        # for, but never more.
         largest = max(found, key=len)
         found += [[largest.pop()]]
     return sorted(found)

@@ -59,12 +59,14 @@ class GroupCodecs:
     residual: codec of the residuals; its `keep` is the share of entries kept. dtype: of stored
     values. center: codec of the centre, None for a group without one. budget: the share that was
     asked for; methods whose codec keeps all entries spend it on fewer rows or experts.
+    projections: weight matrices of an expert, for methods that store each by itself.
     """
 
     residual: CodecSpec
     dtype: torch.dtype
     center: CodecSpec | None = DENSE
     budget: float | None = None
+    projections: int = 3
 
 
 def encode_group(

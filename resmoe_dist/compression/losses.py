@@ -52,7 +52,7 @@ def loss_against(
     """
     every_row = slice(None)
     expert_ID = aligned.expert_rows(expert, every_row)
-    lost_ID = expert_ID if restored_ID is None else expert_ID - restored_ID.float()
+    lost_ID = expert_ID if restored_ID is None else expert_ID - restored_ID.to(expert_ID)
     return _loss(aligned, expert_ID, lost_ID, every_row, kept)
 
 

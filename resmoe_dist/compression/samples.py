@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from resmoe_dist.checkpoints.tensor_files import TensorFile, write_tensors
+from resmoe_dist.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,12 @@ class SampleFiles:
         write_tensors(self._path(layer, part), tensors, {})
 
     def read(self, layer: int) -> LayerSamples:
-        """All tokens of a layer. Raises UserError if a file is missing or damaged."""
+        """All tokens of a layer. Raises UserError if it received none, or a file is damaged."""
+        if not self._path(layer, 0).exists():
+            raise UserError(
+                f"MoE layer {layer}: receives no token of the calibration text; leave it out with "
+                "--layers"
+            )
         parts = [_read(self._path(layer, 0))]
         while (path := self._path(layer, len(parts))).exists():
             parts.append(_read(path))

@@ -104,8 +104,10 @@ class CompressConfig(StorageConfig):
         help="groups per layer, each with its own centre: the EP size to serve at", metavar="G"
     )
     method: str = option("resmoe", "way to compress a layer: NAME or NAME:option=value,…")
-    align: Literal["loo", "pot", "none"] = option(
-        "loo", "row alignment: leave-one-out descent, POT's barycentre, or none"
+    align: Literal["loo", "pot", "ot_fusion", "none"] = option(
+        "loo",
+        "row alignment: leave-one-out descent, POT's barycentre of whole rows or (ot_fusion) of "
+        "the input projections, or none",
     )
     solver: Literal["scipy", "lapx"] = option("scipy", "assignment solver for --align loo")
     center: Literal["auto", "joint", "barycenter", "mean", "none"] = option(

@@ -24,9 +24,12 @@ class RouterOutput:
     position: int
 
     def logits(self, output: Any, num_experts: int) -> Tensor:
-        """The logits [T, E] of a forward pass, float32."""
+        """The logits [T, E] of a forward pass, float32.
+
+        Some routers also choose among experts without weights, which come last: left out.
+        """
         found = output[self.position] if isinstance(output, tuple) else output
-        return found.detach().reshape(-1, num_experts).float()
+        return found.detach().flatten(0, -2)[:, :num_experts].float()
 
 
 def router_outputs(

@@ -11,26 +11,7 @@ from resmoe_dist.footprint.experts import ExpertBytes, PlannedLayer
 from resmoe_dist.footprint.lane_share import lane_share
 from resmoe_dist.footprint.layout import Layout, StoredExperts, dense_layers
 from resmoe_dist.footprint.structure import ModelStructure
-from resmoe_dist.parallel.topology import lane_positions, owned_experts
-
-
-@dataclass(frozen=True)
-class Grid:
-    """ep · tp ranks in `lanes` lanes, each of which carries its own sequences."""
-
-    ep: int
-    tp: int
-    lanes: int
-
-    @property
-    def ranks(self) -> int:
-        """Number of ranks."""
-        return self.ep * self.tp
-
-    @property
-    def lane_ranks(self) -> int:
-        """Ranks that carry one batch together."""
-        return self.ranks // self.lanes
+from resmoe_dist.parallel.topology import Grid, lane_positions, owned_experts
 
 
 @dataclass(frozen=True)
@@ -70,11 +51,11 @@ def grid_for(ep: int, tp: int, lanes: int | None = None, sequences: int | None =
 
     Raises UserError if the lanes do not divide the grid.
     """
-    return Grid(ep, tp, ep // lane_positions(lanes, ep, 1, sequences))
+    return Grid(ep, tp, lane_ep=lane_positions(lanes, ep, 1, sequences))
 
 
 def check_grid(structure: ModelStructure, grid: Grid) -> None:
-    """Raise UserError for a grid that the experts do not divide over, or lanes that do not fit."""
+    """Raise UserError for a grid that the experts do not divide over."""
     for site in structure.sites:
         owned_experts(site.num_experts, 0, grid.ep)
         if grid.tp > site.shape.rows:
@@ -82,7 +63,6 @@ def check_grid(structure: ModelStructure, grid: Grid) -> None:
                 f"--tp {grid.tp}: {site.module} has {site.shape.rows} rows, fewer than ranks to "
                 "share them"
             )
-    lane_positions(grid.lanes, grid.ep, 1)
 
 
 def footprint(
@@ -97,7 +77,7 @@ def footprint(
     itemsize = structure.dtype.itemsize
     sequences = -(-batch_size // grid.lanes)
     dense = dense_layers(structure.sites, structure.dtype)
-    share = lane_share(structure, grid.lane_ranks)
+    share = lane_share(structure, grid.lane_size)
     return Footprint(
         grid,
         batch_size,

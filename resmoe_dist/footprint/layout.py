@@ -103,7 +103,8 @@ class SettingsLayout(Layout):
         if settings.dtype and position in settings.layers:
             dtype = STORED_DTYPES[settings.dtype]
         residual = settings.residual_codec
-        wanted = GroupCodecs(residual, dtype, settings.center_codec, residual.keep)
+        projections = self.structure.sites[position].shape.projections
+        wanted = GroupCodecs(residual, dtype, settings.center_codec, residual.keep, projections)
         return self._method(settings, position).codecs(wanted)
 
     def _sizes(self, settings: CompressionSettings) -> list[StoredSize]:

@@ -70,7 +70,7 @@ def grid_table(footprints: Sequence[Footprint], gpu_memory: int | None = None) -
     rows = []
     for found in footprints:
         grid = found.grid
-        row = [str(number) for number in (grid.ep, grid.tp, grid.ranks, grid.lanes)]
+        row = [str(number) for number in (grid.ep, grid.tp, grid.replica_size, grid.lanes)]
         parts = [found.experts.total, found.other, found.cache, found.total, found.dense_total]
         parts.append(found.stored.disk_bytes)
         row += [human_bytes(part) for part in parts]

@@ -10,6 +10,7 @@ of one expert), H hidden, I intermediate rows, D design-matrix columns.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import defaultdict
 from contextvars import ContextVar
 from pathlib import Path
@@ -35,6 +36,7 @@ from resmoe_dist.families.adapters import ExpertsAdapter, adapter_for
 from resmoe_dist.families.models import model_class
 from resmoe_dist.families.routers import RouterOutput, router_outputs
 from resmoe_dist.families.sites import replace_experts
+from resmoe_dist.runtime.folder_checks import refusing
 
 DEFAULT_TOKENS = 4096
 DEFAULT_CONTEXT = 256
@@ -112,7 +114,8 @@ def measure_activations(
         for module in experts:
             module.register_forward_hook(advance)
         for batch in by_length.values():
-            _run_without_head(model, torch.tensor(batch))
+            with refusing(source.folder, "the model does not run on the calibration text"):
+                _run_without_head(model, torch.tensor(batch))
     return [module.activations() for module in experts]
 
 
@@ -309,6 +312,11 @@ def _other_tensors(source: SourceCheckpoint) -> dict[str, Tensor]:
 def _run_without_head(model: PreTrainedModel, ids_BS: Tensor) -> None:
     """Run a forward pass up to the last hidden states: logits would take [B, S, vocabulary]."""
     decoder = model.get_decoder()
+    if "decoder_input_ids" in inspect.signature(decoder.forward).parameters:
+        # A model that reads a context and denoises what follows.
+        half = ids_BS.shape[1] // 2
+        model.base_model(input_ids=ids_BS[:, :half], decoder_input_ids=ids_BS[:, half:])
+        return
     if not model.config.is_encoder_decoder:
         decoder(input_ids=ids_BS, use_cache=False)
         return

@@ -79,7 +79,11 @@ class GroupCompressor:
             dtype = STORED_DTYPES[self.settings.dtype]
         settings = self.settings
         wanted = GroupCodecs(
-            settings.residual_codec, dtype, settings.center_codec, settings.residual_codec.keep
+            settings.residual_codec,
+            dtype,
+            settings.center_codec,
+            settings.residual_codec.keep,
+            self.source.sites[layer].shape.projections,
         )
         return self.method(layer).codecs(wanted)
 
@@ -189,6 +193,7 @@ class GroupCompressor:
             activation=activation,
             biases_EH=torch.stack(biases) if biases else None,
             max_stored=self._max_stored(layer),
+            numbers=tuple(experts),
         )
 
     def _max_stored(self, layer: int) -> int | None:

@@ -71,6 +71,11 @@ def check_settings(
     method = method_of(settings.method)
     if method.needs_samples and settings.calibration is None:
         raise UserError(f"--method {method.name}: needs --calibration TEXT")
+    if method.reduces != "entries" and settings.residual_codec.keep is None:
+        raise UserError(
+            f"--method {method.name}: stores fewer {method.reduces}, so it needs a budget, which "
+            f"codec {settings.residual_codec.name} does not have; leave --codec out"
+        )
     if method.reduces == "experts" and settings.groups * settings.groups_per_rank > 1:
         raise UserError(
             f"--method {method.name}: chooses among all experts of a layer; give --ep 1 and no "

@@ -8,6 +8,7 @@ Without --model the embedded tiny model is used: trained and compressed on first
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import torch
 from transformers import TextStreamer
@@ -21,8 +22,8 @@ from resmoe_dist.evaluation.perplexity import load_tokenizer
 from resmoe_dist.families.models import load_config
 from resmoe_dist.launch.execution import execution_of
 from resmoe_dist.launch.facts import facts_of
-from resmoe_dist.launch.lanes import with_fastest_lanes
 from resmoe_dist.launch.rank_report import as_json, gather_reports, rank_table
+from resmoe_dist.parallel.dispatch import SharedBatchDispatcher
 from resmoe_dist.parallel.entry_point import launched_rank, quiet_libraries, run_entry_point
 from resmoe_dist.parallel.launcher import start_grid
 from resmoe_dist.runtime.checking import check_steps
@@ -34,6 +35,7 @@ from resmoe_dist.runtime.generation import (
     generate_on_lane,
     try_generation,
 )
+from resmoe_dist.runtime.lanes import OnLanes, Prompts, fastest_lanes
 from resmoe_dist.runtime.loading import check_grid, load_model
 from resmoe_dist.runtime.loading_cost import loading_cost
 from resmoe_dist.runtime.rank_memory import rank_memory
@@ -87,21 +89,24 @@ def run() -> None:
         if config.chat:
             check_chat(tokenizer)
         check_prompts(tokenizer, prompts, load_config(str(folder)), config.chat)
-    if config.lanes is None and topology.ep > 1:
-        topology = with_fastest_lanes(topology, folder, tokenizer, prompts, config)
     # 3. This rank's shard of the model.
     dtype = STORED_DTYPES[config.dtype] if config.dtype else None
+    load = partial(
+        load_model, folder, dtype=dtype, execution=execution, dispatch=config.dispatch,
+        verify=config.verify,
+    )  # fmt: skip
     with loading_cost() as loading:
-        model = load_model(
-            folder,
-            dtype=dtype,
-            topology=topology,
-            execution=execution,
-            dispatch=config.dispatch,
-            verify=config.verify,
-        )
-    with refusing(folder, "cannot generate"):
-        try_generation(model, tokenizer, topology)
+        model = load(topology=topology)
+        with refusing(folder, "cannot generate"):
+            try_generation(model, tokenizer, topology)
+        one_lane = config.dispatch == SharedBatchDispatcher.name
+        if config.lanes is None and topology.ep > 1 and not one_lane:
+            chosen = fastest_lanes(
+                OnLanes(model, topology),
+                lambda place, held: load(topology=place, experts_of=held, verify=False),
+                Prompts(tokenizer, prompts, options),
+            )
+            model, topology = chosen.model, chosen.place
     if config.check:
         check_steps(model, topology)
     # 4. This lane's prompts. A single one is printed as it is completed.

@@ -47,9 +47,9 @@ class SourceGroup:
     experts_EID: any float dtype. activations: of these experts, in the same order; None weighs all
     entries alike. device: where to compute. samples: the layer's, and activation: between an
     expert's projections, for methods that need samples. biases_EH: output biases, if the family has
-    any. max_stored: how many experts a method that merges or drops experts may store.
-
-    Experts are numbered as in the model if the group holds the whole layer.
+    any. max_stored: how many experts a method that merges or drops experts may store. numbers: of
+    the group's experts in the model, as samples number them; None if the group holds the whole
+    layer.
     """
 
     experts_EID: Tensor
@@ -60,10 +60,15 @@ class SourceGroup:
     activation: Callable[..., Tensor] | None = None
     biases_EH: Tensor | None = None
     max_stored: int | None = None
+    numbers: tuple[int, ...] | None = None
 
     def projections(self, expert: int) -> dict[str, Tensor]:
         """Weights (and row biases) of an expert, float32, oriented as in `torch.nn.Linear`."""
         return from_rows(self.shape, self.experts_EID[expert].float())
+
+    def number(self, expert: int) -> int:
+        """The number in the model of an expert of the group."""
+        return expert if self.numbers is None else self.numbers[expert]
 
     def aligned(self, permutations_EI: Tensor) -> AlignedExperts:
         """The experts with their rows permuted, and the weights of their entries."""
@@ -98,7 +103,8 @@ class Method(ABC):
     config: ClassVar[type[MethodConfig]] = MethodConfig
     # What a budget takes away from layers: all experts lose entries, or rows, or there are fewer
     # experts. Fewer experts need all experts of a layer in one group.
-    reduces: ClassVar[Reduces] = "entries"
+    # An instance may differ from its class, if an option decides.
+    reduces: Reduces = "entries"
     # Whether groups come with samples, which a calibration text yields.
     needs_samples: ClassVar[bool] = False
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+import torch
 from pydantic import Field
 
 from resmoe_dist.compression.alignment import Alignment, align
@@ -21,6 +22,7 @@ from resmoe_dist.compression.encoding import GroupCodecs, encode_group
 from resmoe_dist.compression.masks import BALANCED_RUN
 from resmoe_dist.compression.permutations import identity_permutations
 from resmoe_dist.compression.stages import stage
+from resmoe_dist.design_matrix import projection_columns
 from resmoe_dist.errors import UserError
 from resmoe_dist.methods.base import (
     EncodedGroup,
@@ -35,8 +37,10 @@ from resmoe_dist.methods.plan import GroupPlan
 class ResMoEConfig(MethodConfig):
     """The options of `--method resmoe`."""
 
-    align: Literal["loo", "pot", "none"] = Field(
-        default="loo", description="row alignment: leave-one-out descent, POT's barycentre, or none"
+    align: Literal["loo", "pot", "ot_fusion", "none"] = Field(
+        default="loo",
+        description="row alignment: leave-one-out descent, POT's barycentre of all columns or of "
+        "the input projections', or none",
     )
     solver: Literal["scipy", "lapx"] = Field(
         default="scipy", description="solver of the assignments in leave-one-out descent"
@@ -106,7 +110,11 @@ class ResMoE(Method):
         alignment = Alignment(identity_permutations(group.experts_EID), 0.0)
         if options.center != "none":
             alignment = align(
-                group.experts_EID, options.align, solver=options.solver, device=group.device
+                group.experts_EID,
+                options.align,
+                solver=options.solver,
+                device=group.device,
+                input_columns=torch.cat(projection_columns(group.shape)[:-1]),
             )
         aligned = group.aligned(alignment.permutations_EI)
         center, keep = self._choose_center(group, aligned, codecs)

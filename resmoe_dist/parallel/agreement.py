@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -28,15 +29,18 @@ def library_versions() -> dict[str, str]:
 def check_agreement(facts: Mapping[str, str]) -> None:
     """Raise DisagreementError on every rank unless all ranks have the same facts. Collective.
 
-    facts: name and value, as the user knows them.
+    It names the first rank that differs from the most; of two, rank 1. facts: name and value, as
+    the user knows them.
     """
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, dict(facts))
-    for rank, theirs in enumerate(everyone):
-        for name in sorted(theirs.keys() | everyone[0].keys()):
-            first, other = everyone[0].get(name), theirs.get(name)
-            if first != other:
+    for name in sorted(set().union(*everyone)):
+        values = [theirs.get(name) for theirs in everyone]
+        usual = Counter(values).most_common(1)[0][0]
+        for rank, value in enumerate(values):
+            if value != usual:
+                other = values.index(usual)
                 raise DisagreementError(
-                    f"rank {rank} disagrees with rank 0: {name} is {other} on rank {rank}, {first} "
-                    "on rank 0; start all ranks alike"
+                    f"rank {rank} disagrees with rank {other}: {name} is {value} on rank {rank}, "
+                    f"{usual} on rank {other}; start all ranks alike"
                 )

@@ -10,7 +10,7 @@ class Kind(IntEnum):
     """What happened. If ranks notice several, the lowest is reported: it explains the others."""
 
     RAISED = 0  # a rank reports an error
-    LOST = 1  # a rank was killed, or ended by itself
+    LOST = 1  # a rank was killed, ended by itself, or does not join
     VANISHED = 2  # a rank ended, and how is not known
     SILENT = 3  # a rank stopped responding
     LAUNCHER = 4  # the launcher of a rank ended
@@ -50,6 +50,12 @@ def lost(rank: int, ending: str | None) -> Cause:
     if ending.endswith("SIGKILL"):
         hint = " (if no one did this, the host ran out of memory)"
     return Cause(kind, rank, 1, f"error: rank {rank} {ending}{hint}")
+
+
+def absent(rank: int) -> Cause:
+    """A rank that is done, or leaves its work to others, while others wait for it."""
+    text = f"error: rank {rank} does not join the others; start all ranks alike"
+    return Cause(Kind.LOST, rank, 2, text)
 
 
 def silent(rank: int, seconds: float) -> Cause:

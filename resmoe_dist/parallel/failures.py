@@ -13,7 +13,7 @@ UNEXPECTED = 1
 # With this variable set, failures are printed with a traceback.
 TRACEBACK = "RESMOE_TRACEBACK"
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc")
-# What torch's collectives raise on a rank whose peer has ended.
+# What torch's collectives say on a rank whose peer has ended, besides raising a DistError.
 _LOST_PEER = (
     *("gloo", "NCCL", "ProcessGroup", "TCPStore", "store->get"),
     *("Connection closed by peer", "Connection reset by peer", "recvValue failed", "Broken pipe"),
@@ -29,12 +29,13 @@ def describe(error: Exception, rank: int | None = None, *, joined: bool = True) 
     """The text to print for an exception.
 
     rank: of this process, None if it is alone. joined: whether the rank has joined the others; the
-    mistakes found before are mistakes of all ranks. An unexpected error of a single process comes
-    with its traceback.
+    mistakes that rank 0 finds before are mistakes of all ranks as a rule. An unexpected error of a
+    single process comes with its traceback.
     """
     prefix = "error: " if rank is None else f"error: rank {rank}: "
     if isinstance(error, UserError):
-        alike = not joined or isinstance(error, DisagreementError)
+        # Of mistakes that all ranks make, rank 0 reports its own.
+        alike = (not joined and not rank) or isinstance(error, DisagreementError)
         line = f"error: {error}" if alike else f"{prefix}{error}"
         return f"{traceback.format_exc()}{line}" if os.environ.get(TRACEBACK) else line
     if isinstance(error, FailedCheckError):
@@ -56,7 +57,12 @@ def describe(error: Exception, rank: int | None = None, *, joined: bool = True) 
 
 def may_be_lost_peer(error: Exception) -> bool:
     """Whether the reason of an exception may be that another rank has ended."""
-    return not isinstance(error, UserError) and any(part in str(error) for part in _LOST_PEER)
+    if isinstance(error, UserError):
+        return False
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and isinstance(error, distributed.DistError):
+        return True
+    return any(part in str(error) for part in _LOST_PEER)
 
 
 def is_out_of_memory(error: Exception) -> bool:

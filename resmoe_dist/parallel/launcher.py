@@ -116,10 +116,11 @@ def chosen_number(place: LaunchedRank) -> bool:
 
 def _start_ranks_on_cpu(ranks: int, program: list[str]) -> None:
     """Replace this process by DeepSpeed's launcher. If several were started, rank 0 does it."""
+    if watch := current_watch():
+        # A rank that was given other options would wait for this one.
+        watch.hand_over()
     if launched_rank():
         sys.exit(0)
-    if watch := current_watch():
-        watch.dismiss()
     print(f"no accelerator here: starting {ranks} ranks on the CPU", file=sys.stderr, flush=True)
     started = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
     environment = {k: v for k, v in os.environ.items() if k not in (*started, "MASTER_PORT")}

@@ -22,31 +22,13 @@ from resmoe_dist.errors import UserError
 
 
 @dataclass(frozen=True)
-class Topology:
-    """This rank's place in the grid. A group of a single rank is None.
-
-    lane_ep: expert-parallel positions of one lane. ep_group, tp_group: DeepSpeed's. replica_group:
-    the ep·tp ranks of this replica. lane_group: the ranks of this lane. peer_group: the ranks at
-    the same position in the other lanes of this replica, in the order of the lanes.
-    """
+class Grid:
+    """dp · ep · tp ranks, and how many expert-parallel positions make a lane (lane_ep)."""
 
     ep: int = 1
     tp: int = 1
     dp: int = 1
-    ep_rank: int = 0
-    tp_rank: int = 0
-    dp_rank: int = 0
     lane_ep: int = 1
-    ep_group: torch.distributed.ProcessGroup | None = None
-    tp_group: torch.distributed.ProcessGroup | None = None
-    replica_group: torch.distributed.ProcessGroup | None = None
-    lane_group: torch.distributed.ProcessGroup | None = None
-    peer_group: torch.distributed.ProcessGroup | None = None
-
-    @property
-    def rank(self) -> int:
-        """This rank's number in the world."""
-        return (self.dp_rank * self.ep + self.ep_rank) * self.tp + self.tp_rank
 
     @property
     def lanes(self) -> int:
@@ -59,24 +41,48 @@ class Topology:
         return self.ep // self.lane_ep
 
     @property
-    def lane(self) -> int:
-        """This rank's lane."""
-        return self.dp_rank * self.replica_lanes + self.ep_rank // self.lane_ep
-
-    @property
     def lane_size(self) -> int:
         """Ranks of one lane."""
         return self.lane_ep * self.tp
 
     @property
-    def lane_rank(self) -> int:
-        """This rank's position in its lane."""
-        return self.ep_rank % self.lane_ep * self.tp + self.tp_rank
-
-    @property
     def replica_size(self) -> int:
         """Ranks of one replica."""
         return self.ep * self.tp
+
+
+@dataclass(frozen=True)
+class Topology(Grid):
+    """This rank's place in the grid. A group of a single rank is None.
+
+    ep_group, tp_group: DeepSpeed's. replica_group: the ep·tp ranks of this replica. lane_group: the
+    ranks of this lane. peer_group: the ranks at the same position in the other lanes of this
+    replica, in the order of the lanes.
+    """
+
+    ep_rank: int = 0
+    tp_rank: int = 0
+    dp_rank: int = 0
+    ep_group: torch.distributed.ProcessGroup | None = None
+    tp_group: torch.distributed.ProcessGroup | None = None
+    replica_group: torch.distributed.ProcessGroup | None = None
+    lane_group: torch.distributed.ProcessGroup | None = None
+    peer_group: torch.distributed.ProcessGroup | None = None
+
+    @property
+    def rank(self) -> int:
+        """This rank's number in the world."""
+        return (self.dp_rank * self.ep + self.ep_rank) * self.tp + self.tp_rank
+
+    @property
+    def lane(self) -> int:
+        """This rank's lane."""
+        return self.dp_rank * self.replica_lanes + self.ep_rank // self.lane_ep
+
+    @property
+    def lane_rank(self) -> int:
+        """This rank's position in its lane."""
+        return self.ep_rank % self.lane_ep * self.tp + self.tp_rank
 
     def owned_experts(self, num_experts: int) -> range:
         """The experts of a layer that this rank's expert-parallel position owns."""

@@ -75,8 +75,13 @@ class Watch:
     def join(self, timeout: float) -> None:
         """Wait for the ranks of this host; from then on a silent rank has `timeout` seconds.
 
-        Raises UserError if a rank does not start.
+        A rank that finishes without joining ends all. Raises UserError if a rank does not start.
         """
+        self._meet()
+        self._timeout = timeout
+        self.joined = True
+
+    def _meet(self) -> None:
         deadline = time.monotonic() + _MEETING_SECONDS
         while not self._peers.all_met:
             if time.monotonic() > deadline:
@@ -85,8 +90,6 @@ class Watch:
                     f"host started within {_MEETING_SECONDS:g} s; start them together"
                 )
             time.sleep(_TICK_SECONDS / 2)
-        self._timeout = timeout
-        self.joined = True
 
     def ranks_here(self) -> set[int]:
         """The ranks of this host, this one included."""
@@ -119,6 +122,14 @@ class Watch:
         self._post(self._finish)
         while not self._all_finished.wait(_TICK_SECONDS):
             pass
+
+    def hand_over(self) -> None:
+        """Wait until all ranks of this host leave their work to others, then stop watching.
+
+        If one joins instead, all end. Raises UserError if a rank does not start.
+        """
+        self._meet()
+        self.finish()
 
     def dismiss(self) -> None:
         """Stop watching and being watched."""
@@ -175,9 +186,11 @@ class Watch:
         """Find ranks that are lost or silent, and whether all have finished."""
         peers = self._peers.all.values()
         for peer in peers:
-            if peer.finished:
-                continue
             known = any(cause.rank == peer.rank for cause in self._causes)
+            if peer.finished:
+                if self.joined and not peer.joined and not known:
+                    self._notice(causes.absent(peer.rank))
+                continue
             limit = self._timeout * (1 if peer.joined and self.joined else _UNJOINED_FACTOR)
             if peer.closed is not None and not known:
                 ending = peer.process.ending() if peer.process else None
@@ -245,10 +258,10 @@ class Watch:
 
     def _finish(self) -> None:
         self._finished = True
-        self._peers.tell({"finished": True})
+        self._peers.tell({"joined": self.joined, "finished": True})
 
     def _stop(self) -> None:
-        self._peers.tell({"finished": True})
+        self._peers.tell({"joined": self.joined, "finished": True})
         self._stopped = True
         self._all_finished.set()
 

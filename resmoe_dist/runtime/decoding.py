@@ -93,6 +93,16 @@ class TextEnds(StoppingCriteria):
                 self.lengths[row] = input_ids.shape[1]
         return ended
 
+    @property
+    def can_end(self) -> bool:
+        """Whether a text can end before the last step."""
+        return bool(len(self.eos_token_id) or self._strings)
+
+    @property
+    def all_ended(self) -> bool:
+        """Whether no row goes on."""
+        return bool(self.lengths) and None not in self.lengths
+
     def texts(self, output_BS: Tensor, start: int) -> list[list[int]]:
         """The new tokens of each row, from `start` to the end of its text."""
         lengths = self.lengths or [None] * len(output_BS)

@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from resmoe_dist.errors import UserError, first_line
 from resmoe_dist.parallel.topology import Topology
 from resmoe_dist.runtime.decoding import NoNaN, TextEnds, greedy_config, vocabulary_of
+from resmoe_dist.runtime.lane_steps import LaneSteps
 from resmoe_dist.runtime.sampling import sampling_processors
 from resmoe_dist.tokens import token_ids_of
 
@@ -56,9 +57,16 @@ class LaneOutput:
     seconds: float
 
 
-def lane_share(count: int, topology: Topology) -> range:
-    """The numbers of the prompts that this rank's lane completes; may be empty."""
-    return range(topology.lane, count, topology.lanes)
+@dataclass(frozen=True)
+class GeneratedBatch:
+    """What a lane generated of one batch.
+
+    texts: the new tokens of each prompt. moments: when each step ended, also those that other lanes
+    needed; in seconds of `time.perf_counter`.
+    """
+
+    texts: list[list[int]]
+    moments: list[float]
 
 
 @torch.no_grad()
@@ -72,43 +80,54 @@ def generate_on_lane(
 ) -> LaneOutput:
     """Complete this lane's prompts, a batch at a time. Collective over the grid.
 
-    Every forward pass exchanges tokens between lanes, so all lanes must run the same number of
-    passes. transformers' `synced_gpus` keeps finished lanes in step. A lane without prompts
-    generates from a single token and discards the result. Of the model's generation config, special
-    tokens, stop strings and changes of logits count (`greedy_config`).
+    All lanes run the same number of steps (`LaneSteps`). A lane without prompts generates from a
+    single token and discards the result. Of the model's generation config, special tokens, stop
+    strings and changes of logits count (`greedy_config`).
 
     streamer: gets the tokens of a single prompt as they come.
     """
-    mine = lane_share(len(prompts), topology)
-    largest_share = -(-len(prompts) // topology.lanes)
     if torch.distributed.is_initialized():
         # The measured time must not include waiting for ranks that load more slowly.
         torch.distributed.barrier()
     began = time.perf_counter()
     completions: dict[int, str] = {}
     new_tokens = 0
-    for first in range(0, max(1, largest_share), options.batch):
-        numbers = mine[first : first + options.batch]
-        ids = token_ids(tokenizer, [prompts[i] for i in numbers], options.chat)
-        processors = LogitsProcessorList([NoNaN()])
-        if options.temperature is not None:
-            processors += sampling_processors(
-                options.seed, numbers or [-1], options.temperature, options.top_p
-            )
-        texts = _generate(
-            model,
-            tokenizer,
-            ids or [[_any_token(model, tokenizer)]],
-            options.max_new_tokens if numbers else 1,
-            processors,
-            synced=topology.lanes > 1,
-            streamer=streamer,
-        )
-        if numbers:
-            decoded = tokenizer.batch_decode(texts, skip_special_tokens=True)
-            completions |= dict(zip(numbers, decoded, strict=True))
-            new_tokens += sum(map(len, texts))
+    for numbers in lane_batches(len(prompts), topology, options.batch):
+        found = generate_batch(model, tokenizer, prompts, numbers, topology, options, streamer)
+        for number, text in zip(numbers, found.texts, strict=True):
+            completions[number] = tokenizer.decode(text, skip_special_tokens=True)
+        new_tokens += sum(map(len, found.texts))
     return LaneOutput(completions, new_tokens, time.perf_counter() - began)
+
+
+def lane_batches(count: int, topology: Topology, batch: int) -> list[range]:
+    """The numbers of the prompts of each batch of this rank's lane.
+
+    All lanes have as many batches; some may be empty.
+    """
+    mine = range(topology.lane, count, topology.lanes)
+    largest_share = max(1, -(-count // topology.lanes))
+    return [mine[first : first + batch] for first in range(0, largest_share, batch)]
+
+
+@torch.no_grad()
+def generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    numbers: range,
+    topology: Topology,
+    options: GenerationOptions,
+    streamer: BaseStreamer | None = None,
+) -> GeneratedBatch:
+    """Complete the prompts with these numbers, as one batch. Collective over the replica."""
+    ids = token_ids(tokenizer, [prompts[i] for i in numbers], options.chat)
+    processors = LogitsProcessorList([NoNaN()])
+    if options.temperature is not None:
+        processors += sampling_processors(
+            options.seed, numbers or [-1], options.temperature, options.top_p
+        )
+    return _generate(model, tokenizer, ids, options.max_new_tokens, processors, topology, streamer)
 
 
 @torch.no_grad()
@@ -120,7 +139,7 @@ def try_generation(
     Raises whatever the folder's config, tokenizer or generation config makes transformers raise.
     """
     start = [[_any_token(model, tokenizer)]]
-    _generate(model, tokenizer, start, 2, LogitsProcessorList([NoNaN()]), topology.lanes > 1)
+    _generate(model, tokenizer, start, 2, LogitsProcessorList([NoNaN()]), topology)
 
 
 def _generate(
@@ -129,33 +148,38 @@ def _generate(
     prompts: list[list[int]],
     max_new_tokens: int,
     processors: LogitsProcessorList,
-    synced: bool,
+    topology: Topology,
     streamer: BaseStreamer | None = None,
-) -> list[list[int]]:
-    """The new tokens of each prompt. synced: other lanes run the same number of passes."""
+) -> GeneratedBatch:
+    """The new tokens of each prompt's tokens; there may be no prompts."""
     config = greedy_config(model, tokenizer)
     ends = TextEnds(config, tokenizer)
+    steps = LaneSteps(ends, max_new_tokens, topology, bool(prompts))
+    given = prompts or [[_any_token(model, tokenizer)]]
     padding = config.pad_token_id
     assert isinstance(padding, int)
     # Left-padded: the new tokens follow the prompt directly.
-    length = max(map(len, prompts))
-    ids_BS = torch.tensor([[padding] * (length - len(ids)) + ids for ids in prompts])
-    mask_BS = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts])
+    length = max(map(len, given))
+    ids_BS = torch.tensor([[padding] * (length - len(ids)) + ids for ids in given])
+    mask_BS = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in given])
     # `generate` fills gaps of the config that it is given from the model's.
     of_folder, model.generation_config = model.generation_config, config
     try:
         output_BS = model.generate(
             input_ids=ids_BS.to(model.device),
             attention_mask=mask_BS.to(model.device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens if prompts else 1,
             logits_processor=processors,
-            stopping_criteria=StoppingCriteriaList([ends]),
-            synced_gpus=synced,
+            stopping_criteria=StoppingCriteriaList([ends, steps]),
+            # Not transformers' all-reduce over the world after every step: see `LaneSteps`.
+            synced_gpus=False,
             streamer=streamer,
         )
     finally:
         model.generation_config = of_folder
-    return ends.texts(output_BS, 1 if model.config.is_encoder_decoder else length)
+    steps.wait_for_lanes(model)
+    texts = ends.texts(output_BS, 1 if model.config.is_encoder_decoder else length)
+    return GeneratedBatch(texts[: len(prompts)], steps.moments)
 
 
 def check_chat(tokenizer: PreTrainedTokenizerBase) -> None:

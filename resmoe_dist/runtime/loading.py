@@ -17,6 +17,7 @@ from resmoe_dist.heap import return_freed_memory
 from resmoe_dist.parallel.dispatch import AutoDispatcher, check_form, measure_decode_limit
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology, build_topology, owned_experts
 from resmoe_dist.runtime.execution import Execution
+from resmoe_dist.runtime.experts import CompressedExperts
 from resmoe_dist.runtime.folder_checks import check_loadable, check_values, refusing
 from resmoe_dist.runtime.layer import ResMoE
 from resmoe_dist.runtime.quantizer import LoadingOptions, loading_with
@@ -33,6 +34,7 @@ def load_model(
     dispatch: str = "auto",
     *,
     verify: bool = False,
+    experts_of: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """The transformers model of a folder, its experts compressed and sharded ep x tp.
 
@@ -41,7 +43,8 @@ def load_model(
     and lanes. execution: how compressed experts are run (`execution_for`); None is `auto`. lanes:
     batches that the grid carries at a time; None is ep·dp. dispatch: how tokens travel (one of
     `resmoe_dist.parallel.dispatch.FORMS`). verify: compare the files that are read with their
-    digests.
+    digests. experts_of: a model that this call loaded from the same folder, on the same ep x tp
+    grid with other lanes; its experts are used and not read again.
 
     With ep·tp > 1 `deepspeed.init_distributed` must have run, and all ranks call this together.
     The model is in eval mode on this rank's device. Raises UserError for a folder without a model,
@@ -61,7 +64,8 @@ def load_model(
     check_loadable(folder, config)
     # transformers' grouped products refuse odd expert sizes; its plain loop takes all sizes.
     options = {} if is_compressed(folder) else {"experts_implementation": "eager"}
-    loading = LoadingOptions(topology, execution, dispatch, verify)
+    held = {} if experts_of is None else experts_by_module(experts_of)
+    loading = LoadingOptions(topology, execution, dispatch, verify, held)
     with refusing(folder, "cannot be loaded"), loading_with(loading):
         model, found = model_class(config).from_pretrained(
             folder,
@@ -82,6 +86,11 @@ def load_model(
     return_freed_memory()
     _measure_dispatch(layers, getattr(config.get_text_config(), "num_experts_per_tok", 2), model)
     return model
+
+
+def experts_by_module(model: PreTrainedModel) -> dict[str, CompressedExperts]:
+    """This rank's experts of each MoE layer of a loaded model."""
+    return {name: m.experts for name, m in model.named_modules() if isinstance(m, ResMoE)}
 
 
 def _measure_dispatch(layers: list[ResMoE], top_k: int, model: PreTrainedModel) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,15 @@ class LoadingOptions:
     """What `from_pretrained` has no argument for.
 
     topology: the grid, and this rank's place in it. execution: how experts are run; None is `auto`.
-    dispatch: how tokens travel, one of `FORMS`. verify: compare files with their digests.
+    dispatch: how tokens travel, one of `FORMS`. verify: compare files with their digests. experts:
+    by module, experts of this rank that need not be read.
     """
 
     topology: Topology = SINGLE_PROCESS
     execution: Execution | None = None
     dispatch: str = "auto"
     verify: bool = False
+    experts: Mapping[str, CompressedExperts] = field(default_factory=dict)
 
 
 _DEFAULTS = LoadingOptions()
@@ -113,7 +115,8 @@ class ResMoEQuantizer(HfQuantizer):
         steps_of_stack: dict[str, StepSizes] = {}
         for layer in self._checkpoint.index.layers:
             placeholder = model.get_submodule(layer.module)
-            experts = CompressedExperts.load(
+            held = options.experts.get(layer.module)
+            experts = held or CompressedExperts.load(
                 self._checkpoint, layer, topology, placeholder.activation, execution
             ).to(model.dtype)
             for module in self._modules[layer.module]:
@@ -136,7 +139,8 @@ class ResMoEQuantizer(HfQuantizer):
                     ),
                     adapter=placeholder.adapter,
                 )
-                model.set_submodule(module, moe.to(model.device).eval())
+                # Experts that another model runs stay where they are.
+                model.set_submodule(module, (moe if held else moe.to(model.device)).eval())
             return_freed_memory()
 
     def is_serializable(self) -> bool:

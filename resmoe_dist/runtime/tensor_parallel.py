@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -61,8 +61,8 @@ class LaneSharding:
         if self.topology.lane_group is None:
             return
         rules = sharding_rules(model, self.expert_modules, self.topology.lane_size)
-        if rules.remark is not None:
-            self._say(rules.remark)
+        if rules.remark is not None and self.topology.rank == 0:
+            _say_once(rules.remark)
         parts = {n: self._part(n) for n in sorted({each.parts for each in rules.divided.values()})}
         modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
         for name, division in rules.divided.items():
@@ -98,11 +98,6 @@ class LaneSharding:
                     module.padding_idx = None
                 module.forward = partial(forward, module, part)
 
-    def _say(self, text: str) -> None:
-        """Once per grid."""
-        if self.topology.rank == 0:
-            logger.warning(text)
-
     def _part(self, size: int) -> _Part:
         place = self.topology
         world = range(place.dp * place.replica_size)
@@ -110,6 +105,12 @@ class LaneSharding:
         existing = [group for group in (place.lane_group, place.tp_group) if group is not None]
         group = group_of(rank, [world[i : i + size] for i in world[::size]], existing)
         return _Part(size, rank % size, group)
+
+
+@cache
+def _say_once(text: str) -> None:
+    """A model may be loaded for several numbers of lanes."""
+    logger.warning(text)
 
 
 def _own_copy(data: Tensor) -> nn.Parameter:

@@ -58,3 +58,18 @@ def test_bytes_on_the_wire_are_those_of_a_decode_step(results):
     decode = rows["resmoe, 2 lanes"]["wire"]
     assert decode["collectives"] == 2.5
     assert decode["bytes_per_token"] == (2 * 2 * (token + 2 * 8) + 2 * 2 * token + 2 * 8 / 2) / 4
+
+
+def test_padding_and_imbalance_of_every_system(results):
+    rows = {row["system"]: row for row in results["rows"]}
+    for row in rows.values():
+        for phase in ("prefill", "decode"):
+            assert row[phase]["padding"] >= 0
+            assert 1 <= row[phase]["imbalance"]["ranks"] <= row[phase]["imbalance"]["experts"] <= 4
+    # Our experts compute nothing else than the batch's copies; stock DeepSpeed fills a capacity.
+    for name in ("resmoe, 2 lanes", "resmoe, 1 lane", "transformers all_reduce (eager)"):
+        assert rows[name]["prefill"]["padding"] == rows[name]["decode"]["padding"] == 0
+    assert rows["deepspeed MoE"]["prefill"]["padding"] > 0
+    # One process sends nothing.
+    assert rows["transformers, 1 rank (eager)"]["decode"]["empty_rows"] is None
+    assert rows["deepspeed MoE"]["decode"]["empty_rows"] > 0

@@ -59,6 +59,7 @@ def test_commands_open_only_files_of_the_folders_they_are_given(tmp_path):
     report = outputs / "report.json"
     commands = [
         ["compress", inputs / "s", outputs / "c", "--ep", "2"],
+        ["verify", outputs / "c"],
         ["plan", inputs / "c"],
         ["inspect", inputs / "c", "--json", outputs / "i.json"],
         ["restore", inputs / "c", outputs / "d"],

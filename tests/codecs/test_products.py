@@ -12,7 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from resmoe_dist.codecs import CODECS, EncodedMatrix, LowRankMatrix, codec_named
+from resmoe_dist.codecs import (
+    CODECS,
+    EncodedMatrix,
+    LowRankBlocksMatrix,
+    LowRankMatrix,
+    codec_named,
+)
+from resmoe_dist.codecs.low_rank_blocks import join_blocks
 
 ROWS, HIDDEN, COPIES = 11, 9, 7
 # Two inputs, an output, and two columns of biases.
@@ -40,6 +47,9 @@ def encoded(name: str, dtype: torch.dtype) -> Encoded:
     magnitude = exact.abs()
     if isinstance(doubled, LowRankMatrix):
         magnitude = doubled.left.abs() @ doubled.right.abs()
+    if isinstance(doubled, LowRankBlocksMatrix):
+        pairs = zip(doubled.left.abs().unbind(1), doubled.right.abs(), strict=True)
+        magnitude = join_blocks([left_Rr @ right_rW for left_Rr, right_rW in pairs], COLUMNS)
     return Encoded(matrix, exact, magnitude)
 
 

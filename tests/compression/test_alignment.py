@@ -113,3 +113,22 @@ def test_degenerate_experts_are_aligned(method, kind):
     assert_permutations(found.permutations_EI, experts.shape[1])
     least = paper_objective(experts, torch.arange(experts.shape[1]).repeat(3, 1))
     assert found.objective == pytest.approx(least, rel=1e-6, abs=1e-12)
+
+
+def test_ot_fusion_follows_the_input_projections_alone():
+    # Columns 0 and 1 are a permutation of the first expert's, columns 2 and 3 another one.
+    inputs_I2, outputs_I2 = torch.randn(6, 2), 10 * torch.randn(6, 2)
+    order_I = torch.tensor([3, 0, 5, 1, 4, 2])
+    first_ID = torch.cat([inputs_I2, outputs_I2], dim=1)
+    second_ID = torch.cat([inputs_I2[order_I], outputs_I2.flip(0)], dim=1)
+
+    found = align(
+        torch.stack([first_ID, second_ID]), "ot_fusion", input_columns=torch.tensor([0, 1])
+    )
+
+    first_I, second_I = found.permutations_EI
+    assert torch.equal(inputs_I2[first_I], inputs_I2[order_I][second_I])
+    aligned = found.apply(torch.stack([first_ID, second_ID]))
+    # The objective is that of whole rows.
+    expected = float((aligned - aligned.mean(0)).square().sum() / 2)
+    assert found.objective == pytest.approx(expected, rel=1e-5)

@@ -90,7 +90,7 @@ MISTAKES = {
     "unknown choice": (
         CompressConfig,
         ["s", "o", "--ep", "1", "--align", "best"],
-        "--align best: choose one of loo, pot or none",
+        "--align best: choose one of loo, pot, ot_fusion or none",
     ),
     "not a size": (
         CompressConfig,

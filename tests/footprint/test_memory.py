@@ -13,7 +13,7 @@ from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.checkpoints.format import CompressionSettings
 from resmoe_dist.families.activations import PlainActivation
 from resmoe_dist.footprint.experts import ExpertBytes
-from resmoe_dist.footprint.grid import Footprint, Grid, footprint
+from resmoe_dist.footprint.grid import Footprint, footprint, grid_for
 from resmoe_dist.footprint.layout import CheckpointLayout, SettingsLayout
 from resmoe_dist.footprint.structure import read_structure
 from resmoe_dist.parallel.topology import Topology, build_topology
@@ -39,12 +39,12 @@ def predicted(
 ) -> Footprint:
     structure = read_structure(source, context=0, dtype=dtype)
     layout = SettingsLayout(structure, settings, fixed_groups=True)
-    return footprint(structure, layout, Grid(ep, tp, ep))
+    return footprint(structure, layout, grid_for(ep, tp, ep))
 
 
 def from_index(folder: Path, ep: int, tp: int, dtype: torch.dtype | None = None) -> Footprint:
     structure = read_structure(folder, context=0, dtype=dtype)
-    return footprint(structure, CheckpointLayout(folder), Grid(ep, tp, ep))
+    return footprint(structure, CheckpointLayout(folder), grid_for(ep, tp, ep))
 
 
 def live_here(folder: Path, dtype: torch.dtype | None = None) -> RankMemory:

@@ -65,7 +65,11 @@ def test_method_is_found_by_its_name_and_spec(name):
     ("name", "options", "reason"),
     [
         ("zip", {}, "unknown method 'zip'; choose one of resmoe|unknown method 'zip'"),
-        ("resmoe", {"align": "best"}, "method resmoe: align best: choose one of loo, pot or none"),
+        (
+            "resmoe",
+            {"align": "best"},
+            "method resmoe: align best: choose one of loo, pot, ot_fusion",
+        ),
         ("resmoe", {"surprise": 1}, "method resmoe: no option surprise; its options: align, "),
         ("dense", {"align": "loo"}, "method dense: no option align; its options: none"),
     ],

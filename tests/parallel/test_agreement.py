@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from resmoe_dist.errors import UserError
@@ -11,29 +10,32 @@ from resmoe_dist.parallel.failures import describe
 from tests.ranks import run_on_ranks
 
 
-def _checked(values: list[str]) -> str | None:
-    """What the check says on this rank, which has `values[rank]`."""
-    facts = {"--seed": values[torch.distributed.get_rank()]} | library_versions()
-    try:
-        check_agreement(facts)
-    except UserError as error:
-        return describe(error, torch.distributed.get_rank())
-    return None
+def _checked(cases: list[str]) -> list[str | None]:
+    """What the check says on this rank, whose value is the character at its number."""
+    rank = torch.distributed.get_rank()
+    said: list[str | None] = []
+    for values in cases:
+        try:
+            check_agreement({"--seed": values[rank]} | library_versions())
+            said.append(None)
+        except UserError as error:
+            said.append(describe(error, rank))
+    return said
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        (["1", "1", "1"], None),
-        (
-            ["1", "1", "2"],
-            "error: rank 2 disagrees with rank 0: --seed is 2 on rank 2, 1 on rank 0; start all "
-            "ranks alike",
-        ),
-    ],
-)
-def test_every_rank_finds_the_same_disagreement(values, expected):
-    assert run_on_ranks(3, _checked, values) == [expected] * 3
+def test_every_rank_names_the_rank_that_differs_from_the_most():
+    line = (
+        "error: rank {0} disagrees with rank {1}: --seed is {2} on rank {0}, {3} on rank {1}; "
+        "start all ranks alike"
+    )
+    expected = {
+        "111": None,
+        "112": line.format(2, 0, 2, 1),
+        "211": line.format(0, 1, 2, 1),
+        "123": line.format(1, 0, 2, 1),
+    }
+
+    assert run_on_ranks(3, _checked, list(expected)) == [list(expected.values())] * 3
 
 
 def test_versions_of_what_computes_are_compared():

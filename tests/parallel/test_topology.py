@@ -15,6 +15,7 @@ from resmoe_dist.parallel.topology import (
     Topology,
     build_topology,
     grid_position,
+    lane_choices,
     lane_positions,
     owned_experts,
 )
@@ -170,3 +171,8 @@ def test_grids_that_agree_on_tensor_parallelism_live_side_by_side():
 
     for i, ep in enumerate((4, 2, 1)):
         _check_grid([found[i] for found in results], ep, 1)
+
+
+def test_a_replica_is_divided_into_equal_lanes():
+    assert lane_choices(ep=6, dp=1) == [1, 2, 3, 6]
+    assert lane_choices(ep=4, dp=2) == [2, 4, 8]

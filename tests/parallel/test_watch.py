@@ -29,25 +29,32 @@ LOST_PEER = "open(fifo).read(); raise RuntimeError('[gloo] Connection closed by 
 
 
 class Ranks:
-    """Processes that run one body each, after all have met. timeout: of silent ranks, seconds."""
+    """Processes that run one body each, after all have met. timeout: of silent ranks, seconds.
 
-    def __init__(self, *bodies, timeout=30, script=None):
-        self.script = (
+    absent: ranks that do not join the others first.
+    """
+
+    def __init__(self, *bodies, timeout=30, absent=()):
+        script = (
             "import ctypes, signal, sys, time\n"
             "from resmoe_dist.errors import UserError\n"
             "from resmoe_dist.parallel.entry_point import run_entry_point\n"
             "from resmoe_dist.parallel.watch import current_watch\n"
             "def main():\n"
-            f"    current_watch().join({timeout})\n"
+            "    {}\n"
             "    print('begun', flush=True)\n"
             "    time.sleep(0.5)\n"
             "    {}\n"
             "run_entry_point(main)\n"
         )
+        joins = f"current_watch().join({timeout})"
         port = str(free_port())
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-c", self.script.format(body)],
+                [
+                    *(sys.executable, "-c"),
+                    script.format("pass" if rank in absent else joins, body),
+                ],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -208,6 +215,24 @@ def test_a_rank_that_has_finished_fails_if_another_one_fails_later():
 
     assert codes == [2, 2]
     assert printed == "error: rank 1: f: damaged\n"
+
+
+@pytest.mark.parametrize(
+    ("absent", "body"), [(0, "current_watch().hand_over()"), (1, "sys.exit(0)")]
+)
+def test_a_rank_that_does_not_join_ends_those_that_wait_for_it(absent, body):
+    bodies = [body if rank == absent else STUCK for rank in range(3)]
+    codes, printed = Ranks(*bodies, absent=[absent]).end(within=5)
+
+    # A rank that exits with 0 has done so before anyone waits.
+    assert codes == [0 if rank == absent and "exit" in body else 2 for rank in range(3)]
+    assert printed == f"error: rank {absent} does not join the others; start all ranks alike\n"
+
+
+def test_ranks_that_all_hand_over_go_on():
+    bodies = ["current_watch().hand_over()", "time.sleep(1); current_watch().hand_over()"]
+
+    assert Ranks(*bodies, absent=[0, 1]).end(within=5) == ([0, 0], "")
 
 
 def test_ranks_end_when_their_launcher_is_killed(tmp_path):

@@ -1,12 +1,10 @@
-"""What everything rests on: the compressed model computes what the dense one does, on every grid.
+"""What everything rests on: the compressed model computes what the dense one does.
 
 Authority, in order: with everything kept, the source model; with any checkpoint, the dense model
-that `restore` writes, run by transformers alone.
+that `restore` writes, run by transformers alone. `test_grids` has the same on grids.
 """
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +14,6 @@ from resmoe_dist import load_model
 from resmoe_dist.checkpoints.restore import restore_checkpoint
 from tests.checkpoints.damage import copy_of, edit_tensors, mistake
 from tests.models import FAMILIES, compress, dense_model, logits_of, relative_difference
-from tests.ranks import run_on_ranks
 
 TOLERANCE = 1e-4  # relative, float32
 LAYOUTS = [(name, fused) for name in FAMILIES for fused in (False, True)]
@@ -62,42 +59,6 @@ def test_layers_left_out_are_served_dense(family_folder, tmp_path):
     assert [layer.residual_codec for layer in index.layers] == ["dense", "pruned"]
     found = logits_of(load_model(tmp_path / "c"))
     assert relative_difference(found, logits_of(dense_model(tmp_path / "d"))) <= TOLERANCE
-
-
-# ep, tp, lanes, form of dispatch. None: as many lanes as possible.
-GRIDS = [
-    (2, 1, 1, "auto"),
-    (1, 2, None, "auto"),
-    (2, 2, None, "exchange"),
-    (2, 2, 1, "exchange"),
-    (4, 1, 2, "decode"),
-    (1, 4, None, "auto"),
-    (4, 2, None, "auto"),
-    (4, 2, 2, "auto"),
-]
-
-
-def _logits_on_grid(
-    folders: list[Path], ep: int, tp: int, lanes: int | None, dispatch: str
-) -> list[torch.Tensor]:
-    options = {"ep": ep, "tp": tp, "lanes": lanes, "dispatch": dispatch}
-    return [logits_of(load_model(folder, **options)) for folder in folders]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_every_grid_gives_the_single_process_logits(family_folder, tmp_path, grid):
-    # Four groups at four ranks is one expert per rank; the low-rank one has more groups than ranks.
-    folders = []
-    for name in FAMILIES:
-        for codec, groups in (("pruned", 2), ("pruned", 4), ("low_rank", 4)):
-            folders.append(tmp_path / f"{name}-{codec}-{groups}")
-            compress(family_folder(name), folders[-1], groups=groups, codec=codec)
-    expected = [logits_of(load_model(folder)) for folder in folders]
-
-    for rank, found in enumerate(run_on_ranks(grid[0] * grid[1], _logits_on_grid, folders, *grid)):
-        for folder, mine, want in zip(folders, found, expected, strict=True):
-            assert relative_difference(mine, want) <= TOLERANCE, f"rank {rank}, {folder.name}"
 
 
 @pytest.mark.parametrize("compressed", [False, True])

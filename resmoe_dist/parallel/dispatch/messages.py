@@ -23,8 +23,13 @@ class RoutedRows(NamedTuple):
 
 def pack(x_RH: Tensor, index_RK: Tensor, weights_RK: Tensor) -> Tensor:
     """One message row per token: [R, B] in uint8. A row of zeros is a token without experts."""
-    parts = (x_RH, index_RK.int() - NO_EXPERT, weights_RK.float())
-    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], 1)
+    # Not `contiguous()`: for torch, [0, 1] with stride 0 is contiguous, but has no view as bytes.
+    index_RK, weights_RK = (
+        part.clone(memory_format=torch.contiguous_format)
+        for part in (index_RK.int() - NO_EXPERT, weights_RK.float())
+    )
+    parts = (x_RH.contiguous(), index_RK, weights_RK)
+    return torch.cat([part.view(torch.uint8) for part in parts], 1)
 
 
 def unpack(rows_RB: Tensor, hidden: int, dtype: torch.dtype, top_k: int) -> RoutedRows:

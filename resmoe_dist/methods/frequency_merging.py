@@ -1,0 +1,46 @@
+"""`frequency_merging`: each layer's rarely used experts are merged into its most used ones.
+
+The baseline of paper 003 (UNCURL), section 6.4.1: the most used experts of each layer stay, every
+other joins the one with the most similar router logits, is aligned to it by weight matching, and a
+group becomes its mean, weighted by how many tokens each expert received. Stored: the share `keep`
+of a layer's experts, merged, dense.
+
+Recipe: `--method frequency_merging --ep 1 --keep 0.5 --calibration TEXT`.
+
+Legend: E experts, I rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from resmoe_dist.methods.base import SourceGroup, register_method
+from resmoe_dist.methods.merged import (
+    Cluster,
+    MergingMethod,
+    frequency,
+    match_leaders,
+    routing_clusters,
+)
+
+
+@register_method
+class FrequencyMerging(MergingMethod):
+    """Groups around each layer's most used experts, then the mean by frequency, rows matched."""
+
+    name = "frequency_merging"
+
+    @property
+    def aligns_rows(self) -> bool:
+        return True
+
+    def clusters(self, group: SourceGroup, count: int) -> list[Cluster]:
+        return routing_clusters(group, count)
+
+    def permutations(self, group: SourceGroup, clusters: Sequence[Cluster]) -> Tensor:
+        return match_leaders(group, clusters)
+
+    def importance(self, group: SourceGroup) -> Tensor:
+        return frequency(group)
