@@ -65,6 +65,11 @@ CONTENDERS: dict[str, Contender] = {
         "the papers' recipe: POT's barycentre, then pruning",
         {"align": "pot", "center": "barycenter", "allocate": "expert"},
     ),
+    "resmoe-ot_fusion": Contender(
+        OURS,
+        "the same, aligned layer by layer as OT Fusion does",
+        {"align": "ot_fusion", "center": "barycenter", "allocate": "expert"},
+    ),
     "up": Contender(PRUNING, "the smallest entries of each expert go", {"method": "up"}),
     "up-sep": Contender(PRUNING, "the same in each projection", {"method": "up:form=sep"}),
     "svd": Contender(LOW_RANK, "truncated SVD of each expert", {"method": "svd"}),
