@@ -108,8 +108,8 @@ class Method(ABC):
     # Whether groups come with samples, which a calibration text yields.
     needs_samples: ClassVar[bool] = False
 
-    def __init__(self, options: MethodConfig) -> None:
-        self.options: Any = options
+    def __init__(self, options: MethodConfig | None = None) -> None:
+        self.options: Any = options or self.config()
 
     @property
     def spec(self) -> MethodSpec:

@@ -9,7 +9,6 @@ from resmoe_dist.compression.encoding import GroupCodecs, encode_group
 from resmoe_dist.methods.base import (
     EncodedGroup,
     Method,
-    MethodConfig,
     SourceGroup,
     register_method,
 )
@@ -21,9 +20,6 @@ class Dense(Method):
     """No centre; each expert is a dense matrix, with its rows in stored order."""
 
     name = "dense"
-
-    def __init__(self, options: MethodConfig | None = None) -> None:
-        super().__init__(options or MethodConfig())
 
     def codecs(self, wanted: GroupCodecs) -> GroupCodecs:
         return replace(wanted, center=None, residual=DENSE)

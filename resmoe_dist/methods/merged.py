@@ -22,25 +22,17 @@ from resmoe_dist.compression.encoding import GroupCodecs
 from resmoe_dist.compression.permutations import add_permuted_rows, identity_permutations
 from resmoe_dist.compression.routing_similarity import router_similarity
 from resmoe_dist.compression.stored_size import share_of
-from resmoe_dist.methods.base import EncodedGroup, Method, MethodConfig, SourceGroup
+from resmoe_dist.methods.base import EncodedGroup, SourceGroup
+from resmoe_dist.methods.fewer_experts import FewerExperts
 from resmoe_dist.methods.plan import GroupPlan
-from resmoe_dist.methods.stored import dense_codecs, encode_fewer_experts
+from resmoe_dist.methods.stored import encode_fewer_experts
 
 # Experts that become one, the dominant one first.
 Cluster = list[int]
 
 
-class MergingMethod(Method):
+class MergingMethod(FewerExperts):
     """Each layer stores one weighted mean per cluster of experts."""
-
-    reduces = "experts"
-    needs_samples = True
-
-    def __init__(self, options: MethodConfig | None = None) -> None:
-        super().__init__(options or MethodConfig())
-
-    def codecs(self, wanted: GroupCodecs) -> GroupCodecs:
-        return dense_codecs(wanted)
 
     @abstractmethod
     def clusters(self, group: SourceGroup, count: int) -> list[Cluster]:

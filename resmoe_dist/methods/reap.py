@@ -12,40 +12,24 @@ Legend: E experts, R tokens of one expert, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from resmoe_dist.compression.encoding import GroupCodecs
-from resmoe_dist.methods.base import (
-    EncodedGroup,
-    Method,
-    MethodConfig,
-    SourceGroup,
-    register_method,
-)
-from resmoe_dist.methods.plan import GroupPlan
-from resmoe_dist.methods.stored import dense_codecs, expert_outputs, keep_experts
+from resmoe_dist.methods.base import SourceGroup, register_method
+from resmoe_dist.methods.fewer_experts import DroppingMethod
+from resmoe_dist.methods.stored import expert_outputs
 
 
 @register_method
-class Reap(Method):
+class Reap(DroppingMethod):
     """Router-weighted expert activation pruning."""
 
     name = "reap"
-    reduces = "experts"
-    needs_samples = True
 
-    def __init__(self, options: MethodConfig | None = None) -> None:
-        super().__init__(options or MethodConfig())
-
-    def codecs(self, wanted: GroupCodecs) -> GroupCodecs:
-        return dense_codecs(wanted)
-
-    def encode(
-        self, group: SourceGroup, codecs: GroupCodecs, plan: GroupPlan | None = None
-    ) -> EncodedGroup:
-        assert group.max_stored is not None
-        return keep_experts(group, codecs, saliency(group).topk(group.max_stored).indices.tolist())
+    def kept(self, group: SourceGroup, count: int) -> Sequence[int]:
+        return saliency(group).topk(count).indices.tolist()
 
 
 def saliency(group: SourceGroup) -> Tensor:

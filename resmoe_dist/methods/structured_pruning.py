@@ -38,7 +38,7 @@ class StructuredPruning(Method):
     options: FormConfig
 
     def __init__(self, options: FormConfig | None = None) -> None:
-        super().__init__(options or FormConfig())
+        super().__init__(options)
         self.reduces = "rows" if self.options.form == "concat" else "entries"
 
     def codecs(self, wanted: GroupCodecs) -> GroupCodecs:
