@@ -26,7 +26,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], str], str], ...] = (
     ("share", "expert_share", _plain(".1%"), "those bytes as a share of dense experts in the "
      "stored dtype"),
     ("values kept", "values_kept", _plain(".1%"), "that share without indices: what papers count"),
-    ("checkpoint", "checkpoint_bytes", human_bytes, "bytes of all files of the folder"),
+    ("checkpoint", "checkpoint_bytes", human_bytes, "bytes of all files; source: weights only"),
     ("resident", "resident_bytes", human_bytes, "bytes of the loaded model's tensors"),
     ("error", "error", _plain(".4g"), "mean over compressed layers of "
      "(1/E) Σ ‖T_k W_k − restored_k‖²"),

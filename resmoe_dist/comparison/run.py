@@ -57,7 +57,7 @@ def run_compare(config: CompareConfig) -> int:
     }
     rows = _Rows(config.report, common, resume=config.resume)
     reference = load_model(config.source)
-    baseline = {"expert_bytes": _expert_bytes(source)}
+    baseline = {"expert_bytes": _expert_bytes(source), "checkpoint_bytes": _weight_bytes(source)}
     baseline |= rows.get("source", lambda: source_row(reference, sequences))
     facts = _facts(config, source, sequences)
     done: list[Row] = []
@@ -134,7 +134,7 @@ def _facts(
 ) -> dict[str, Any]:
     experts = sum(site.num_experts for site in source.sites)
     return {
-        "model": f"{config.source.name} ({source.config.model_type})",
+        "model": f"{config.source.resolve().name} ({source.config.model_type})",
         "experts": f"{experts} in {len(source.sites)} layers, {human_bytes(_expert_bytes(source))}",
         "compressed layers": config.layers,
         "stored dtype": config.dtype or "the source's",
@@ -152,6 +152,11 @@ def _expert_bytes(source: SourceCheckpoint) -> int:
         * source.dtype(i).itemsize
         for i, site in enumerate(source.sites)
     )
+
+
+def _weight_bytes(source: SourceCheckpoint) -> int:
+    files = set(source.files.locations.values())
+    return sum((source.folder / name).stat().st_size for name in files)
 
 
 def _progress(row: Row) -> str:
