@@ -22,13 +22,15 @@ from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import evaluate, likeness
 from resmoe_dist.evaluation.report import describe
 from resmoe_dist.launch.compress import compress
-from resmoe_dist.runtime.execution import Restore
+from resmoe_dist.runtime.execution import Restore, RestoredExperts
 from resmoe_dist.runtime.experts import CompressedExperts
 from resmoe_dist.runtime.loading import load_model
 
 Row = dict[str, Any]
 # Tokens of the forward pass whose operations are counted.
 _COUNTED_TOKENS = 64
+# Bytes of restored experts to hold while counting.
+_EVERYTHING = 1 << 60
 _FIGURES = (
     *("error", "relative_error", "values_kept", "expert_bytes", "expert_share"),
     *("checkpoint_bytes", "resident_bytes", "flops_per_token", "compress_seconds"),
@@ -180,8 +182,11 @@ def flops_per_token(model: PreTrainedModel, sequences: Sequence[list[int]]) -> f
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
     try:
+        restore = Restore(RestoredExperts(_EVERYTHING))
         for module in experts:
-            module.execution = Restore()
+            module.execution = restore
+        # The second pass finds the experts restored, which is not counted.
+        model(**inputs)
         with FlopCounterMode(display=False) as counter:
             model(**inputs)
     finally:
