@@ -108,7 +108,7 @@ def measure(args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
         model.generation_config.eos_token_id = None
         loaded[number] = OnLanes(model, grid)
         if rank() == 0:
-            logger.info("%d lanes: loaded", number)
+            logger.info("lanes %d: loaded", number)
     chosen = _choice(args, folder, loaded)
     wanted = {number: loaded[number] for number in numbers}
     rows = measure_lanes(args, RanksClock(clock), wanted)
