@@ -1,10 +1,15 @@
-"""Tables of the papers beside ours: memory of one MoE layer, and FLOPs (000, tables 5 and 7).
+"""Tables of the papers beside ours.
 
     python -m benchmarks.paper_tables --shapes
+    python -m benchmarks.paper_tables MODEL --calibration TEXT --compared REPORT/report.json
 
-Arithmetic on the published shapes, without weights. Each figure is counted as the paper counts and
-compared with what it publishes. Beside it is what we store in bfloat16, indices and centre
-included, and what our kernels multiply.
+`--shapes`: memory of one MoE layer and FLOPs (000, tables 5 and 7) by arithmetic on the published
+shapes, without weights. Each figure is counted as the paper counts and compared with what it
+publishes. Beside it is what we store in bfloat16, indices and centre included, and what our kernels
+multiply.
+
+MODEL: approximation error of each method (001, tables 1 and 5), and what `resmoe-dist compare` has
+measured beside 001's table 3. Published figures are shown if the model is theirs.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
@@ -26,8 +32,13 @@ from benchmarks.paper_counting import (
     paper_bytes,
     paper_flops,
 )
+from benchmarks.paper_errors import Case, error_rows, quality_rows
+from benchmarks.paper_methods import KEEP, MISSING
+from benchmarks.paper_methods import METHODS as COMPRESSORS
 from benchmarks.published import published
 from benchmarks.timing import Clock
+from resmoe_dist.checkpoints.source import SourceCheckpoint
+from resmoe_dist.errors import UserError
 
 TOLERANCE = 0.01
 _COLUMNS = (
@@ -44,6 +55,12 @@ TABLES = (
     ("memory", *_COLUMNS),
     ("flops", *_COLUMNS),
     ("assumptions", "table", "model", "assumption"),
+    (
+        *("errors", "method", "layers", "published=published:,.2f", "mean=mean:.4g"),
+        *("sum=sum:.4g", "relative=relative_error:.4f", "of dense bytes=dense_share:.1%", "reason"),
+    ),
+    ("quality", "method", "budget", "published=published:,.2f", "perplexity=perplexity:.4f"),
+    ("remarks", "about", "remark"),
 )
 
 _MIB, _TERA, _GIGA = float(2**20), 1e12, 1e9
@@ -73,14 +90,51 @@ _ASSUMPTIONS = (
 )  # fmt: skip
 
 
+_REMARKS = (
+    ("error", "(1/N) Σ‖T W − restored‖² of a layer's N experts, divided by their rows"),
+    ("error", "the paper does not say how it joins layers: both their mean and sum are shown"),
+    *((name, "published, but no method of this package") for name in MISSING),
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """See `harness`."""
+    add = parser.add_argument
+    add("model", type=Path, nargs="?", metavar="MODEL", help="folder of a model to compress")
     text = "memory and FLOPs of the published shapes, without weights"
-    parser.add_argument("--shapes", action="store_true", required=True, help=text)
+    add("--shapes", action="store_true", help=text)
+    names = list(COMPRESSORS)
+    add("--methods", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    add("--keep", type=harness.share, default=KEEP, help="share kept (default %(default)s)")
+    add("--layers", help="as of compress (default: those that the papers compress)")
+    add("--calibration", type=Path, metavar="TEXT", help="for methods that look at activations")
+    add("--compared", type=Path, metavar="F", help="report.json of resmoe-dist compare")
+    add("--work", type=Path, metavar="DIR", help="for compressed models, one at a time")
 
 
 def measure(args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     """See `harness`. ours: in the unit of the published figure."""
+    if args.shapes == (args.model is not None):
+        raise UserError("give either a MODEL or --shapes")
+    empty: dict[str, Any] = {name: [] for name, *_ in TABLES}
+    if args.shapes:
+        return empty | _shapes()
+    if args.work is not None and not args.work.is_dir():
+        raise UserError(f"--work {args.work}: no such folder")
+    case = Case(
+        args.model, args.keep, args.layers, args.calibration, args.device, scratch=args.work
+    )
+    quality = []
+    if args.compared is not None:
+        quality = quality_rows(args.compared, SourceCheckpoint(args.model).config)
+    return empty | {
+        "quality": quality,
+        "errors": error_rows(case, args.methods, args.seed),
+        "remarks": [{"about": about, "remark": remark} for about, remark in _REMARKS],
+    }
+
+
+def _shapes() -> dict[str, Any]:
     memory, flops = [], []
     for shape in SHAPES:
         flops_unit = _FLOPS_UNITS.get(shape.name, (_GIGA, "GFLOPs"))

@@ -21,12 +21,19 @@ class Figure:
     source: str
 
 
-def published(source: str, model: str, method: str) -> float | None:
-    """The only figure of a model and method in a table; None if the table has none."""
+def published(source: str, model: str, method: str, measure: str | None = None) -> float | None:
+    """The only figure of a model and method in a table; None if the table has none.
+
+    measure: which one, for tables with several. Tables that tell `concat` from `sep` mean `concat`
+    where others name the method alone.
+    """
+    names = (method, f"{method} (concat)")
     found = [
         each.figure
         for each in FIGURES
-        if (each.source, each.model, each.method) == (source, model, method)
+        if (each.source, each.model) == (source, model)
+        and each.method in names
+        and measure in (None, each.measure)
     ]
     assert len(found) <= 1, f"{source} has several figures of {model}, {method}"
     return found[0] if found else None
