@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import MoEModelOutput
 
 from benchmarks.glue import Example
 from resmoe_dist.errors import UserError
@@ -95,7 +95,7 @@ class LabelWords:
     def scores(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
         """Log-probability of each word for each input [B, C]. The encoder runs once."""
         encoded = model.get_encoder()(**inputs)
-        states = BaseModelOutput(last_hidden_state=encoded.last_hidden_state)
+        states = MoEModelOutput(last_hidden_state=encoded.last_hidden_state)
         mask, columns = inputs["attention_mask"], []
         for word in self.words:
             labels_BL = torch.tensor([word] * len(mask), device=model.device)
