@@ -6,31 +6,23 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.comparison.contenders import Contender
+from resmoe_dist.comparison.operations import flops_per_token
 from resmoe_dist.config.commands import CompareConfig, CompressConfig
 from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import evaluate, likeness
 from resmoe_dist.evaluation.report import describe
 from resmoe_dist.launch.compress import compress
-from resmoe_dist.runtime.execution import Restore, RestoredExperts
-from resmoe_dist.runtime.experts import CompressedExperts
 from resmoe_dist.runtime.loading import load_model
 
 Row = dict[str, Any]
-# Tokens of the forward pass whose operations are counted.
-_COUNTED_TOKENS = 64
-# Bytes of restored experts to hold while counting.
-_EVERYTHING = 1 << 60
 _FIGURES = (
     *("error", "relative_error", "values_kept", "expert_bytes", "expert_share"),
     *("checkpoint_bytes", "resident_bytes", "flops_per_token", "compress_seconds"),
@@ -128,7 +120,8 @@ def _measure(
     described = describe(CompressedCheckpoint(folder))
     experts = described["experts"]
     compressed = [layer for layer in described["layers"] if layer["compressed"]]
-    model = load_model(folder, dtype=reference.dtype)
+    # As it is served: in the source's dtype, --dtype would show neither in bytes nor in quality.
+    model = load_model(folder)
     scored = likeness(model, reference, sequences)
     row = {
         "error": statistics.fmean(layer["error"] for layer in compressed),
@@ -136,7 +129,7 @@ def _measure(
         "values_kept": _values_kept(described),
         "expert_bytes": experts["stored_bytes"],
         "expert_share": experts["stored_bytes"] / experts["dense_bytes"],
-        "checkpoint_bytes": sum(path.stat().st_size for path in folder.rglob("*")),
+        "checkpoint_bytes": _file_bytes(folder),
         "resident_bytes": resident_bytes(model),
         "flops_per_token": flops_per_token(model, sequences),
         "compress_seconds": seconds,
@@ -155,6 +148,10 @@ def _check_finite(row: Row) -> None:
             raise UserError(f"{name.replace('_', ' ')} is {value}: values overflow")
 
 
+def _file_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def _values_kept(described: dict[str, Any]) -> float:
     """Stored values as a share of the source's, centres included and indices not."""
     experts = described["experts"]
@@ -166,30 +163,3 @@ def resident_bytes(model: PreTrainedModel) -> int:
     tensors = [*model.parameters(), *model.buffers()]
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors}
     return sum(storage.nbytes() for storage in storages.values())
-
-
-@torch.no_grad()
-def flops_per_token(model: PreTrainedModel, sequences: Sequence[list[int]]) -> float:
-    """Floating-point operations of a forward pass per token, as PyTorch counts its products.
-
-    Compressed experts are restored first: PyTorch does not see inside their kernels. So pruned
-    entries count as zeros that are multiplied, and only fewer experts, neurons or layers show.
-    """
-    experts = [module for module in model.modules() if isinstance(module, CompressedExperts)]
-    usual = [module.execution for module in experts]
-    ids = torch.tensor([sequences[0][:_COUNTED_TOKENS]], device=model.device)
-    inputs = {"input_ids": ids}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
-    try:
-        restore = Restore(RestoredExperts(_EVERYTHING))
-        for module in experts:
-            module.execution = restore
-        # The second pass finds the experts restored, which is not counted.
-        model(**inputs)
-        with FlopCounterMode(display=False) as counter:
-            model(**inputs)
-    finally:
-        for module, execution in zip(experts, usual, strict=True):
-            module.execution = execution
-    return counter.get_total_flops() / ids.numel()

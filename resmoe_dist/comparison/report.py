@@ -34,8 +34,8 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], str], str], ...] = (
     ("perplexity", "perplexity", _plain(".4f"), "of the text"),
     ("divergence", "divergence", _plain(".2e"), "mean Kullback-Leibler divergence of next-token "
      "distributions from the source's, in nats"),
-    ("MFLOP/token", "flops_per_token", lambda value: f"{value / 1e6:.2f}", "of a forward pass with "
-     "restored experts, as PyTorch counts products"),
+    ("MFLOP/token", "flops_per_token", lambda value: f"{value / 1e6:.2f}", "of a forward pass: "
+     "products and attention; the cheaper of experts restored and centres shared"),
     ("compress s", "compress_seconds", _plain(".1f"), "seconds to compress, calibration included"),
     ("score s", "score_seconds", _plain(".1f"), "seconds to score the text"),
 )  # fmt: skip

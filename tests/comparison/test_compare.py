@@ -10,6 +10,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.checkpoints.restore import restore_checkpoint
@@ -188,3 +189,21 @@ def test_contender_names_a_method_with_its_needs(name, tmp_path):
     assert contender.seeded == ("seed" in type(method.options).model_fields)
     if method.needs_samples:
         assert contender.calibrated
+
+
+def test_resident_bytes_are_those_of_the_dtype_that_is_served(family_folder, tmp_path, data):
+    source = family_folder("mixtral")
+    options = {"methods": "sp", "dtype": "bfloat16"}
+
+    row = _run(source, tmp_path, data, keep_models="true", **options)["rows"][0]
+
+    (folder,) = (tmp_path / "r" / "work").iterdir()
+    weights = load_file(folder / "model-00001-of-00001.safetensors")
+    experts = sum(
+        each.nbytes
+        for path in folder.glob("resmoe-*.safetensors")
+        for each in load_file(path).values()
+    )
+    # Two bytes for every value; positions are computed, not stored.
+    stored = experts + 2 * sum(each.numel() for each in weights.values())
+    assert stored <= row["resident_bytes"] < stored + 1024
