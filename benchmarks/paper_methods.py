@@ -56,7 +56,7 @@ def papers_layers(source: SourceCheckpoint) -> str:
 
 
 def papers_model(config: Any) -> str | None:
-    """The name in 001's tables of a model with this config; None if it is none of theirs."""
+    """The name in 001's tables of a model with this config; None if 001 has no such model."""
     kind = config.model_type
     if kind == "mixtral" and (config.hidden_size, config.num_local_experts) == (4096, 8):
         return "Mixtral"

@@ -129,7 +129,7 @@ def _copy_shard(file: TensorFile, target: Path, dense: DenseModel) -> None:
         return
     tensors = {name: file.read(name) for name in sorted(file.names)}
     for name in tensors.keys() & dense.cuts.keys():
-        tensors[name] = dense.cuts[name].of(tensors[name])
+        tensors[name] = dense.cuts[name].of(tensors[name]).contiguous()
     write_tensors(target, tensors, {})
 
 

@@ -21,6 +21,7 @@ from resmoe_dist.families.models import load_config, make_unquantized, meta_mode
 from resmoe_dist.families.names import StoredNames, map_names
 from resmoe_dist.families.router_blocks import router_blocks
 from resmoe_dist.families.smaller import (
+    Cut,
     SmallerModel,
     check_routable,
     fewer_experts,
@@ -30,18 +31,6 @@ from resmoe_dist.families.smaller import (
 from resmoe_dist.families.storage import ExpertStorage
 
 _SERVE = "serve the compressed folder instead"
-
-
-@dataclass(frozen=True)
-class Cut:
-    """The entries of a stored tensor that stay. dim: along which they are counted."""
-
-    dim: int
-    entries: list[int]
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The tensor with these entries alone."""
-        return tensor.index_select(self.dim, torch.tensor(self.entries)).contiguous()
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -61,6 +61,7 @@ class SourceCheckpoint:
         self.files = ModelFiles(folder)
         self._scaled = find_scaled(self.files, self._blocks)
         self._served_dtype: torch.dtype | None = None
+        self._activations: dict[int, nn.Module] = {}
         self.storages: list[ExpertStorage] = []
         self._sort_tensors(model)
 
@@ -71,10 +72,17 @@ class SourceCheckpoint:
 
     def activation(self, layer: int) -> nn.Module:
         """What lies between the projections of a layer's experts."""
-        module = meta_model(self.config).get_submodule(self.sites[layer].module)
-        adapter = adapter_for(module)
-        assert adapter is not None, "a site has an adapter"
-        return adapter.activation(module)
+        if layer not in self._activations:
+            module = self._meta_model.get_submodule(self.sites[layer].module)
+            adapter = adapter_for(module)
+            assert adapter is not None, "a site has an adapter"
+            self._activations[layer] = adapter.activation(module)
+        return self._activations[layer]
+
+    @cached_property
+    def _meta_model(self) -> PreTrainedModel:
+        """The model without weights, whose modules give activations. Building it takes seconds."""
+        return meta_model(self.config)
 
     def unused_line(self) -> str | None:
         """One line about the tensors that transformers does not load; None if it loads all."""

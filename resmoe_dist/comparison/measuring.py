@@ -21,6 +21,7 @@ from resmoe_dist.evaluation.perplexity import evaluate, likeness
 from resmoe_dist.evaluation.report import describe
 from resmoe_dist.launch.compress import compress
 from resmoe_dist.runtime.loading import load_model
+from resmoe_dist.runtime.rank_memory import tensor_bytes
 
 Row = dict[str, Any]
 _FIGURES = (
@@ -83,7 +84,7 @@ def source_row(reference: PreTrainedModel, sequences: list[list[int]]) -> Row:
     quality = evaluate(reference, sequences)
     row = {
         "score_seconds": time.perf_counter() - began,
-        "resident_bytes": resident_bytes(reference),
+        "resident_bytes": tensor_bytes(reference),
         "flops_per_token": flops_per_token(reference, sequences),
         "perplexity": quality.perplexity,
         "nll": quality.nll,
@@ -130,7 +131,7 @@ def _measure(
         "expert_bytes": experts["stored_bytes"],
         "expert_share": experts["stored_bytes"] / experts["dense_bytes"],
         "checkpoint_bytes": _file_bytes(folder),
-        "resident_bytes": resident_bytes(model),
+        "resident_bytes": tensor_bytes(model),
         "flops_per_token": flops_per_token(model, sequences),
         "compress_seconds": seconds,
         "score_seconds": scored.seconds,
@@ -156,10 +157,3 @@ def _values_kept(described: dict[str, Any]) -> float:
     """Stored values as a share of the source's, centres included and indices not."""
     experts = described["experts"]
     return (experts["center_bytes"] + experts["residual_bytes"]["values"]) / experts["dense_bytes"]
-
-
-def resident_bytes(model: PreTrainedModel) -> int:
-    """Bytes of a model's tensors; those that share memory count once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors}
-    return sum(storage.nbytes() for storage in storages.values())

@@ -67,9 +67,8 @@ def align_ot_fusion(experts_EID: Tensor, assign: Assign) -> Tensor:
     """OT Fusion (paper 000, appendix B.2): each layer of the MLP is aligned before the next.
 
     The input projections, with their biases, decide the order of the neurons as in `align_pot`; the
-    output projection follows. A permutation of the output elements would not restore an expert by
-    adding a residual, so there is none. experts_EID: input columns alone. Returns permutations
-    [E, I].
+    output projection follows. The output elements keep their order, because a residual is added
+    to the centre element by element. experts_EID: input columns alone. Returns permutations [E, I].
     """
     return align_pot(experts_EID, assign)
 

@@ -20,7 +20,7 @@ class StoredSize:
 
     count: number of experts, each [rows, columns]. itemsize: bytes of a stored value.
     center_codec: None for a group without a centre. bias_bytes: of one expert's output bias.
-    reduces: what a budget takes away; if not entries, the residual codec has no budget of its own.
+    reduces: what a budget takes away. Unless that is entries, the residual codec has no budget.
     """
 
     count: int

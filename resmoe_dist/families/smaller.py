@@ -11,6 +11,8 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from resmoe_dist.errors import UserError
@@ -28,6 +30,19 @@ _GROUPS = ("n_group", "num_expert_group")
 
 Build = Callable[[PretrainedConfig], PreTrainedModel]
 FieldPath = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The entries of a tensor that stay. dim: along which they are counted."""
+
+    dim: int
+    entries: list[int]
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The tensor with these entries alone."""
+        entries = torch.tensor(self.entries, device=tensor.device)
+        return tensor.index_select(self.dim, entries)
 
 
 @dataclass(frozen=True)
@@ -101,9 +116,7 @@ def check_routable(smaller: SmallerModel, num_experts: int, kept: Sequence[int])
 
     smaller: with as many experts as are kept. kept: their numbers among `num_experts`.
     """
-    part: Any = smaller.model.config
-    for key in smaller.field[:-1]:
-        part = _entry(part, key)
+    part = _part_of(smaller.model.config, smaller.field)
     fields = part if isinstance(part, dict) else part.to_dict()
     choices = len(kept) + min(t.size - num_experts for t in smaller.per_expert.values())
     top_k = _largest(fields, _TOP_K)
@@ -133,9 +146,7 @@ def check_routable(smaller: SmallerModel, num_experts: int, kept: Sequence[int])
 def with_field(config: PretrainedConfig, field: FieldPath, value: int) -> PretrainedConfig:
     """A copy of a config with another number in one place."""
     changed = deepcopy(config)
-    part: Any = changed
-    for key in field[:-1]:
-        part = _entry(part, key)
+    part = _part_of(changed, field)
     if isinstance(part, dict):
         part[field[-1]] = value
     else:
@@ -150,9 +161,8 @@ def write_field(
 
     config: the same config as transformers reads it.
     """
-    part: Any = config
+    part = _part_of(config, field)
     for key in field[:-1]:
-        part = _entry(part, key)
         raw = raw.setdefault(key, {})
     aliases = getattr(part, "attribute_map", {}).items()
     names = {field[-1], *(alias for alias, name in aliases if name == field[-1])}
@@ -241,8 +251,12 @@ def _fields_with(values: dict[str, Any], number: int) -> Iterator[FieldPath]:
             yield (key,)
 
 
-def _entry(part: Any, key: str) -> Any:
-    return part[key] if isinstance(part, dict) else getattr(part, key)
+def _part_of(config: PretrainedConfig, field: FieldPath) -> Any:
+    """The part of a config, itself a config or a dict, that holds a field."""
+    part: Any = config
+    for key in field[:-1]:
+        part = part[key] if isinstance(part, dict) else getattr(part, key)
+    return part
 
 
 def _largest(fields: dict[str, Any], names: Sequence[str]) -> int:

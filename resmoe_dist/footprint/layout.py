@@ -22,6 +22,7 @@ from resmoe_dist.errors import UserError
 from resmoe_dist.families.storage import ExpertSite
 from resmoe_dist.footprint.experts import ExpertBytes, PlannedGroup, PlannedLayer
 from resmoe_dist.footprint.structure import ModelStructure
+from resmoe_dist.jobs.group import wanted_codecs
 from resmoe_dist.jobs.settings import check_choices, keep_for_target
 from resmoe_dist.methods import Dense, Method, method_of
 
@@ -102,9 +103,7 @@ class SettingsLayout(Layout):
         dtype = self.structure.source_dtype
         if settings.dtype and position in settings.layers:
             dtype = STORED_DTYPES[settings.dtype]
-        residual = settings.residual_codec
-        projections = self.structure.sites[position].shape.projections
-        wanted = GroupCodecs(residual, dtype, settings.center_codec, residual.keep, projections)
+        wanted = wanted_codecs(settings, self.structure.sites[position].shape, dtype)
         return self._method(settings, position).codecs(wanted)
 
     def _sizes(self, settings: CompressionSettings) -> list[StoredSize]:

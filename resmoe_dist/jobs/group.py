@@ -24,6 +24,7 @@ from resmoe_dist.compression.losses import Loss
 from resmoe_dist.compression.samples import SampleFiles
 from resmoe_dist.compression.stages import stage
 from resmoe_dist.compression.stored_size import StoredSize
+from resmoe_dist.design_matrix import ExpertShape
 from resmoe_dist.errors import UserError
 from resmoe_dist.heap import return_freed_memory
 from resmoe_dist.jobs.memory_budget import ExpertStore, GroupMemory
@@ -40,6 +41,14 @@ class CompressedGroup:
 
     tensors: dict[str, Tensor]
     record: dict[str, Any]
+
+
+def wanted_codecs(
+    settings: CompressionSettings, shape: ExpertShape, dtype: torch.dtype
+) -> GroupCodecs:
+    """What settings ask for in a layer, before its method decides. dtype: of stored values."""
+    residual = settings.residual_codec
+    return GroupCodecs(residual, dtype, settings.center_codec, residual.keep, shape.projections)
 
 
 class GroupCompressor:
@@ -77,14 +86,7 @@ class GroupCompressor:
         dtype = self.source.dtype(layer)
         if self.settings.dtype and self._is_compressed(layer):
             dtype = STORED_DTYPES[self.settings.dtype]
-        settings = self.settings
-        wanted = GroupCodecs(
-            settings.residual_codec,
-            dtype,
-            settings.center_codec,
-            settings.residual_codec.keep,
-            self.source.sites[layer].shape.projections,
-        )
+        wanted = wanted_codecs(self.settings, self.source.sites[layer].shape, dtype)
         return self.method(layer).codecs(wanted)
 
     def size(self, layer: int, count: int) -> StoredSize:
@@ -129,10 +131,11 @@ class GroupCompressor:
         stored = list(experts) if encoded.expert_map is None else range(len(encoded.residuals))
         residuals = dict(zip(stored, encoded.residuals, strict=True))
         biases_H = group.biases_EH if encoded.biases is None else encoded.biases
-        output_biases = {
-            k: bias_H.to(codecs.dtype)
-            for k, bias_H in zip(stored, [] if biases_H is None else biases_H, strict=False)
-        }
+        output_biases = {}
+        if biases_H is not None:
+            output_biases = {
+                k: bias_H.to(codecs.dtype) for k, bias_H in zip(stored, biases_H, strict=True)
+            }
         source_bytes = group.experts_EID.nbytes
         if group.biases_EH is not None:
             source_bytes += group.biases_EH.nbytes

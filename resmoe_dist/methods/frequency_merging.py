@@ -12,35 +12,19 @@ Legend: E experts, I rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
 from resmoe_dist.methods.base import SourceGroup, register_method
 from resmoe_dist.methods.merged import (
     Cluster,
-    MergingMethod,
-    frequency,
-    match_leaders,
+    MatchedByUseMethod,
     routing_clusters,
 )
 
 
 @register_method
-class FrequencyMerging(MergingMethod):
+class FrequencyMerging(MatchedByUseMethod):
     """Groups around each layer's most used experts, then the mean by frequency, rows matched."""
 
     name = "frequency_merging"
 
-    @property
-    def aligns_rows(self) -> bool:
-        return True
-
     def clusters(self, group: SourceGroup, count: int) -> list[Cluster]:
         return routing_clusters(group, count)
-
-    def permutations(self, group: SourceGroup, clusters: Sequence[Cluster]) -> Tensor:
-        return match_leaders(group, clusters)
-
-    def importance(self, group: SourceGroup) -> Tensor:
-        return frequency(group)

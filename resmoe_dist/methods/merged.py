@@ -68,6 +68,20 @@ class MergingMethod(FewerExperts):
         return replace(encoded, objective=distance)
 
 
+class MatchedByUseMethod(MergingMethod):
+    """Experts are matched to the first one of their cluster, and count by their use."""
+
+    @property
+    def aligns_rows(self) -> bool:
+        return True
+
+    def permutations(self, group: SourceGroup, clusters: Sequence[Cluster]) -> Tensor:
+        return match_leaders(group, clusters)
+
+    def importance(self, group: SourceGroup) -> Tensor:
+        return frequency(group)
+
+
 class GlobalRoutingMethod(MergingMethod):
     """Clusters around the experts that the router uses most, chosen over all layers together.
 

@@ -19,38 +19,22 @@ Legend: E experts, I rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
 from resmoe_dist.compression.routing_similarity import router_similarity, spectral_clusters
 from resmoe_dist.methods.base import SourceGroup, register_method
 from resmoe_dist.methods.merged import (
     Cluster,
-    MergingMethod,
-    frequency,
+    MatchedByUseMethod,
     led_by_most_used,
-    match_leaders,
 )
 
 
 @register_method
-class Uncurl(MergingMethod):
+class Uncurl(MatchedByUseMethod):
     """Spectral clustering by router logits, then the mean by frequency, rows matched."""
 
     name = "uncurl"
-
-    @property
-    def aligns_rows(self) -> bool:
-        return True
 
     def clusters(self, group: SourceGroup, count: int) -> list[Cluster]:
         assert group.samples is not None
         affinity_EE = (1 + router_similarity(group.samples)) / 2
         return led_by_most_used(group, spectral_clusters(affinity_EE, count))
-
-    def permutations(self, group: SourceGroup, clusters: Sequence[Cluster]) -> Tensor:
-        return match_leaders(group, clusters)
-
-    def importance(self, group: SourceGroup) -> Tensor:
-        return frequency(group)

@@ -9,7 +9,6 @@ are read whole, and then cut.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +18,13 @@ from resmoe_dist.checkpoints.format import LayerEntry
 from resmoe_dist.errors import UserError
 from resmoe_dist.families.router_blocks import RouterBlock, router_blocks
 from resmoe_dist.families.sites import find_expert_sites
-from resmoe_dist.families.smaller import PerExpert, SmallerModel, check_routable, fewer_experts
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """What stays of one tensor. entries: numbers along the dimension that counts experts."""
-
-    tensor: PerExpert
-    entries: list[int]
+from resmoe_dist.families.smaller import (
+    Cut,
+    PerExpert,
+    SmallerModel,
+    check_routable,
+    fewer_experts,
+)
 
 
 class KeptExperts:
@@ -38,7 +35,9 @@ class KeptExperts:
 
     def __init__(self, layers: Sequence[LayerEntry]) -> None:
         self._layers = [layer for layer in layers if layer.has_dropped]
-        self._cuts: dict[str, _Cut] = {}
+        self._cuts: dict[str, Cut] = {}
+        # How many entries each tensor to cut has in the files.
+        self._sizes: dict[str, int] = {}
 
     def plan(self, model: PreTrainedModel) -> None:
         """Put blocks with fewer experts into a model on the meta device.
@@ -75,20 +74,20 @@ class KeptExperts:
                 for name, tensor in block.tensors.items():
                     _make_whole(model, name, tensor)
                     entries = tensor.kept(layer.num_experts, layer.kept_experts)
-                    self._cuts[name] = _Cut(tensor, entries)
+                    self._cuts[name] = Cut(tensor.dim, entries)
+                    self._sizes[name] = tensor.size
 
     def finish(self, model: PreTrainedModel) -> None:
         """Keep the entries of the kept experts."""
         for name, cut in self._cuts.items():
             owner, leaf = _owner(model, name)
             whole: Tensor = getattr(owner, leaf)
-            if whole.shape[cut.tensor.dim] != cut.tensor.size:
+            if whole.shape[cut.dim] != self._sizes[name]:
                 raise UserError(
                     f"{name}: is divided among ranks by expert, so experts cannot be dropped; "
                     "serve with --ep 1 --tp 1"
                 )
-            entries = torch.tensor(cut.entries, device=whole.device)
-            _set(owner, leaf, whole.detach().index_select(cut.tensor.dim, entries))
+            _set(owner, leaf, cut.of(whole.detach()))
 
 
 def _make_whole(model: PreTrainedModel, name: str, tensor: PerExpert) -> None:

@@ -36,13 +36,15 @@ class RankMemory:
         return self.expert_bytes + self.other_bytes
 
 
+def tensor_bytes(model: PreTrainedModel) -> int:
+    """Bytes of a model's tensors; those that share storage count once."""
+    storages = (tensor.untyped_storage() for tensor in chain(model.parameters(), model.buffers()))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 def rank_memory(model: PreTrainedModel) -> RankMemory:
     """Measure a model. Tensors that share storage are counted once."""
     layers = [module for module in model.modules() if isinstance(module, ResMoE)]
-    tensors = chain(model.parameters(), model.buffers())
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors
-    }
     center = sum(layer.experts.center_bytes for layer in layers)
     residual = sum(layer.experts.residual_bytes for layer in layers)
     # Without what kernels prepared, which belongs to residuals but is not a tensor of the model.
@@ -50,7 +52,7 @@ def rank_memory(model: PreTrainedModel) -> RankMemory:
     return RankMemory(
         center_bytes=center,
         residual_bytes=residual,
-        other_bytes=sum(storages.values()) - stored,
+        other_bytes=tensor_bytes(model) - stored,
         groups=sum(layer.experts.num_groups for layer in layers),
         num_experts=layers[0].num_experts if layers else 0,
         dense_expert_bytes=model.dtype.itemsize
