@@ -8,57 +8,36 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ValidationInfo, model_validator
+from pydantic import ValidationInfo, model_validator
 from typing_extensions import Self
 
 from resmoe_dist.config.options import CommandConfig, option
-from resmoe_dist.sizes import parse_share, parse_size
+from resmoe_dist.config.values import Dtype, Layers, Prompts, Share, Shares, Size
 
 
-def _layer_positions(value: Any) -> Any:
-    """YAML reads `layers: 2` as a number and `layers: [0, 2]` as a list; options are text."""
-    if isinstance(value, list):
-        return ",".join(str(position) for position in value)
-    return str(value) if isinstance(value, int) else value
+class ScoredTextConfig(CommandConfig):
+    """What a model is scored on."""
 
+    text: Path | None = option(
+        None, "UTF-8 text file to score", metavar="F", exclusive="data", required_set=True
+    )
+    token_ids: Path | None = option(
+        None,
+        "JSON list of sequences of token ids to score",
+        metavar="F.json",
+        exclusive="data",
+        required_set=True,
+    )
+    context: int = option(512, "tokens per window of --text", ge=2)
 
-def _shares(value: Any) -> Any:
-    """From `0.25,50%`, or a list or number of a file."""
-    parts = value if isinstance(value, list) else str(value).split(",")
-    return [parse_share(part) for part in parts]
-
-
-def _positive(shares: list[float]) -> list[float]:
-    if not shares or not all(0 < share <= 1 for share in shares):
-        raise ValueError("each share must lie in (0, 1]")
-    return shares
-
-
-Dtype = Literal["float32", "float16", "bfloat16"]
-# 0.35 or 35%.
-Share = Annotated[float, BeforeValidator(parse_share)]
-# 25%,50%; a file may give a list.
-Shares = Annotated[list[float], BeforeValidator(_shares), AfterValidator(_positive)]
-# Bytes, written 8GB or 7500MiB.
-Size = Annotated[int, BeforeValidator(parse_size)]
-# all, last:24, 8-31 or 0,2.
-Layers = Annotated[str, BeforeValidator(_layer_positions)]
-
-
-def _as_list(value: Any) -> Any:
-    """A file may give a single text: `prompt: The lighthouse`."""
-    return [value] if isinstance(value, str) else value
-
-
-def _not_empty(prompts: list[str]) -> list[str]:
-    if not prompts or not all(prompts):
-        raise ValueError("a prompt is empty; give text to continue")
-    return prompts
-
-
-Prompts = Annotated[list[str], BeforeValidator(_as_list), AfterValidator(_not_empty)]
+    @property
+    def data(self) -> Path:
+        """The file to score: of --text or --token-ids."""
+        data = self.text or self.token_ids
+        assert data is not None
+        return data
 
 
 class StorageConfig(CommandConfig):
@@ -154,7 +133,7 @@ class CompressConfig(StorageConfig):
         return self
 
 
-class CompareConfig(CommandConfig):
+class CompareConfig(ScoredTextConfig):
     """compare compression methods on a model: bytes, errors, quality, in one table"""
 
     source: Path = option(help="Hugging Face model folder (safetensors)", positional=True)
@@ -169,17 +148,6 @@ class CompareConfig(CommandConfig):
         metavar="SHARES",
         exclusive="budget",
     )
-    text: Path | None = option(
-        None, "UTF-8 text file to score", metavar="F", exclusive="data", required_set=True
-    )
-    token_ids: Path | None = option(
-        None,
-        "JSON list of sequences of token ids to score",
-        metavar="F.json",
-        exclusive="data",
-        required_set=True,
-    )
-    context: int = option(512, "tokens per window of --text", ge=2)
     calibration: Path | None = option(
         None, "UTF-8 text for the methods that look at activations", metavar="TEXT"
     )
@@ -272,29 +240,11 @@ class GridConfig(CommandConfig):
         return self
 
 
-class EvaluateConfig(ExecutionConfig):
+class EvaluateConfig(ExecutionConfig, ScoredTextConfig):
     """perplexity of a source, dense or compressed model"""
 
     model: Path = option(help="model folder", positional=True)
-    text: Path | None = option(
-        None, "UTF-8 text file", metavar="F", exclusive="data", required_set=True
-    )
-    token_ids: Path | None = option(
-        None,
-        "JSON list of sequences of token ids",
-        metavar="F.json",
-        exclusive="data",
-        required_set=True,
-    )
-    context: int = option(512, "tokens per window of --text", ge=2)
     json_file: Path | None = option(None, "write the result here too", name="json", metavar="F")
-
-    @property
-    def data(self) -> Path:
-        """The file to score: of --text or --token-ids."""
-        data = self.text or self.token_ids
-        assert data is not None
-        return data
 
 
 class GridEvaluateConfig(EvaluateConfig, GridConfig):
