@@ -45,8 +45,8 @@ def greedy_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
-    """Number of tokens that a model has an embedding for."""
-    return model.get_input_embeddings().weight.shape[0]
+    """Number of tokens that a model has an embedding for, also if this rank holds some of them."""
+    return model.get_input_embeddings().num_embeddings
 
 
 def ending_tokens(config: GenerationConfig) -> list[int]:

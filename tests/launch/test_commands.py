@@ -59,8 +59,18 @@ def test_evaluate_on_a_grid_gives_the_single_process_perplexity(compressed, tmp_
     (tmp_path / "ids.json").write_text(json.dumps(sequences))
 
     code, _, err = run(
-        *("deepspeed", "--num_gpus", "4", "launch/evaluate.py", compressed, "--ep", "4"),
-        *("--token-ids", tmp_path / "ids.json", "--json", tmp_path / "r.json"),
+        # Each rank holds half of the embeddings.
+        *("deepspeed", "--num_gpus", "4", "launch/evaluate.py", compressed),
+        *(
+            "--ep",
+            "2",
+            "--tp",
+            "2",
+            "--token-ids",
+            tmp_path / "ids.json",
+            "--json",
+            tmp_path / "r.json",
+        ),
     )
 
     assert code == 0, err
