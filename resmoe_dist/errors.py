@@ -8,6 +8,10 @@ class UserError(Exception):
     """
 
 
+class OptionError(UserError):
+    """A mistake in a command's options, which a launcher gives to all ranks alike."""
+
+
 class DisagreementError(UserError):
     """Ranks were not started alike. The message names them, and every rank raises it."""
 

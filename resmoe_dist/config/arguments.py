@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from resmoe_dist.config.options import CommandConfig, option_of
 from resmoe_dist.config.sources import build_config, presets
-from resmoe_dist.errors import UserError
+from resmoe_dist.errors import OptionError, UserError
 
 Config = TypeVar("Config", bound=CommandConfig)
 
@@ -32,15 +32,18 @@ def parse(
 
     arguments: `sys.argv` without the program by default. parser: options of `ArgumentParser`. Also
     accepts `--local_rank`, which the `deepspeed` launcher adds to every command line. Raises
-    UserError for whatever the user can correct.
+    OptionError for whatever the user can correct.
     """
     made = Parser(description=description, **parser)
     made.add_argument("--local_rank", help=argparse.SUPPRESS)
     add_options(made, kind)
     # Intermixed: `compress SOURCE --ep 4 OUTPUT` works although a file may give both folders.
-    args = made.parse_intermixed_args(arguments)
-    given = {name: value for name, value in vars(args).items() if name in kind.model_fields}
-    return build_config(kind, given, args.config, getattr(args, "preset", None))
+    try:
+        args = made.parse_intermixed_args(arguments)
+        given = {name: value for name, value in vars(args).items() if name in kind.model_fields}
+        return build_config(kind, given, args.config, getattr(args, "preset", None))
+    except UserError as error:
+        raise OptionError(str(error)) from error
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type[CommandConfig]) -> None:

@@ -6,7 +6,13 @@ import os
 import sys
 import traceback
 
-from resmoe_dist.errors import DisagreementError, FailedCheckError, UserError, first_line
+from resmoe_dist.errors import (
+    DisagreementError,
+    FailedCheckError,
+    OptionError,
+    UserError,
+    first_line,
+)
 
 USER_ERROR = 2
 UNEXPECTED = 1
@@ -34,8 +40,9 @@ def describe(error: Exception, rank: int | None = None, *, joined: bool = True) 
     """
     prefix = "error: " if rank is None else f"error: rank {rank}: "
     if isinstance(error, UserError):
-        # Of mistakes that all ranks make, rank 0 reports its own.
-        alike = (not joined and not rank) or isinstance(error, DisagreementError)
+        # Of other mistakes that all ranks make before they join, rank 0 reports its own as a rule.
+        of_all = isinstance(error, OptionError | DisagreementError)
+        alike = of_all or (not joined and not rank)
         line = f"error: {error}" if alike else f"{prefix}{error}"
         return f"{traceback.format_exc()}{line}" if os.environ.get(TRACEBACK) else line
     if isinstance(error, FailedCheckError):
