@@ -20,7 +20,7 @@ from typing import NoReturn
 from resmoe_dist.parallel.affinity import widen_affinity
 from resmoe_dist.parallel.failures import describe, exit_code, may_be_lost_peer
 from resmoe_dist.parallel.launched import launched
-from resmoe_dist.parallel.watch import Watch, start_watch, write_line
+from resmoe_dist.parallel.watch import Watch, keep_stderr, start_watch, write_line
 
 # Exit codes of a process that a signal ended, as shells report them.
 _SIGNALLED = 128
@@ -44,6 +44,7 @@ def run_entry_point(main: Callable[[], int | None], *, alone: bool = False) -> N
     A rank of a launch watches the others (`watch`): if one fails, all end, and one line is printed.
     """
     seen: list[int] = []
+    keep_stderr()
     place = None if alone else launched()
     if place is not None:
         widen_affinity(place)

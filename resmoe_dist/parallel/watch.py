@@ -266,11 +266,24 @@ class Watch:
         self._all_finished.set()
 
 
+# Where lines go: standard error as it was when the program began.
+_stderr = [2]
+
+
+def keep_stderr() -> None:
+    """Let lines go to what standard error is now, also if a library redirects it for a while.
+
+    DeepSpeed does so while it is imported and tries a compiler.
+    """
+    with suppress(OSError):
+        _stderr[:] = [os.dup(2)]
+
+
 def write_line(text: str) -> None:
     """Write to standard error, unless there is nothing to write or no one to read it."""
     if text:
         with suppress(OSError):
-            os.write(2, f"{text}\n".encode())
+            os.write(_stderr[0], f"{text}\n".encode())
 
 
 def leave(code: int, text: str) -> NoReturn:

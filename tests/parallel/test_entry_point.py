@@ -111,6 +111,20 @@ def test_invalid_input_of_one_process_is_one_line_and_exit_code_2():
     assert process.returncode == 2
 
 
+def test_a_line_is_seen_while_a_library_redirects_standard_error():
+    body = """
+    import os
+    from resmoe_dist.errors import UserError
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    raise UserError("no such folder")
+    """
+
+    process = _start(body)
+
+    assert process.communicate(timeout=60)[1] == "error: no such folder\n"
+    assert process.returncode == 2
+
+
 def test_only_rank_0_reports_invalid_input_at_once():
     body = "from resmoe_dist.errors import UserError\n    raise UserError('no such folder')"
     ranks = [_start(body, rank=rank) for rank in range(2)]
