@@ -47,8 +47,9 @@ def wanted_codecs(
     settings: CompressionSettings, shape: ExpertShape, dtype: torch.dtype
 ) -> GroupCodecs:
     """What settings ask for in a layer, before its method decides. dtype: of stored values."""
-    residual = settings.residual_codec
-    return GroupCodecs(residual, dtype, settings.center_codec, residual.keep, shape.projections)
+    residual = settings.residual_codec.for_blocks(shape.projections)
+    center = settings.center_codec.for_blocks(shape.projections)
+    return GroupCodecs(residual, dtype, center, residual.keep, shape.projections)
 
 
 class GroupCompressor:
@@ -184,9 +185,9 @@ class GroupCompressor:
         activations = samples = activation = None
         if self.activations is not None and self._is_compressed(layer):
             activations = self.activations[layer].of_experts(experts)
-        if self.method(layer).needs_samples:
-            assert self.samples is not None, "the command asks for a calibration text"
+        if self._is_compressed(layer) and self.samples is not None:
             samples, activation = self.samples.read(layer), self.source.activation(layer)
+        assert samples is not None or not self.method(layer).needs_samples
         return SourceGroup(
             experts_EID,
             shape,
