@@ -22,11 +22,12 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import logger, positive
+from benchmarks.harness import logger, main, positive
 from benchmarks.timing import Clock
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.config.commands import CompressConfig
@@ -128,3 +129,7 @@ def _measure(
         "seconds": seconds,
         "chosen": ", ".join(sorted(f"{k}={v}" for k, v in options.items() if k != "calibration")),
     }
+
+
+if __name__ == "__main__":
+    main(sys.modules[__name__])

@@ -48,7 +48,7 @@ _LAYOUT = ("bits", "coder", "blocks", "hidden", "group", "rotated")
 class QuantizedConfig(CodecConfig):
     """bits: of an entry. coder: see `coders.py`. group_size: g. blocks: b."""
 
-    bits: Literal[1, 2, 3, 4, 8] = Field(default=3, description="bits per entry")
+    bits: int = Field(default=3, description="bits per entry: 1, 2, 3, 4 or 8")
     coder: Literal["auto", "scalar", "trellis"] = Field(
         default="auto",
         description="how entries become bits: scalar, trellis, or trellis if there are at most 4",

@@ -45,7 +45,11 @@ class GroupEnergies:
     @classmethod
     def from_lists(cls, fields: dict[str, Any]) -> GroupEnergies:
         """From a JSON object of the fields."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in fields.items()
+        }
+        return cls(**given)
 
     def error(self, bits: int) -> float:
         """D(b)."""

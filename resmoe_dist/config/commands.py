@@ -62,10 +62,10 @@ class StorageConfig(CommandConfig):
         metavar="CODEC",
         exclusive="center",
     )
-    bits: Literal[1, 2, 3, 4, 8] | None = option(
+    bits: int | None = option(
         None, "per entry of the residuals, with --codec quantized", exclusive="budget"
     )
-    center_bits: Literal[1, 2, 3, 4, 8] | None = option(
+    center_bits: int | None = option(
         None, "per entry of the centres, with --codec quantized", exclusive="center"
     )
     keep: float | None = option(

@@ -28,6 +28,7 @@ from resmoe_dist.design_matrix import ExpertShape
 from resmoe_dist.errors import UserError
 from resmoe_dist.heap import return_freed_memory
 from resmoe_dist.jobs.memory_budget import ExpertStore, GroupMemory
+from resmoe_dist.kernels.cpu.build import load_kernels
 from resmoe_dist.methods import Dense, GroupPlan, Method, SourceGroup, method_of
 
 # In a record: of which stored expert each expert of the layer is one.
@@ -121,6 +122,8 @@ class GroupCompressor:
         codecs = self.codecs(layer)
         keep = codecs.residual.keep if plan is None else plan.keep
         group = self._read(layer, experts, keep)
+        if codecs.residual.codec.spends_bits:
+            load_kernels()  # also has the searches for codes
         with stage("encode"):
             encoded = self.method(layer).encode(group, codecs, plan)
         losses = encoded.losses
