@@ -81,11 +81,12 @@ class QuantizedConfig(CodecConfig):
 
     def layout(self, columns: int) -> dict[str, int]:
         """What a matrix with D columns says of itself."""
-        coder, hidden = self.make_coder(), columns // self.blocks
+        coder, blocks = self.make_coder(), min(self.blocks, columns)
+        hidden = columns // blocks
         return {
             "bits": self.bits,
             "coder": _CODERS.index(coder.name),
-            "blocks": self.blocks,
+            "blocks": blocks,
             "hidden": hidden,
             "group": min(self.group_size or hidden, hidden),
             "rotated": int(self.rotate),
