@@ -140,7 +140,7 @@ def _run_rank(
     import torch
 
     from resmoe_dist.parallel.entry_point import quiet_libraries
-    from resmoe_dist.parallel.launcher import join_world
+    from resmoe_dist.parallel.launcher import join_world, leave_out_shared_memory
 
     try:
         quiet_libraries()
@@ -148,7 +148,7 @@ def _run_rank(
         if place.backend == "gloo":
             join_world()
         else:
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            leave_out_shared_memory()
             deepspeed.init_distributed(
                 place.backend,
                 auto_mpi_discovery=False,
