@@ -108,7 +108,7 @@ KINDS = {
     ),
     "checkpoint": FaultKind(
         "one rank loads another model",
-        _DISAGREES % r"the SHA-256 of the model's resmoe\.json is .*",
+        _DISAGREES % r"the digest of the model's resmoe\.json is .*",
         2,
         folder=lambda model, place, rank: embedded_checkpoint(1),
     ),

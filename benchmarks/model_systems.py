@@ -225,17 +225,3 @@ def _parts_of(block: Any) -> LayerParts:
 def _plain_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     kind = model_class(load_config(str(folder)))
     return kind.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
-
-
-def resident_bytes(model: PreTrainedModel | None) -> int:
-    """Bytes of a model's tensors on this rank. Tensors that share storage count once."""
-    if model is None:
-        return 0
-    storages = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        storage = local.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-    layers = [module for module in model.modules() if isinstance(module, ResMoE)]
-    prepared = sum(layer.experts.backend.prepared_bytes for layer in layers)
-    return sum(storages.values()) + prepared

@@ -4,10 +4,11 @@
 
     time of a step = computation of one rank, measured here + its collectives on a link, modelled
 
-Computation is that of the grid's rank 0, run without its peers (see `child_ranks.py`): its shard of
-the compressed model, its share of the batch, and the real forms of dispatch. The same run counts
-its collectives and their bytes (`wire.py`). `links.py` says how long they take: on links given by
-their data sheets, or on gloo between processes of this machine, fitted to measured times.
+Computation is that of the grid's rank 0, run without its peers
+(`resmoe_dist.testing.child_ranks`): its shard of the compressed model, its share of the batch, and
+the real forms of dispatch. The same run counts its collectives and their bytes (`wire.py`).
+`links.py` says how long they take: on links given by their data sheets, or on gloo between
+processes of this machine, fitted to measured times.
 
 The model takes all ranks to be as busy as rank 0, and nothing to overlap. A rank has one core, or
 --threads. For the grids of --check all ranks run here too, and the last table compares. They share
@@ -37,7 +38,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.child_ranks import run_alone, run_together
 from benchmarks.decode import make_compressed
 from benchmarks.generation import generate
 from benchmarks.harness import logger, main, positive, share
@@ -50,6 +50,7 @@ from benchmarks.wire import Message, WireCount
 from resmoe_dist.checkpoints.format import STORED_DTYPES
 from resmoe_dist.parallel.topology import build_topology, lane_choices
 from resmoe_dist.runtime.loading import load_model
+from resmoe_dist.testing.child_ranks import run_alone, run_on_ranks
 from resmoe_dist.testing.synthetic_model import VOCABULARY
 
 _MEASURED = "measured"
@@ -159,7 +160,7 @@ def measure(args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     for grid in args.grids:
         networks = {name: Network(links[name], between, args.per_node) for name in args.links}
         work, threads = work_of(args, folder, grid), args.threads or 1
-        runs = run_alone(grid.ep * grid.tp, threads, run_forms, work)
+        runs = run_alone(grid.ep * grid.tp, run_forms, work, threads=threads)
         rows += [predicted(args.layers, grid, run, networks) for run in runs]
         logger.info("%s: done", grid)
     for grid in args.check:
@@ -251,8 +252,8 @@ def _checked(args: argparse.Namespace, work: Work, link: Link) -> list[Row]:
     ranks, threads = work.grid.ep * work.grid.tp, args.threads or 1
     sharing = max(1, ranks * threads / len(os.sched_getaffinity(0)))
     networks, rows = {_MEASURED: Network(link, link, ranks)}, []
-    alone = run_alone(ranks, threads, run_forms, work)
-    together = run_together(ranks, threads, run_forms, work)
+    alone = run_alone(ranks, run_forms, work, threads=threads)
+    together = run_on_ranks(ranks, run_forms, work, timeout=None, threads=threads)
     for mine, *real in zip(alone, *together, strict=True):
         row = predicted(args.layers, work.grid, mine, networks, sharing)
         slowest = np.max([run.moments for run in real], axis=0).tolist()
@@ -272,7 +273,7 @@ def _fitted(worlds: Sequence[int]) -> Link:
     """gloo between processes of this machine, from worlds of several sizes."""
     timings: list[Timing] = []
     for world in worlds:
-        timings += run_together(world, 1, time_collectives)[0]
+        timings += run_on_ranks(world, time_collectives, timeout=None, threads=1)[0]
     sizes = ", ".join(map(str, worlds))
     return fit_link(_MEASURED, timings, f"gloo here, {sizes} ranks")
 

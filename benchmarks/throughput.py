@@ -63,7 +63,6 @@ from benchmarks.model_systems import (
     deepspeed_model_system,
     one_rank_systems,
     our_model_systems,
-    resident_bytes,
     transformers_model_systems,
 )
 from benchmarks.ranks import (
@@ -86,6 +85,7 @@ from resmoe_dist.launch.compress import compress
 from resmoe_dist.parallel.dispatch import FORMS
 from resmoe_dist.parallel.entry_point import launched_rank
 from resmoe_dist.parallel.topology import build_topology
+from resmoe_dist.runtime.rank_memory import resident_bytes
 from resmoe_dist.testing.synthetic_model import VOCABULARY
 
 KINDS = ("all_reduce", "all_to_all")
@@ -231,7 +231,7 @@ def measure_systems(
         )
         if args.dtype == "float32" and equal < 1:
             raise RuntimeError(f"{system.name} generates other tokens than {first.name} in float32")
-        resident = resident_bytes(system.model)
+        resident = 0 if system.model is None else resident_bytes(system.model)
         peak = resident + max(each.growth for each in found)
         rows.append(
             {

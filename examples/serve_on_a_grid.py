@@ -2,7 +2,7 @@
 
     deepspeed --num_gpus 4 examples/serve_on_a_grid.py COMPRESSED --ep 2 --tp 2
 
-Each lane continues one of the prompts. The tensor-parallel ranks of a lane work on the same prompt.
+Each lane continues its share of the prompts; the ranks of a lane work on the same ones.
 `launch/infer.py` is the complete version of this script.
 """
 
@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
 from transformers import AutoTokenizer
 
 from resmoe_dist import load_model
 from resmoe_dist.parallel.entry_point import quiet_libraries, run_entry_point
 from resmoe_dist.parallel.launcher import start_grid
+from resmoe_dist.runtime.generation import GenerationOptions, generate_on_lane
 
 PROMPTS = ["def __init__(self, ", "import os\n", "class Error(", "    return self."]
 
@@ -35,21 +35,17 @@ def main() -> None:
 
     # On a machine without accelerators this starts ep * tp ranks on the CPU.
     topology = start_grid(args.ep, args.tp)
-    model = load_model(args.folder, ep=args.ep, tp=args.tp)
+    model = load_model(args.folder, topology=topology)
     tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=False)
-    prompt = PROMPTS[topology.lane % len(PROMPTS)]
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    with torch.no_grad():
-        output_BS = model.generate(
-            **inputs,
-            max_new_tokens=args.max_new_tokens,
-            # Lanes exchange tokens in every layer, so a lane that is done keeps taking part.
-            synced_gpus=topology.lanes > 1,
-        )
+    # Lanes exchange tokens in every layer, so all of them take the same number of steps.
+    output = generate_on_lane(
+        model, tokenizer, PROMPTS, topology, GenerationOptions(args.max_new_tokens)
+    )
     if topology.lane_rank == 0:
-        text = tokenizer.decode(output_BS[0], skip_special_tokens=True)
-        # One write per lane: the ranks share this terminal.
-        print(f"--- lane {topology.lane}\n{text}\n", end="", flush=True)
+        for number, completion in output.completions.items():
+            # One write per text: the ranks share this terminal.
+            text = f"{PROMPTS[number]}{completion}"
+            print(f"--- lane {topology.lane}\n{text}\n", end="", flush=True)
 
 
 if __name__ == "__main__":

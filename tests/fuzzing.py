@@ -83,8 +83,8 @@ def attempt(what: str, action: Callable[[], Any]) -> tuple[str, Any]:
 def evaluation(folder: Path, ids: Path) -> tuple[float, int]:
     """What `resmoe-dist evaluate` finds."""
     config = EvaluateConfig(model=folder, token_ids=ids)
-    command.check(config)
-    result = command.run_evaluate(config, command.read_sequences(config))
+    served = command.read_model(config)
+    result = command.run_evaluate(config, served, command.read_sequences(config, served))
     return result.nll, result.tokens
 
 

@@ -26,6 +26,7 @@ from resmoe_dist.checkpoints.format import (
     INDEX_FILE,
     LISTS_ALL_FILES,
     STORED_DTYPES,
+    CheckpointIndex,
     FileEntry,
     GroupEntry,
     LayerEntry,
@@ -211,14 +212,17 @@ class GroupFile:
 class CompressedCheckpoint:
     """A compressed checkpoint on disk: its index, and its files on demand.
 
-    verify: compare each file that is opened, and once all files that are not groups', with their
-    digests. Raises UserError if the folder is not a compressed checkpoint or links out of itself,
-    its format version is newer than this program, or the index is damaged.
+    index: of the folder, if it was read before. verify: compare each file that is opened, and once
+    all files that are not groups', with their digests. Raises UserError if the folder is not a
+    compressed checkpoint or links out of itself, its format version is newer than this program, or
+    the index is damaged.
     """
 
-    def __init__(self, folder: Path, *, verify: bool = False) -> None:
+    def __init__(
+        self, folder: Path, index: CheckpointIndex | None = None, *, verify: bool = False
+    ) -> None:
         self.folder = folder
-        self.index = read_index(folder)
+        self.index = read_index(folder) if index is None else index
         self._verify = verify
         if verify:
             self._refuse(self._index_faults())

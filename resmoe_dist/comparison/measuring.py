@@ -21,7 +21,7 @@ from resmoe_dist.evaluation.perplexity import evaluate, likeness
 from resmoe_dist.evaluation.report import describe
 from resmoe_dist.launch.compress import compress
 from resmoe_dist.runtime.loading import load_model
-from resmoe_dist.runtime.rank_memory import tensor_bytes
+from resmoe_dist.runtime.rank_memory import resident_bytes
 
 Row = dict[str, Any]
 _FIGURES = (
@@ -84,7 +84,7 @@ def source_row(reference: PreTrainedModel, sequences: list[list[int]]) -> Row:
     quality = evaluate(reference, sequences)
     row = {
         "score_seconds": time.perf_counter() - began,
-        "resident_bytes": tensor_bytes(reference),
+        "resident_bytes": resident_bytes(reference),
         "flops_per_token": flops_per_token(reference, sequences),
         "perplexity": quality.perplexity,
         "nll": quality.nll,
@@ -131,7 +131,7 @@ def _measure(
         "expert_bytes": experts["stored_bytes"],
         "expert_share": experts["stored_bytes"] / experts["dense_bytes"],
         "checkpoint_bytes": _file_bytes(folder),
-        "resident_bytes": tensor_bytes(model),
+        "resident_bytes": resident_bytes(model),
         "flops_per_token": flops_per_token(model, sequences),
         "compress_seconds": seconds,
         "score_seconds": scored.seconds,

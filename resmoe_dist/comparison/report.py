@@ -27,7 +27,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], str], str], ...] = (
      "stored dtype"),
     ("values kept", "values_kept", _plain(".1%"), "that share without indices: what papers count"),
     ("checkpoint", "checkpoint_bytes", human_bytes, "bytes of all files; source: weights only"),
-    ("resident", "resident_bytes", human_bytes, "bytes of the loaded model's tensors"),
+    ("resident", "resident_bytes", human_bytes, "bytes in memory, with what kernels prepare"),
     ("error", "error", _plain(".4g"), "mean over compressed layers of "
      "(1/E) Σ ‖T_k W_k − restored_k‖²"),
     ("relative", "relative_error", _plain(".4f"), "that error as a share of Σ ‖W_k‖²"),

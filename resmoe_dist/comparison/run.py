@@ -23,7 +23,7 @@ from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.tables import human_bytes
 from resmoe_dist.jobs.settings import parse_layers
 from resmoe_dist.launch.compress import calibration_of
-from resmoe_dist.launch.evaluate import check, read_sequences
+from resmoe_dist.launch.evaluate import read_model, read_sequences
 from resmoe_dist.parallel.entry_point import quiet_libraries
 from resmoe_dist.runtime.loading import load_model
 from resmoe_dist.version import __version__
@@ -36,8 +36,7 @@ def run_compare(config: CompareConfig) -> int:
     scored = EvaluateConfig(
         model=config.source, text=config.text, token_ids=config.token_ids, context=config.context
     )
-    check(scored)
-    sequences = read_sequences(scored)
+    sequences = read_sequences(scored, read_model(scored))
     source = SourceCheckpoint(config.source)
     parse_layers(config.layers, len(source.sites))
     if config.calibration is None:

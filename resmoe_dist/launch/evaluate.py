@@ -20,7 +20,6 @@ from resmoe_dist.evaluation.perplexity import (
     sequences_from_json,
     sequences_from_text,
 )
-from resmoe_dist.families.models import load_config
 from resmoe_dist.launch.execution import execution_of
 from resmoe_dist.launch.facts import facts_of
 from resmoe_dist.parallel.entry_point import launched_rank, quiet_libraries, run_entry_point
@@ -28,8 +27,9 @@ from resmoe_dist.parallel.launcher import start_grid
 from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology
 from resmoe_dist.runtime.checking import check_steps
 from resmoe_dist.runtime.decoding import vocabulary_of
-from resmoe_dist.runtime.folder_checks import check_language_model, check_runs
-from resmoe_dist.runtime.loading import check_grid, load_model
+from resmoe_dist.runtime.folder_checks import check_runs
+from resmoe_dist.runtime.loading import load_model
+from resmoe_dist.runtime.served_folder import ServedFolder
 
 
 def main() -> None:
@@ -43,16 +43,16 @@ def run() -> None:
     quiet_libraries()
     # Mistakes are found here, before ranks are started.
     execution_of(config)
-    check(config, config.ep, config.tp)
-    sequences = read_sequences(config)
+    served = read_model(config, config.ep, config.tp)
+    sequences = read_sequences(config, served)
     topology = start_grid(
         config.ep,
         config.tp,
         lanes=config.lanes,
         rank_timeout=config.rank_timeout,
-        facts=facts_of(config, config.model, sequences),
+        facts=facts_of(config, served, sequences),
     )
-    result = run_evaluate(config, sequences, topology, config.dispatch)
+    result = run_evaluate(config, served, sequences, topology, config.dispatch)
     if topology.rank == 0:
         report(result, config)
 
@@ -60,34 +60,39 @@ def run() -> None:
 def run_alone(config: EvaluateConfig) -> int:
     """`resmoe-dist evaluate`, in one process; exit code 0."""
     quiet_libraries()
-    check(config)
-    report(run_evaluate(config, read_sequences(config)), config)
+    served = read_model(config)
+    report(run_evaluate(config, served, read_sequences(config, served)), config)
     return 0
 
 
-def check(config: EvaluateConfig, ep: int = 1, tp: int = 1) -> None:
-    """Raise UserError for a model that cannot be scored on the grid, or an unwritable output."""
+def read_model(config: EvaluateConfig, ep: int = 1, tp: int = 1) -> ServedFolder:
+    """The model's folder.
+
+    Raises UserError for a model that cannot be scored on the grid, or an unwritable output.
+    """
     if config.json_file and not launched_rank():
         check_writable(config.json_file)
-    check_grid(config.model, ep, tp)
-    check_language_model(config.model)
+    served = ServedFolder.read(config.model)
+    served.check_grid(ep, tp)
+    served.check_language_model()
+    return served
 
 
-def read_sequences(config: EvaluateConfig) -> list[list[int]]:
+def read_sequences(config: EvaluateConfig, served: ServedFolder) -> list[list[int]]:
     """Token ids of the sequences to score. Raises UserError for a file that cannot be used."""
     if config.text:
         tokenizer = load_tokenizer(config.model)
         sequences = sequences_from_text(config.text, tokenizer, config.context)
     else:
         sequences = sequences_from_json(config.data)
-    vocabulary = getattr(load_config(str(config.model)).get_text_config(), "vocab_size", None)
-    if isinstance(vocabulary, int):
-        check_vocabulary(config.data, sequences, vocabulary)
+    if served.vocabulary is not None:
+        check_vocabulary(config.data, sequences, served.vocabulary)
     return sequences
 
 
 def run_evaluate(
     config: EvaluateConfig,
+    served: ServedFolder,
     sequences: list[list[int]],
     topology: Topology = SINGLE_PROCESS,
     dispatch: str = "auto",
@@ -96,7 +101,7 @@ def run_evaluate(
     execution = execution_of(config)
     dtype = STORED_DTYPES[config.dtype] if config.dtype else None
     model = load_model(
-        config.model,
+        served,
         dtype=dtype,
         topology=topology,
         execution=execution,

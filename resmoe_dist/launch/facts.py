@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 
-from resmoe_dist.checkpoints.format import INDEX_FILE, is_compressed
+from resmoe_dist.checkpoints.format import INDEX_FILE
 from resmoe_dist.config.commands import GridConfig
+from resmoe_dist.runtime.served_folder import ServedFolder
 
 # Paths may differ from host to host. Of files, the content counts.
 _MAY_DIFFER = {"json_file", "model", "prompts", "rank_timeout", "text", "token_ids"}
 
 
-def facts_of(config: GridConfig, folder: Path | None, data: object) -> dict[str, str]:
+def facts_of(config: GridConfig, served: ServedFolder | None, data: object) -> dict[str, str]:
     """Options by name, a digest of the checkpoint's index, and one of the data to work on.
 
-    folder: the model's; None for the embedded one. data: what was read from files, as JSON can
+    served: the model; None for the embedded one. data: what was read from files, as JSON can
     represent it.
     """
     facts = {
@@ -24,10 +24,15 @@ def facts_of(config: GridConfig, folder: Path | None, data: object) -> dict[str,
         for name in type(config).model_fields
         if name not in _MAY_DIFFER
     }
-    facts["the SHA-256 of the data"] = _digest(json.dumps(data).encode())
-    if folder is not None:
-        index = INDEX_FILE if is_compressed(folder) else "config.json"
-        facts[f"the SHA-256 of the model's {index}"] = _digest((folder / index).read_bytes())
+    facts["the digest of the data"] = _digest(json.dumps(data).encode())
+    if served is not None and served.index is not None:
+        facts[f"the digest of the model's {INDEX_FILE}"] = _digest(
+            served.index.model_dump_json().encode()
+        )
+    elif served is not None:
+        facts["the digest of the model's config.json"] = _digest(
+            served.config.to_json_string().encode()
+        )
     return facts
 
 

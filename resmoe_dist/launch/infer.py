@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from pathlib import Path
 
 import torch
-from transformers import TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from resmoe_dist.checkpoints.format import STORED_DTYPES
 from resmoe_dist.checkpoints.tensor_files import check_writable, write_json
@@ -19,15 +20,15 @@ from resmoe_dist.config.arguments import parse
 from resmoe_dist.config.commands import InferConfig
 from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import load_tokenizer
-from resmoe_dist.families.models import load_config
 from resmoe_dist.launch.execution import execution_of
 from resmoe_dist.launch.facts import facts_of
 from resmoe_dist.launch.rank_report import as_json, gather_reports, rank_table
 from resmoe_dist.parallel.dispatch import SharedBatchDispatcher
 from resmoe_dist.parallel.entry_point import launched_rank, quiet_libraries, run_entry_point
 from resmoe_dist.parallel.launcher import start_grid
+from resmoe_dist.parallel.topology import lane_choices
 from resmoe_dist.runtime.checking import check_steps
-from resmoe_dist.runtime.folder_checks import check_language_model, refusing
+from resmoe_dist.runtime.folder_checks import refusing
 from resmoe_dist.runtime.generation import (
     GenerationOptions,
     check_chat,
@@ -36,9 +37,10 @@ from resmoe_dist.runtime.generation import (
     try_generation,
 )
 from resmoe_dist.runtime.lanes import OnLanes, Prompts, fastest_lanes
-from resmoe_dist.runtime.loading import check_grid, load_model
-from resmoe_dist.runtime.loading_cost import loading_cost
+from resmoe_dist.runtime.loading import load_model, warn_of_whole_parts
+from resmoe_dist.runtime.loading_cost import LoadingCost, loading_cost
 from resmoe_dist.runtime.rank_memory import rank_memory
+from resmoe_dist.runtime.served_folder import ServedFolder
 from resmoe_dist.testing.embedded import DEMO_PROMPTS, embedded_checkpoint
 
 
@@ -64,16 +66,12 @@ def run() -> None:
     execution = execution_of(config)
     if config.json_file and not launched_rank():
         check_writable(config.json_file)
+    served, tokenizer = None, None
     if config.model:
-        check_grid(config.model, config.ep, config.tp)
-        check_language_model(config.model)
-        tokenizer = load_tokenizer(config.model)
-        if config.chat:
-            check_chat(tokenizer)
-        check_prompts(tokenizer, prompts, load_config(str(config.model)), config.chat)
+        served, tokenizer = read_model(config.model, config, prompts)
     elif launched_rank() == 0:
         # Made by one process, which has all cores; the ranks find it in the cache.
-        check_grid(embedded_checkpoint(config.ep), config.ep, config.tp)
+        ServedFolder.read(embedded_checkpoint(config.ep)).check_grid(config.ep, config.tp)
     # 2. The grid.
     topology = start_grid(
         config.ep,
@@ -81,32 +79,31 @@ def run() -> None:
         lanes=config.lanes,
         sequences=len(prompts),
         rank_timeout=config.rank_timeout,
-        facts=facts_of(config, config.model, prompts),
+        facts=facts_of(config, served, prompts),
     )
-    folder = config.model or embedded_checkpoint(config.ep)
-    tokenizer = load_tokenizer(folder)
-    if not config.model:
-        if config.chat:
-            check_chat(tokenizer)
-        check_prompts(tokenizer, prompts, load_config(str(folder)), config.chat)
+    if served is None or tokenizer is None:
+        served, tokenizer = read_model(embedded_checkpoint(config.ep), config, prompts)
     # 3. This rank's shard of the model.
     dtype = STORED_DTYPES[config.dtype] if config.dtype else None
     load = partial(
-        load_model, folder, dtype=dtype, execution=execution, dispatch=config.dispatch,
-        verify=config.verify,
-    )  # fmt: skip
+        load_model, served, dtype=dtype, execution=execution, dispatch=config.dispatch, quiet=True
+    )
     with loading_cost() as loading:
-        model = load(topology=topology)
-        with refusing(folder, "cannot generate"):
-            try_generation(model, tokenizer, topology)
-        one_lane = config.dispatch == SharedBatchDispatcher.name
-        if config.lanes is None and topology.ep > 1 and not one_lane:
+        model = load(topology=topology, verify=config.verify)
+    loading.kept_bytes = rank_memory(model).all_bytes
+    with refusing(served.path, "cannot generate"):
+        try_generation(model, tokenizer, topology)
+    choosing: LoadingCost | None = None
+    several = len(lane_choices(topology.ep, topology.dp)) > 1
+    if config.lanes is None and several and config.dispatch != SharedBatchDispatcher.name:
+        with loading_cost() as choosing:
             chosen = fastest_lanes(
                 OnLanes(model, topology),
-                lambda place, held: load(topology=place, experts_of=held, verify=False),
+                lambda place, held: load(topology=place, experts_of=held),
                 Prompts(tokenizer, prompts, options),
             )
-            model, topology = chosen.model, chosen.place
+        model, topology = chosen.model, chosen.place
+    warn_of_whole_parts(model, topology)
     if config.check:
         check_steps(model, topology)
     # 4. This lane's prompts. A single one is printed as it is completed.
@@ -117,7 +114,7 @@ def run() -> None:
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     output = generate_on_lane(model, tokenizer, prompts, topology, options, streamer)
     # 5. Rank 0 reports for all.
-    reports = gather_reports(topology, output, rank_memory(model), loading)
+    reports = gather_reports(topology, output, rank_memory(model), loading, choosing)
     if not is_first:
         return
     completions = {i: text for each in reports for i, text in each.output.completions.items()}
@@ -126,6 +123,23 @@ def run() -> None:
     print(rank_table(reports))
     if config.json_file:
         write_json(config.json_file, as_json(prompts, completions, reports))
+
+
+def read_model(
+    folder: Path, config: InferConfig, prompts: list[str]
+) -> tuple[ServedFolder, PreTrainedTokenizerBase]:
+    """The folder and its tokenizer.
+
+    Raises UserError if the model cannot be served on the grid, or cannot continue a prompt.
+    """
+    served = ServedFolder.read(folder)
+    served.check_grid(config.ep, config.tp)
+    served.check_language_model()
+    tokenizer = load_tokenizer(folder)
+    if config.chat:
+        check_chat(tokenizer)
+    check_prompts(tokenizer, prompts, served.config, config.chat)
+    return served, tokenizer
 
 
 def read_prompts(config: InferConfig) -> list[str]:

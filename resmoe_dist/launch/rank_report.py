@@ -16,21 +16,29 @@ from resmoe_dist.runtime.rank_memory import RankMemory
 
 @dataclass(frozen=True)
 class RankReport:
-    """One rank: its place in the grid, what its lane generated, the bytes it holds, and what
-    loading them cost."""
+    """One rank: its place in the grid, what its lane generated, and the bytes it holds.
+
+    loading: what it cost to load the model once. choosing: what came on top to compare numbers of
+    lanes; None if the number was given.
+    """
 
     place: Topology
     output: LaneOutput
     memory: RankMemory
     loading: LoadingCost
+    choosing: LoadingCost | None = None
 
 
 def gather_reports(
-    topology: Topology, output: LaneOutput, memory: RankMemory, loading: LoadingCost
+    topology: Topology,
+    output: LaneOutput,
+    memory: RankMemory,
+    loading: LoadingCost,
+    choosing: LoadingCost | None = None,
 ) -> list[RankReport]:
     """Every rank's report, in rank order. Collective over the world."""
     # Process groups cannot be sent.
-    report = RankReport(topology.without_groups(), output, memory, loading)
+    report = RankReport(topology.without_groups(), output, memory, loading, choosing)
     if not torch.distributed.is_initialized():
         return [report]
     reports: list[Any] = [None] * torch.distributed.get_world_size()
@@ -75,16 +83,17 @@ def rank_table(reports: list[RankReport]) -> str:
 
 def _loading_line(reports: list[RankReport]) -> str:
     """Of the rank whose memory grew most; empty if that is not known."""
-    known = [(r.loading.peak_bytes or 0, rank) for rank, r in enumerate(reports)]
-    peak, rank = max(known)
+    peak, rank = max((r.loading.peak_bytes or 0, rank) for rank, r in enumerate(reports))
     if not peak:
         return ""
-    report = reports[rank]
-    read = report.loading.read_bytes
+    loading = reports[rank].loading
+    read = loading.read_bytes
+    choosing = [r.choosing.peak_bytes or 0 for r in reports if r.choosing]
     return (
-        f"loading: memory grew by {human_bytes(peak)} at most (rank {rank}, which keeps "
-        f"{human_bytes(report.memory.all_bytes)}"
-        f"{'' if read is None else f' and read {human_bytes(read)}'})\n"
+        f"loading: memory grew by {human_bytes(peak)} at most (rank {rank}, for "
+        f"{human_bytes(loading.kept_bytes)} that stay"
+        f"{'' if read is None else f', read {human_bytes(read)}'})"
+        f"{f'; choosing the lanes: by {human_bytes(max(choosing))} more' if choosing else ''}\n"
     )
 
 
@@ -105,6 +114,8 @@ def as_json(
             "other_bytes": report.memory.other_bytes,
             "loading_peak_bytes": report.loading.peak_bytes,
             "loading_read_bytes": report.loading.read_bytes,
+            "loading_kept_bytes": report.loading.kept_bytes,
+            "choosing_peak_bytes": report.choosing and report.choosing.peak_bytes,
             "new_tokens": report.output.new_tokens,
             "seconds": report.output.seconds,
         }

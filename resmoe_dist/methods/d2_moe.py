@@ -42,6 +42,7 @@ from resmoe_dist.methods.base import (
     SourceGroup,
     register_method,
 )
+from resmoe_dist.methods.merged import shares_in, weighted_mean
 from resmoe_dist.methods.plan import GroupPlan
 from resmoe_dist.methods.stored import neuron_activations
 from resmoe_dist.methods.truncated_svd import blocks_codec
@@ -77,11 +78,14 @@ class D2MoE(Method):
     ) -> EncodedGroup:
         center_spec, config = codecs.center, codecs.residual.config
         assert center_spec is not None and isinstance(config, LowRankBlocksConfig)
-        base_ID = weighted_base(group.experts_EID, routing_shares(group))
+        everyone = list(range(len(group.experts_EID)))
+        in_order_EI = identity_permutations(group.experts_EID)
+        shares = shares_in([everyone], routed_tokens(group))
+        base_ID = weighted_mean(group.experts_EID, everyone, shares, in_order_EI)
         center = center_spec.codec.encode(base_ID, center_spec.config, codecs.dtype)
         # The factors are computed on the CPU.
         on_cpu = replace(group, device=CPU)
-        aligned = on_cpu.aligned(identity_permutations(group.experts_EID))
+        aligned = on_cpu.aligned(in_order_EI)
         residuals: list[EncodedMatrix] = []
         losses = []
         for k in range(aligned.count):
@@ -114,20 +118,11 @@ class D2MoE(Method):
         return [*factors, (right_rI.T, left_Wr.T)]
 
 
-def routing_shares(group: SourceGroup) -> Tensor:
-    """The share of the group's routed tokens that each expert got [E]; equal if none got any."""
+def routed_tokens(group: SourceGroup) -> Tensor:
+    """How many of the sampled copies each expert of the group got, [E]."""
     assert group.samples is not None
     index_TK, count = group.samples.index_TK, len(group.experts_EID)
-    tokens_E = torch.tensor([int((index_TK == group.number(k)).sum()) for k in range(count)])
-    return (tokens_E / tokens_E.sum()) if tokens_E.any() else torch.full((count,), 1.0 / count)
-
-
-def weighted_base(experts_EID: Tensor, share_E: Tensor) -> Tensor:
-    """Σ_k share_k · W_k [I, D], float32."""
-    base_ID = torch.zeros(experts_EID.shape[1:])
-    for expert_ID, share in zip(experts_EID, share_E.tolist(), strict=True):
-        base_ID.add_(expert_ID.float(), alpha=share)
-    return base_ID
+    return torch.tensor([int((index_TK == group.number(k)).sum()) for k in range(count)])
 
 
 def moment_root(inputs_RM: Tensor, damping: float) -> Tensor:

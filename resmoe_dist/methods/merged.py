@@ -58,7 +58,7 @@ class MergingMethod(FewerExperts):
             group,
             codecs,
             expert_map_of(clusters),
-            [_mean(group.experts_EID, part, shares, permutations_EI) for part in clusters],
+            [weighted_mean(group.experts_EID, part, shares, permutations_EI) for part in clusters],
             permutations_EI=permutations_EI,
             biases=None
             if biases_EH is None
@@ -190,9 +190,10 @@ def shares_in(clusters: Sequence[Cluster], importance_E: Tensor) -> dict[int, fl
     return found
 
 
-def _mean(
+def weighted_mean(
     experts_EID: Tensor, part: Cluster, shares: dict[int, float], permutations_EI: Tensor
 ) -> Tensor:
+    """Σ share · expert [I, D] over a cluster, float32; each expert in its order of rows."""
     total_ID = torch.zeros(experts_EID.shape[1:])
     for k in part:
         add_permuted_rows(total_ID, experts_EID[k], permutations_EI[k], shares[k])

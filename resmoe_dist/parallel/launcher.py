@@ -98,15 +98,24 @@ def join_world(rank_timeout: float = DEFAULT_TIMEOUT) -> None:
     if accelerator.device_name() == "cpu":
         # Ranks on one host share its cores.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_size))
-        # DeepSpeed would compile a shared-memory all-reduce. Nothing here calls it, and its
-        # segments, 66 MB per rank, stay in /dev/shm after the process ends.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        leave_out_shared_memory()
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     else:
         accelerator.set_device(place.local_rank)
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     if watch is not None and place.local_size < place.world:
         connect_hosts(watch)
+
+
+def leave_out_shared_memory() -> None:
+    """Keep DeepSpeed from compiling its shared-memory all-reduce.
+
+    Nothing here calls it, and its segments, 66 MB per rank, stay in /dev/shm after the process
+    ends. DeepSpeed looks up whether it can be compiled in a table of all its operators. The table
+    is made when it is first read, by running compilers, whose files stay if the process is killed
+    meanwhile. So it gets one with this entry alone, unless it has its own.
+    """
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 
 def chosen_number(place: LaunchedRank) -> bool:

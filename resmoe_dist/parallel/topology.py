@@ -5,8 +5,8 @@ expert-parallel group own different experts of a layer. A *replica* is the ep·t
 whole model between them; there are dp of them.
 
 A *lane* is the ranks that carry one batch together: lane_ep neighbouring expert-parallel positions
-of one replica, with all their tensor-parallel ranks. Lanes carry different sequences. With
-lane_ep = 1 a lane is one tensor-parallel group; with lane_ep = ep it is a whole replica.
+with all their tensor-parallel ranks. Lanes carry different sequences. With lane_ep = 1 a lane is
+one tensor-parallel group; with lane_ep = ep it is a whole replica, with a multiple of ep several.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from resmoe_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Grid:
-    """dp · ep · tp ranks, and how many expert-parallel positions make a lane (lane_ep)."""
+    """dp · ep · tp ranks, and how many expert-parallel positions make a lane (lane_ep).
+
+    lane_ep divides ep, or is a multiple of it: a lane is a part of a replica, or whole replicas.
+    """
 
     ep: int = 1
     tp: int = 1
@@ -33,12 +36,17 @@ class Grid:
     @property
     def lanes(self) -> int:
         """Number of lanes of the whole grid."""
-        return self.dp * self.replica_lanes
+        return self.dp * self.ep // self.lane_ep
 
     @property
     def replica_lanes(self) -> int:
-        """Number of lanes of one replica."""
-        return self.ep // self.lane_ep
+        """Number of lanes that meet in one replica."""
+        return max(1, self.ep // self.lane_ep)
+
+    @property
+    def lane_replicas(self) -> int:
+        """Number of replicas that work for one lane; 1 if it has a part of one."""
+        return max(1, self.lane_ep // self.ep)
 
     @property
     def lane_size(self) -> int:
@@ -50,6 +58,11 @@ class Grid:
         """Ranks of one replica."""
         return self.ep * self.tp
 
+    @property
+    def linked_size(self) -> int:
+        """Ranks that take every step together: a replica's, or those of a lane of several."""
+        return max(self.replica_size, self.lane_size)
+
 
 @dataclass(frozen=True)
 class Topology(Grid):
@@ -57,7 +70,7 @@ class Topology(Grid):
 
     ep_group, tp_group: DeepSpeed's. replica_group: the ep·tp ranks of this replica. lane_group: the
     ranks of this lane. peer_group: the ranks at the same position in the other lanes of this
-    replica, in the order of the lanes.
+    replica, in the order of the lanes; None if a lane has it to itself.
     """
 
     ep_rank: int = 0
@@ -77,12 +90,17 @@ class Topology(Grid):
     @property
     def lane(self) -> int:
         """This rank's lane."""
-        return self.dp_rank * self.replica_lanes + self.ep_rank // self.lane_ep
+        return self.rank // self.lane_size
 
     @property
     def lane_rank(self) -> int:
         """This rank's position in its lane."""
-        return self.ep_rank % self.lane_ep * self.tp + self.tp_rank
+        return self.rank % self.lane_size
+
+    @property
+    def linked_group(self) -> torch.distributed.ProcessGroup | None:
+        """The `linked_size` ranks that take every step together with this one."""
+        return self.lane_group if self.lane_replicas > 1 else self.replica_group
 
     def owned_experts(self, num_experts: int) -> range:
         """The experts of a layer that this rank's expert-parallel position owns."""
@@ -126,22 +144,25 @@ def owned_experts(num_experts: int, ep_rank: int, ep: int) -> range:
 
 
 def lane_choices(ep: int, dp: int) -> list[int]:
-    """The numbers of lanes that a grid can have, in ascending order."""
-    return [dp * n for n in range(1, ep + 1) if ep % n == 0]
+    """The numbers of lanes that a grid can have, in ascending order.
+
+    Those that divide ep·dp, except where a lane would have parts of two replicas.
+    """
+    sizes = [n for n in range(1, ep * dp + 1) if ep * dp % n == 0 and (ep % n == 0 or n % ep == 0)]
+    return [ep * dp // size for size in reversed(sizes)]
 
 
 def lane_positions(lanes: int | None, ep: int, dp: int, sequences: int | None = None) -> int:
     """lane_ep for a number of lanes; None: as many as possible.
 
     sequences: that there are to carry; None is many. With `lanes` None every lane gets at least
-    one, as far as a lane does not exceed a replica.
+    one.
 
-    Raises UserError if the lanes do not divide the grid evenly.
+    Raises UserError if the lanes do not divide the grid evenly, or would cut a replica between two.
     """
     choices = lane_choices(ep, dp)
     if lanes is None:
-        filled = [n for n in choices if sequences is None or n <= sequences]
-        lanes = max(filled, default=dp)
+        lanes = max((n for n in choices if sequences is None or n <= sequences), default=1)
     if lanes not in choices:
         raise UserError(
             f"--lanes {lanes}: a grid with ep {ep} and dp {dp} has {' or '.join(map(str, choices))}"
@@ -186,9 +207,13 @@ def build_topology(
     _check_ranks("expert", ep_group, [first + i * tp + tp_rank for i in range(ep)])
     whole = torch.distributed.group.WORLD
     assert whole is not None
-    existing = (ep_group, tp_group, whole)
+    existing = [ep_group, tp_group, whole]
     ranks = range(world)
     size, lane_size = ep * tp, lane_ep * tp
+    replica_group = group_of(rank, [ranks[i : i + size] for i in ranks[::size]], existing)
+    if replica_group is not None:
+        existing.append(replica_group)
+    peer_step = min(lane_size, size)
     return Topology(
         ep=ep,
         tp=tp,
@@ -199,11 +224,11 @@ def build_topology(
         lane_ep=lane_ep,
         ep_group=ep_group if ep > 1 else None,
         tp_group=tp_group if tp > 1 else None,
-        replica_group=group_of(rank, [ranks[i : i + size] for i in ranks[::size]], existing),
+        replica_group=replica_group,
         lane_group=group_of(rank, [ranks[i : i + lane_size] for i in ranks[::lane_size]], existing),
         peer_group=group_of(
             rank,
-            [ranks[i + j : i + size : lane_size] for i in ranks[::size] for j in range(lane_size)],
+            [ranks[i + j : i + size : peer_step] for i in ranks[::size] for j in range(peer_step)],
             existing,
         ),
     )

@@ -39,8 +39,9 @@ class _Facts(NamedTuple):
 def check_steps(model: PreTrainedModel, topology: Topology) -> None:
     """Check every forward pass of a loaded model from now on.
 
-    A pass in which a check fails raises FailedCheckError on all ranks of the replica, with the same
-    text. Non-finite numbers are looked for in what MoE layers get and in what their experts give.
+    A pass in which a check fails raises FailedCheckError, with the same text on all ranks that take
+    it together: those of a replica, or of a lane of several. Non-finite numbers are looked for in
+    what MoE layers get and in what their experts give.
     Raises UserError for a model without compressed experts.
     """
     layers = {n: m.deepspeed_moe for n, m in model.named_modules() if isinstance(m, ResMoE)}
@@ -71,11 +72,11 @@ class _Step:
         self._facts.append(_is_finite(y_RH))
 
     def finish(self) -> None:
-        """Compare the ranks. Collective over the replica."""
+        """Compare the ranks. Collective over those that take every step together."""
         layers, self._layers = self._layers, []
         mine_CF, self._facts = torch.stack(self._facts).view(len(layers), len(_Facts._fields)), []
         self._number += 1
-        group = self._topology.replica_group
+        group = self._topology.linked_group
         all_CF = mine_CF if group is None else gather(mine_CF, group)
         found_PCF = all_CF.view(-1, *mine_CF.shape).tolist()
         for call, layer in enumerate(layers):
@@ -113,11 +114,11 @@ def routing_digest(index_TK: Tensor, weights_TK: Tensor) -> Tensor:
 
 
 def first_problem(of_ranks: list[_Facts], topology: Topology) -> str | None:
-    """What is wrong with one call of a layer, by the replica's ranks in order; None if nothing.
+    """What is wrong with one call of a layer, by the linked ranks in order; None if nothing.
 
     Of several problems the first in the order of computation is named.
     """
-    first = topology.dp_rank * topology.replica_size
+    first = topology.rank // topology.linked_size * topology.linked_size
     for rank, facts in enumerate(of_ranks, first):
         if not facts.finite_input:
             return f"rank {rank}: the layer's input is not finite"

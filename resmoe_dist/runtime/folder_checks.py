@@ -8,64 +8,51 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from resmoe_dist.checkpoints.format import is_compressed, read_index
 from resmoe_dist.checkpoints.model_folder import SHARD_INDEX, SINGLE_FILE, ModelFiles
 from resmoe_dist.checkpoints.tensor_files import is_finite, read_json_object
 from resmoe_dist.errors import UserError, first_line
-from resmoe_dist.families.models import load_config, meta_model, model_class
+from resmoe_dist.families.models import meta_model
 from resmoe_dist.parallel.failures import is_out_of_memory, may_be_lost_peer
+from resmoe_dist.runtime.served_folder import ServedFolder
 
 # A model may hold tied tensors, and buffers that it computes, beside what the files hold.
 _BEYOND_FILES = 4
 _ANY_MODEL = 1 << 24
 
 
-def check_language_model(folder: Path) -> None:
-    """Raise UserError if a folder's model has no language-model head, which predicts tokens."""
-    kind = model_class(load_config(str(folder)))
-    if not kind.can_generate():
-        raise UserError(
-            f"{folder}: a {kind.__name__} has no language-model head, so it predicts no tokens; "
-            "give a model such as a …ForCausalLM"
-        )
-
-
-def check_loadable(folder: Path, config: PretrainedConfig) -> None:
+def check_loadable(served: ServedFolder) -> None:
     """Raise UserError if transformers would read other files than ours, or build another model.
 
     Reads headers only, and builds the model without memory.
     """
-    raw = read_json_object(folder / "config.json")
+    folder = served.path
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder}: has an adapter_config.json; merge the adapter into the model")
     generation = folder / "generation_config.json"
     # transformers would ignore one that it cannot read.
     if generation.exists():
         read_json_object(generation)
-    if "transformers_weights" in raw:
+    if getattr(served.config, "transformers_weights", None) is not None:
         raise UserError(
             f"{folder}: config.json names a file of weights; remove transformers_weights"
         )
     if (folder / SINGLE_FILE).exists() and (folder / SHARD_INDEX).exists():
         raise UserError(f"{folder}: has both {SINGLE_FILE} and {SHARD_INDEX}; remove one")
-    files = ModelFiles(folder)
-    _check_size(folder, meta_model(config), files)
+    _check_size(served, meta_model(served.config))
 
 
-def _check_size(folder: Path, model: nn.Module, files: ModelFiles) -> None:
+def _check_size(served: ServedFolder, model: nn.Module) -> None:
     """Refuse a model far larger than its files: transformers would make up what they lack."""
+    files = ModelFiles(served.path)
     held = sum(files.holding(name).size(name) for name in files.locations)
-    if is_compressed(folder):
-        held += sum(
-            layer.num_experts * layer.source_shape.entries * 4
-            for layer in read_index(folder).layers
-        )
+    for layer in served.index.layers if served.index else []:
+        held += layer.num_experts * layer.source_shape.entries * 4
     asked = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     if asked > _BEYOND_FILES * held + _ANY_MODEL:
         raise UserError(
-            f"{folder}: config.json describes a model of {asked:.3g} values, the files hold "
+            f"{served.path}: config.json describes a model of {asked:.3g} values, the files hold "
             f"{held:.3g} bytes; fetch the model again"
         )
 

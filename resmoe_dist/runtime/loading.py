@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,23 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedModel
 
-from resmoe_dist.checkpoints.format import is_compressed, read_index
 from resmoe_dist.errors import UserError
-from resmoe_dist.families.models import load_config, model_class
+from resmoe_dist.families.models import model_class
 from resmoe_dist.heap import return_freed_memory
 from resmoe_dist.parallel.dispatch import AutoDispatcher, check_form, measure_decode_limit
-from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology, build_topology, owned_experts
+from resmoe_dist.parallel.topology import SINGLE_PROCESS, Topology, build_topology
 from resmoe_dist.runtime.execution import Execution
 from resmoe_dist.runtime.experts import CompressedExperts
 from resmoe_dist.runtime.folder_checks import check_loadable, check_values, refusing
 from resmoe_dist.runtime.layer import ResMoE
-from resmoe_dist.runtime.quantizer import LoadingOptions, loading_with
+from resmoe_dist.runtime.quantizer import LoadingOptions, loading_with, undivided_parts
+from resmoe_dist.runtime.served_folder import ServedFolder
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(
-    path: str | Path,
+    path: str | Path | ServedFolder,
     ep: int = 1,
     tp: int = 1,
     dtype: torch.dtype | None = None,
@@ -35,40 +38,43 @@ def load_model(
     *,
     verify: bool = False,
     experts_of: PreTrainedModel | None = None,
+    quiet: bool = False,
 ) -> PreTrainedModel:
     """The transformers model of a folder, its experts compressed and sharded ep x tp.
 
-    path: a compressed checkpoint, or a plain model folder (for comparison, only ep = tp = 1).
-    dtype: to compute in; None keeps the checkpoint's. topology: an existing grid instead of ep, tp
-    and lanes. execution: how compressed experts are run (`execution_for`); None is `auto`. lanes:
-    batches that the grid carries at a time; None is ep·dp. dispatch: how tokens travel (one of
-    `resmoe_dist.parallel.dispatch.FORMS`). verify: compare the files that are read with their
-    digests. experts_of: a model that this call loaded from the same folder, on the same ep x tp
-    grid with other lanes; its experts are used and not read again.
+    path: a compressed checkpoint, or a plain model folder (for comparison, only ep = tp = 1), by
+    name or as it was read before. dtype: to compute in; None keeps the checkpoint's. topology: an
+    existing grid instead of ep, tp and lanes. execution: how compressed experts are run
+    (`execution_for`); None is `auto`. lanes: batches that the grid carries at a time; None is
+    ep·dp. dispatch: how tokens travel (one of `resmoe_dist.parallel.dispatch.FORMS`). verify:
+    compare the files that are read with their digests. experts_of: a model that this call loaded
+    from the same folder, on the same ep x tp grid with other lanes; its experts are used and not
+    read again. quiet: leave `warn_of_whole_parts` to the caller.
 
     With ep·tp > 1 `deepspeed.init_distributed` must have run, and all ranks call this together.
     The model is in eval mode on this rank's device. Raises UserError for a folder without a model,
     damaged or incomplete files, values that are not finite, or a grid that the experts do not
     divide over. Code that the folder brings along is never run.
     """
-    folder = Path(path)
+    served = path if isinstance(path, ServedFolder) else ServedFolder.read(Path(path))
+    folder, config = served.path, served.config
     if topology is not None:
         ep, tp = topology.ep, topology.tp
-    check_grid(folder, ep, tp)
+    served.check_grid(ep, tp)
     if topology is None:
         topology = build_topology(ep, tp, lanes) if ep * tp > 1 else SINGLE_PROCESS
     check_form(dispatch, topology)
-    config = load_config(str(folder))
-    if verify and not is_compressed(folder):
+    if verify and served.index is None:
         raise UserError(f"{folder}: has no digests to verify; leave --verify out")
-    check_loadable(folder, config)
+    check_loadable(served)
     # transformers' grouped products refuse odd expert sizes; its plain loop takes all sizes.
-    options = {} if is_compressed(folder) else {"experts_implementation": "eager"}
+    options = {} if served.index else {"experts_implementation": "eager"}
     held = {} if experts_of is None else experts_by_module(experts_of)
-    loading = LoadingOptions(topology, execution, dispatch, verify, held)
+    loading = LoadingOptions(topology, execution, dispatch, verify, held, served.index)
     with refusing(folder, "cannot be loaded"), loading_with(loading):
         model, found = model_class(config).from_pretrained(
             folder,
+            config=config,
             dtype=dtype or "auto",
             local_files_only=True,
             trust_remote_code=False,
@@ -84,8 +90,17 @@ def load_model(
     for layer in layers:
         layer.experts.prepare()
     return_freed_memory()
+    if not quiet:
+        warn_of_whole_parts(model, topology)
     _measure_dispatch(layers, getattr(config.get_text_config(), "num_experts_per_tok", 2), model)
     return model
+
+
+def warn_of_whole_parts(model: PreTrainedModel, topology: Topology) -> None:
+    """Warn, on rank 0, of what could not be divided among the ranks of a lane."""
+    remark = undivided_parts(model)
+    if remark is not None and topology.rank == 0:
+        logger.warning(remark)
 
 
 def experts_by_module(model: PreTrainedModel) -> dict[str, CompressedExperts]:
@@ -118,27 +133,3 @@ def _refuse_incomplete(folder: Path, found: dict[str, Any]) -> None:
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise UserError(f"{folder}: tensor {names[0]!r}{more} is {what}; fetch the model again")
-
-
-def check_grid(folder: Path, ep: int, tp: int) -> None:
-    """Raise UserError if a model folder cannot be loaded on an ep x tp grid.
-
-    Reads only the index, so that a launch can be refused before ranks are started.
-    """
-    if ep < 1 or tp < 1:
-        raise UserError(f"--ep {ep} --tp {tp}: both must be 1 or more")
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give a model folder")
-    if not is_compressed(folder):
-        if ep * tp > 1:
-            raise UserError(
-                f"{folder}: not compressed, so it cannot be sharded; run resmoe-dist compress first"
-            )
-        return
-    for layer in read_index(folder).layers:
-        for count in (layer.stored_experts, len(layer.kept_experts)):
-            owned_experts(count, 0, ep)
-        if tp > layer.rows:
-            raise UserError(
-                f"--tp {tp}: {layer.module} has {layer.rows} rows, fewer than ranks to share them"
-            )

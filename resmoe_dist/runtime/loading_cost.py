@@ -1,4 +1,4 @@
-"""What loading a model costs this process: memory at its peak, and bytes read."""
+"""What loading costs this process: memory at its peak, and bytes read."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ _PROCESS = Path("/proc/self")
 @dataclass
 class LoadingCost:
     """peak_bytes: by how much resident memory exceeded that before, at most. read_bytes: from
-    files, mapped ones not included. None if the system cannot tell."""
+    files, mapped ones not included. None if the system cannot tell. kept_bytes: of the model that
+    was loaded, for the caller to fill in."""
 
     peak_bytes: int | None = None
     read_bytes: int | None = None
+    kept_bytes: int = 0
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
-from resmoe_dist.checkpoints.format import INDEX_FILE, LayerEntry
+from resmoe_dist.checkpoints.format import INDEX_FILE, CheckpointIndex, LayerEntry
 from resmoe_dist.checkpoints.model_folder import SHARD_INDEX, ModelFiles
 from resmoe_dist.errors import UserError
 from resmoe_dist.families.adapters import ExpertsAdapter, adapter_for
@@ -45,7 +45,7 @@ class LoadingOptions:
 
     topology: the grid, and this rank's place in it. execution: how experts are run; None is `auto`.
     dispatch: how tokens travel, one of `FORMS`. verify: compare files with their digests. experts:
-    by module, experts of this rank that need not be read.
+    by module, experts of this rank that need not be read. index: of the folder, if it was read.
     """
 
     topology: Topology = SINGLE_PROCESS
@@ -53,6 +53,7 @@ class LoadingOptions:
     dispatch: str = "auto"
     verify: bool = False
     experts: Mapping[str, CompressedExperts] = field(default_factory=dict)
+    index: CheckpointIndex | None = None
 
 
 _DEFAULTS = LoadingOptions()
@@ -90,10 +91,13 @@ class ResMoEQuantizer(HfQuantizer):
     """Puts compressed experts into a model that `from_pretrained` is loading."""
 
     requires_calibration = True
+    # What could not be divided among the ranks of a lane, or None.
+    remark: str | None = None
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         folder = _folder_of(model, kwargs.get("checkpoint_files"))
-        self._checkpoint = CompressedCheckpoint(folder, verify=_options.get().verify)
+        options = _options.get()
+        self._checkpoint = CompressedCheckpoint(folder, options.index, verify=options.verify)
         self._modules = _modules_of_layers(model, self._checkpoint.index.layers)
         self._kept = KeptExperts(self._checkpoint.index.layers)
         self._kept.plan(model)
@@ -103,8 +107,9 @@ class ResMoEQuantizer(HfQuantizer):
             for module in self._modules[layer.module]:
                 replace_experts(model, module, placeholder)
         experts = [module for modules in self._modules.values() for module in modules]
-        self._sharding = LaneSharding(_options.get().topology, experts)
+        self._sharding = LaneSharding(options.topology, experts)
         self._sharding.plan(model)
+        self.remark = self._sharding.remark
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         # Not earlier: transformers empties all buffers that its checkpoint files do not fill.
@@ -151,6 +156,11 @@ class ResMoEQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Inference only."""
         return False
+
+
+def undivided_parts(model: PreTrainedModel) -> str | None:
+    """What of a loaded model could not be divided among the ranks of a lane; None if nothing."""
+    return getattr(getattr(model, "hf_quantizer", None), "remark", None)
 
 
 def _folder_of(model: PreTrainedModel, checkpoint_files: list[str] | None) -> Path:

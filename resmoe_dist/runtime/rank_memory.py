@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import chain
 
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from resmoe_dist.runtime.layer import ResMoE
@@ -37,9 +38,19 @@ class RankMemory:
 
 
 def tensor_bytes(model: PreTrainedModel) -> int:
-    """Bytes of a model's tensors; those that share storage count once."""
-    storages = (tensor.untyped_storage() for tensor in chain(model.parameters(), model.buffers()))
+    """Bytes of a model's tensors on this rank; those that share storage count once."""
+    tensors = (
+        tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        for tensor in chain(model.parameters(), model.buffers())
+    )
+    storages = (tensor.untyped_storage() for tensor in tensors)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def resident_bytes(model: PreTrainedModel) -> int:
+    """Bytes that a model occupies on this rank: its tensors, and what kernels made of them."""
+    layers = (module for module in model.modules() if isinstance(module, ResMoE))
+    return tensor_bytes(model) + sum(layer.experts.backend.prepared_bytes for layer in layers)
 
 
 def rank_memory(model: PreTrainedModel) -> RankMemory:

@@ -9,10 +9,9 @@ Legend: T tokens, H hidden.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -25,8 +24,6 @@ from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from resmoe_dist.parallel.collectives import Group, gather, sum_over
 from resmoe_dist.parallel.topology import Topology, group_of
 from resmoe_dist.runtime.sharding_rules import sharding_rules
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,11 +42,15 @@ class _Part:
 
 
 class LaneSharding:
-    """Shards one model while it is loaded: `plan` before its weights are read, `finish` after."""
+    """Shards one model while it is loaded: `plan` before its weights are read, `finish` after.
+
+    remark: of `plan`, what could not be divided; None if nothing.
+    """
 
     def __init__(self, topology: Topology, expert_modules: list[str]) -> None:
         self.topology = topology
         self.expert_modules = expert_modules
+        self.remark: str | None = None
         self._styles: dict[str, tuple[str, _Part]] = {}
 
     def plan(self, model: PreTrainedModel) -> None:
@@ -61,8 +62,7 @@ class LaneSharding:
         if self.topology.lane_group is None:
             return
         rules = sharding_rules(model, self.expert_modules, self.topology.lane_size)
-        if rules.remark is not None and self.topology.rank == 0:
-            _say_once(rules.remark)
+        self.remark = rules.remark
         parts = {n: self._part(n) for n in sorted({each.parts for each in rules.divided.values()})}
         modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
         for name, division in rules.divided.items():
@@ -105,12 +105,6 @@ class LaneSharding:
         existing = [group for group in (place.lane_group, place.tp_group) if group is not None]
         group = group_of(rank, [world[i : i + size] for i in world[::size]], existing)
         return _Part(size, rank % size, group)
-
-
-@cache
-def _say_once(text: str) -> None:
-    """A model may be loaded for several numbers of lanes."""
-    logger.warning(text)
 
 
 def _own_copy(data: Tensor) -> nn.Parameter:

@@ -8,10 +8,10 @@ import statistics
 import pytest
 
 from benchmarks import scaling
-from benchmarks.child_ranks import run_alone, run_together
 from benchmarks.links import Link, Network
 from benchmarks.scaling import Grid, Run, Work, parse_grid, predicted, run_forms, step_seconds
 from benchmarks.wire import Message
+from resmoe_dist.testing.child_ranks import run_alone, run_on_ranks
 from tests.benchmarks.runs import results_of
 from tests.models import FAMILIES, compress, save_family
 
@@ -30,7 +30,8 @@ def folder(tmp_path_factory):
 def runs(folder):
     """Every case of a 2x2 grid, by rank 0 without peers and by rank 0 of four ranks."""
     work = Work(folder, "float32", Grid(2, 2), [1, 2], 2, 5, repeats=1, seed=0)
-    return run_alone(4, 1, run_forms, work), run_together(4, 1, run_forms, work)[0]
+    alone = run_alone(4, run_forms, work, threads=1)
+    return alone, run_on_ranks(4, run_forms, work, threads=1)[0]
 
 
 def test_a_rank_without_peers_counts_what_a_real_one_sends(runs):
@@ -53,7 +54,7 @@ def test_cases_are_the_forms_that_lanes_can_use(runs):
 def test_a_rank_without_peers_can_belong_to_any_grid(folder):
     work = Work(folder, "float32", Grid(4, 16), [2], 1, 3, repeats=1, seed=0)
 
-    run, _ = run_alone(64, 1, run_forms, work)
+    run, _ = run_alone(64, run_forms, work, threads=1)
 
     # The lanes share the tokens; the sums go to all ranks.
     assert {len(message.ranks) for message in run.decode} >= {2, 64}

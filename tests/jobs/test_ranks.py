@@ -26,7 +26,7 @@ from tests.jobs.runs import (
     staging_of,
     start_command,
 )
-from tests.ranks import run_on_ranks
+from tests.ranks import RankError, run_on_ranks
 
 DAMAGED_TENSOR = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
 
@@ -129,7 +129,7 @@ def _die_on_rank_1(source, output):
 
 
 def test_two_ranks_resume_after_one_was_killed(sharded_source, expected, tmp_path):
-    with pytest.raises(AssertionError, match="rank 1 died with exit code -9"):
+    with pytest.raises(RankError, match="rank 1 died with exit code -9"):
         run_on_ranks(2, _die_on_rank_1, sharded_source, tmp_path / "c")
     folder = staging_of(tmp_path / "c") / "model"
     before = {name: (folder / name).stat() for name in finished_in(tmp_path / "c")}

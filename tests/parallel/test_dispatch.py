@@ -5,6 +5,7 @@ One world per grid runs all forms and cases; the tests then look at what its ran
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import NamedTuple
 
 import numpy as np
@@ -84,6 +85,10 @@ GRIDS = [
     Grid(4, 2, 1),
     Grid(4, 2, 1, lanes=2),
     Grid(8, 4, 2, lanes=2),
+    # Lanes of two replicas.
+    Grid(4, 2, 1, lanes=1),
+    Grid(4, 1, 2, lanes=1),
+    Grid(2, 1, 1, lanes=1),
 ]
 
 
@@ -124,22 +129,34 @@ def test_all_ranks_of_a_lane_get_the_same_bits(ranks):
 
 @pytest.mark.slow
 def test_a_rank_receives_the_copies_of_its_experts_and_no_others(ranks):
+    received: dict = defaultdict(list)
     for place, form, name, seen in _each(ranks):
-        owned = place.owned_experts(EXPERTS)
-        lanes = range(
-            place.dp_rank * place.replica_lanes, (place.dp_rank + 1) * place.replica_lanes
-        )
+        x_RH = seen.routed.x_RH.tolist()
+        found = [(expert, *x_RH[row], weight) for expert, row, weight in copies_of(seen.routed)]
+        assert len(seen.routed.token_N) == len(found)
+        # The replicas of a lane share its copies.
+        linked = place.dp_rank // place.lane_replicas
+        received[linked, place.ep_rank, place.tp_rank, form, name] += found
+    for place, form, name, _ in _each(ranks):
+        owned, linked = place.owned_experts(EXPERTS), place.dp_rank // place.lane_replicas
         expected = [
             (owned.index(expert), *x_H, weight)
-            for lane in lanes
+            for lane in range(linked * place.replica_lanes, (linked + 1) * place.replica_lanes)
             for x_H, experts, weights in zip(*_as_lists(name, lane), strict=True)
             for expert, weight in zip(experts, weights, strict=True)
             if expert in owned
         ]
-        x_RH = seen.routed.x_RH.tolist()
-        found = [(expert, *x_RH[row], weight) for expert, row, weight in copies_of(seen.routed)]
+        found = received[linked, place.ep_rank, place.tp_rank, form, name]
         assert sorted(found) == sorted(expected), (form, name)
-        assert len(seen.routed.token_N) == len(found)
+
+
+@pytest.mark.slow
+def test_each_replica_of_a_shared_batch_runs_every_other_of_its_experts(ranks):
+    for place, form, _, seen in _each(ranks):
+        if form == "shared_batch" and place.lane_replicas == 2:
+            first = place.owned_experts(EXPERTS).start
+            found = {first + expert for expert, _, _ in copies_of(seen.routed)}
+            assert {expert % 2 for expert in found} <= {place.dp_rank}
 
 
 def _as_lists(name: str, lane: int) -> list[list]:
@@ -151,9 +168,11 @@ def test_number_of_collectives(ranks):
     for place, form, name, seen in _each(ranks):
         agreement = int(place.replica_lanes > 1)
         shared = 1 if seen.out_TH.nbytes <= 1 << 18 else 2
-        alone = place.replica_size == 1
+        alone = place.linked_size == 1
+        exchanged = 3 + int(place.lane_size > 1)
         expected = {
-            "exchange": 3 + int(place.lane_size > 1),
+            # A replica of one rank has no other to exchange with.
+            "exchange": shared if place.replica_size == 1 else exchanged,
             "decode": 2 + agreement if place.replica_lanes > 1 else shared,
             "shared_batch": shared,
         }

@@ -6,11 +6,13 @@ import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+import deepspeed
 import pytest
 
 from resmoe_dist.errors import UserError
 from resmoe_dist.parallel import launcher
 from resmoe_dist.parallel.topology import SINGLE_PROCESS
+from tests.ranks import run_on_ranks
 
 
 class _Accelerator:
@@ -120,3 +122,21 @@ def test_a_grid_has_at_least_one_rank_each_way(machine, ep, tp):
 
     with pytest.raises(UserError, match="must be 1 or more"):
         launcher.start_grid(ep, tp, ["launch/infer.py"])
+
+
+def _operators() -> dict[str, bool]:
+    return dict(deepspeed.ops.__compatible_ops__)
+
+
+def test_ranks_join_without_running_compilers():
+    # DeepSpeed's own table has an entry for each operator that it tried to compile a program for.
+    assert run_on_ranks(2, _operators) == 2 * [{"deepspeed_shm_comm": False}]
+
+
+def test_a_table_of_operators_that_deepspeed_made_is_kept(monkeypatch):
+    found = {"cpu_adam": True, "deepspeed_shm_comm": True}
+    monkeypatch.setattr(deepspeed.ops, "__compatible_ops__", found, raising=False)
+
+    launcher.leave_out_shared_memory()
+
+    assert deepspeed.ops.__compatible_ops__ == {"cpu_adam": True, "deepspeed_shm_comm": False}

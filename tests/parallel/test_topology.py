@@ -46,27 +46,32 @@ def test_lanes_are_numbered_without_gaps_and_shared_by_tensor_parallel_ranks(dp,
 
 @pytest.mark.parametrize(
     ("lanes", "sequences", "expected"),
-    # On a grid of ep 4 and dp 2: 2, 4 or 8 lanes.
-    [(None, None, 1), (2, None, 4), (4, 1, 2), (None, 1, 4), (None, 5, 2), (None, 8, 1)],
+    # On a grid of ep 4 and dp 2: 1, 2, 4 or 8 lanes.
+    [
+        *[(None, None, 1), (2, None, 4), (4, 1, 2), (1, 8, 8)],
+        *[(None, 1, 8), (None, 3, 4), (None, 5, 2), (None, 8, 1)],
+    ],
 )
 def test_lanes_are_as_asked_or_as_many_as_get_a_sequence(lanes, sequences, expected):
     assert lane_positions(lanes, ep=4, dp=2, sequences=sequences) == expected
 
 
 def test_lanes_that_do_not_divide_the_grid_are_refused_with_the_choices():
-    with pytest.raises(UserError, match=r"--lanes 3: .* has 2 or 4 or 8"):
+    with pytest.raises(UserError, match=r"--lanes 3: .* has 1 or 2 or 4 or 8"):
         lane_positions(3, ep=4, dp=2)
 
 
-def test_ranks_of_a_lane_are_neighbours():
+# Half a replica, one, and two of four.
+@pytest.mark.parametrize(("dp", "lane_ep"), [(1, 2), (2, 2), (2, 4), (4, 8)])
+def test_ranks_of_a_lane_are_neighbours(dp, lane_ep):
     places = [
-        Topology(ep=4, tp=2, ep_rank=ep_rank, tp_rank=tp_rank, lane_ep=2)
-        for ep_rank in range(4)
-        for tp_rank in range(2)
+        Topology(4, 2, dp, lane_ep, ep_rank=ep_rank, tp_rank=tp_rank, dp_rank=dp_rank)
+        for dp_rank, ep_rank, tp_rank in product(range(dp), range(4), range(2))
     ]
     assert [(place.lane, place.lane_rank) for place in places] == [
-        (lane, rank) for lane in range(2) for rank in range(4)
+        (lane, rank) for lane in range(4 * dp // lane_ep) for rank in range(2 * lane_ep)
     ]
+    assert {place.lanes for place in places} == {4 * dp // lane_ep}
 
 
 @given(ep=st.integers(1, 16), each=st.integers(1, 16))
@@ -175,4 +180,10 @@ def test_grids_that_agree_on_tensor_parallelism_live_side_by_side():
 
 def test_a_replica_is_divided_into_equal_lanes():
     assert lane_choices(ep=6, dp=1) == [1, 2, 3, 6]
-    assert lane_choices(ep=4, dp=2) == [2, 4, 8]
+
+
+def test_a_lane_is_a_part_of_a_replica_or_whole_replicas():
+    assert lane_choices(ep=4, dp=2) == [1, 2, 4, 8]
+    assert lane_choices(ep=1, dp=4) == [1, 2, 4]
+    # Two lanes would have a replica and a half each.
+    assert lane_choices(ep=2, dp=3) == [1, 3, 6]

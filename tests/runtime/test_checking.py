@@ -48,9 +48,9 @@ EXPECTED = {
 
 
 @torch.no_grad()
-def _said(folder: Path, lanes: int) -> dict[str, str]:
+def _said(folder: Path, tp: int, lanes: int) -> dict[str, str]:
     """On each rank, the message about each fault; it happens after the first step."""
-    topology = build_topology(2, 2, lanes)
+    topology = build_topology(2, tp, lanes)
     # A batch per lane, with padding.
     ids_BS = torch.tensor([[0, 0, 5, 6, 7 + topology.lane], [4, 5, 6, 7, 8]])
     found = {}
@@ -67,11 +67,15 @@ def _said(folder: Path, lanes: int) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize(("lanes", "usual"), [(1, 0), (2, 2)], ids=["1 lane", "2 lanes"])
-def test_every_rank_names_the_rank_and_layer_that_is_wrong(pristine, lanes, usual):
+@pytest.mark.parametrize(
+    ("tp", "lanes", "usual"),
+    [(2, 1, 0), (2, 2, 2), (1, 1, 0)],
+    ids=["1 lane", "2 lanes", "1 lane of 2 replicas"],
+)
+def test_every_rank_names_the_rank_and_layer_that_is_wrong(pristine, tp, lanes, usual):
     expected = {name: text.format(usual=usual) for name, text in EXPECTED.items()}
 
-    assert run_on_ranks(4, _said, pristine, lanes) == 4 * [expected]
+    assert run_on_ranks(4, _said, pristine, tp, lanes) == 4 * [expected]
 
 
 def test_a_single_process_checks_that_values_are_finite(pristine):

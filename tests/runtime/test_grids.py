@@ -41,7 +41,7 @@ GRIDS = [
     (4, 2, 2, [1, 2]),
     (8, 4, 2, [1, 2, 4]),
     (8, 2, 4, [1, 2]),
-    (8, 2, 2, [2, 4]),
+    (8, 2, 2, [1, 2, 4]),
 ]
 
 pytestmark = pytest.mark.slow
@@ -117,7 +117,7 @@ def test_logits_are_those_of_the_restored_model(grid, ranks, expected):
 def test_greedy_tokens_are_those_of_the_restored_model(grid, ranks, expected):
     world, ep, tp, lanes = grid
     replicas = world // (ep * tp)
-    forms = {(count, form) for count in lanes for form in forms_of(count // replicas)}
+    forms = {(count, form) for count in lanes for form in forms_of(max(1, count // replicas))}
     for family in GENERATING:
         keys = [key for key in ranks[0].texts if key[-1].startswith(family)]
         assert {key[:2] for key in keys} == forms

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from resmoe_dist import Topology, load_model
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
+from resmoe_dist.runtime.served_folder import ServedFolder
 from tests.checkpoints.damage import flip_byte_of, mistake
-from tests.models import compress
+from tests.models import compress, logits_of
 
 
 def group_files(folder, group: int) -> list:
@@ -49,6 +51,16 @@ def test_ep_at_run_time_may_differ_from_the_groups(family_folder, tmp_path, grou
         # Fewer ranks than groups hold several; more ranks each hold the centre they share.
         assert held.num_groups == max(1, groups // ep)
         assert len(held.residuals) == 4 // ep
+
+
+def test_config_and_index_are_read_once(family_folder, tmp_path):
+    compress(family_folder("mixtral"), tmp_path / "c")
+    expected = logits_of(load_model(tmp_path / "c"))
+    served = ServedFolder.read(tmp_path / "c")
+    for name in ("config.json", "resmoe.json"):
+        (tmp_path / "c" / name).unlink()
+
+    assert torch.equal(logits_of(load_model(served)), expected)
 
 
 def test_tensors_of_a_loaded_shard_are_no_larger_than_their_rows(family_folder, tmp_path):

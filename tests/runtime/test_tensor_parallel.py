@@ -138,6 +138,8 @@ def _lines_said(folder: Path, grid: dict[str, Any]) -> list[str]:
     handler = logging.Handler()
     handler.emit = records.append
     logging.getLogger("resmoe_dist").addHandler(handler)
+    # As `infer` loads a model for a number of lanes that it may not use.
+    load_model(folder, **grid, quiet=True)
     load_model(folder, **grid)
     torch.distributed.barrier()
     return [record.getMessage() for record in records]

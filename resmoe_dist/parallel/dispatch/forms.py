@@ -43,9 +43,9 @@ def dispatcher_for(
     layer is the first of them. Raises UserError as `check_form` does.
     """
     check_form(form, topology)
-    if topology.replica_size == 1:
+    if topology.linked_size == 1:
         return LocalDispatcher(num_experts, topology)
-    if form == ExchangeDispatcher.name:
+    if form == ExchangeDispatcher.name and topology.replica_size > 1:
         return ExchangeDispatcher(num_experts, topology)
     if topology.replica_lanes == 1:
         return SharedBatchDispatcher(num_experts, topology)
