@@ -90,6 +90,8 @@ class EncodedMatrix(nn.Module, ABC):
     spends_bits: ClassVar[bool] = False
     # Whether `encode` uses second moments.
     uses_moments: ClassVar[bool] = False
+    # Whether `encode` makes it of a matrix alone. Otherwise one method makes it of a whole group.
+    standalone: ClassVar[bool] = True
 
     def __init__(
         self, shape: tuple[int, int], tensors: dict[str, Tensor], dtype: torch.dtype
@@ -172,6 +174,12 @@ class EncodedMatrix(nn.Module, ABC):
             for name, tensor in cls.stored.items()
         }
         return cls((stop - start, columns), tensors, dtype)
+
+    def attach(self, center: EncodedMatrix | None) -> None:
+        """Give a residual its group's centre, of the same rows, before anything is decoded.
+
+        Raises ValueError if it does not fit (a damaged file).
+        """
 
     def slice_rows(self, start: int, stop: int) -> Self:
         """Rows [start, stop) as views of the same tensors."""
