@@ -13,7 +13,9 @@ from resmoe_dist.codecs.dense import DENSE, DenseMatrix
 from resmoe_dist.codecs.empty import EmptyMatrix
 from resmoe_dist.codecs.low_rank import LowRankConfig, LowRankMatrix
 from resmoe_dist.codecs.low_rank_blocks import LowRankBlocksConfig, LowRankBlocksMatrix
+from resmoe_dist.codecs.moments import Moments
 from resmoe_dist.codecs.pruned import PrunedConfig, PrunedMatrix
+from resmoe_dist.codecs.quantized import QuantizedConfig, QuantizedMatrix
 from resmoe_dist.codecs.registry import CODECS, CodecSpec, codec_named, register_codec
 
 __all__ = [
@@ -31,8 +33,11 @@ __all__ = [
     "LowRankBlocksMatrix",
     "LowRankConfig",
     "LowRankMatrix",
+    "Moments",
     "PrunedConfig",
     "PrunedMatrix",
+    "QuantizedConfig",
+    "QuantizedMatrix",
     "StoredTensor",
     "TensorReader",
     "codec_named",

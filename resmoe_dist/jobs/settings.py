@@ -8,12 +8,15 @@ from dataclasses import replace
 
 from resmoe_dist.checkpoints.format import CompressionSettings
 from resmoe_dist.checkpoints.source import SourceCheckpoint
-from resmoe_dist.codecs import CodecSpec
+from resmoe_dist.codecs import DENSE, CodecSpec
 from resmoe_dist.compression.stored_size import StoredSize, keep_for
 from resmoe_dist.errors import UserError
 from resmoe_dist.families.storage import ExpertSite
 from resmoe_dist.jobs.group import GroupCompressor
 from resmoe_dist.methods import method_of
+
+# Of a centre whose bits nobody chose.
+_CENTER_BITS = 4
 
 
 def parse_layers(text: str, count: int) -> list[int]:
@@ -43,6 +46,17 @@ def parse_codec(option: str, text: str) -> CodecSpec:
         return CodecSpec.parse(text)
     except ValueError as error:
         raise UserError(f"{option} {text}: {_reason(error)}") from error
+
+
+def parse_codecs(residual: str, center: str | None) -> tuple[CodecSpec, CodecSpec]:
+    """The residuals' and the centres' codec. Raises UserError if one is unknown.
+
+    center: None for a dense centre, or for one with few bits if the residuals have few bits too.
+    """
+    spec = parse_codec("--codec", residual)
+    if center is not None:
+        return spec, parse_codec("--center-codec", center)
+    return spec, spec.with_bits(_CENTER_BITS) if spec.codec.spends_bits else DENSE
 
 
 def _reason(error: ValueError) -> str:
@@ -91,7 +105,18 @@ def check_choices(sites: Sequence[ExpertSite], settings: CompressionSettings) ->
     if settings.groups < 1:
         raise UserError(f"--ep {settings.groups}: must be 1 or more")
     if settings.target_bytes is not None:
-        _check_has_budget(settings.residual_codec, "--target-bytes")
+        if not settings.residual_codec.codec.spends_bits:
+            _check_has_budget(settings.residual_codec, "--target-bytes")
+        elif not method_of(settings.method).chooses_bits:
+            raise UserError(
+                f"--target-bytes: method {settings.method.name} does not choose bits; leave it out "
+                "or give --method resmoe"
+            )
+        elif not settings.center_codec.codec.spends_bits:
+            raise UserError(
+                f"--center-codec {settings.center_codec.name}: --target-bytes and --target-bits "
+                "choose the bits of centres too; leave it out"
+            )
     elif settings.residual_codec.keep is not None:
         with_budget(settings.residual_codec, settings.residual_codec.keep)
     for site in sites:
