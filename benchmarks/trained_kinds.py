@@ -33,8 +33,8 @@ class Kind:
         return self.recipe.dense_steps + self.recipe.moe_steps
 
     def shortened(self, steps: int) -> Kind:
-        """The same with so many steps, divided alike."""
-        dense = steps * self.recipe.dense_steps // self.steps
+        """The same with so many steps, divided alike, but at least one of a stage that it has."""
+        dense = -(-steps * self.recipe.dense_steps // self.steps)
         return replace(
             self, recipe=replace(self.recipe, dense_steps=dense, moe_steps=steps - dense)
         )
