@@ -38,7 +38,7 @@ class Stage:
 def train_stage(
     stage: Stage, model: PreTrainedModel, corpus: Tensor, *, every: int = STEPS_PER_CHECKPOINT
 ) -> float:
-    """Train `model` in place, in eval mode after it; seconds, those before an interruption too.
+    """Train `model` in place, in eval mode after it; CPU seconds, also those before an interruption.
 
     every: steps between checkpoints. An interrupted stage ends with the same weights as one that
     was not. It draws from the caller's random state. Raises UserError for another stage's
@@ -57,13 +57,13 @@ def train_stage(
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         torch.set_rng_state(state["random"])
-    began = time.perf_counter() - seconds
+    began = time.process_time() - seconds
     steps = len(stage.factors)
     model.train()
     for step in range(done, steps):
         loss = train_step(model, stage.recipe, corpus, optimizers, stage.factors[step])
         if (step + 1) % every == 0 or step + 1 == steps:
-            seconds = time.perf_counter() - began
+            seconds = time.process_time() - began
             state = {
                 "made_from": stage.made_from,
                 "done": step + 1,

@@ -56,8 +56,8 @@ TABLES = (
     (
         *("rows", "kind", "parameters=parameters:,", "nll=nll:.4f", "dense nll=dense_nll:.4f"),
         *("gain=gain:.4f", "unigram nll=unigram_nll:.3f", "left of 4=left_of_four:.1%"),
-        *("left of all=left_of_all:.1%", "experts", "seconds=seconds:.0f"),
-        "dense seconds=dense_seconds:.0f",
+        *("left of all=left_of_all:.1%", "experts", "CPU s=seconds:.0f"),
+        "dense CPU s=dense_seconds:.0f",
     ),
     (*("layers", "kind", "layer", "left of 4=left_of_four:.1%", "left of all=left_of_all:.1%"),),
 )
@@ -117,8 +117,8 @@ class _Training:
         stages.mkdir(parents=True, exist_ok=True)
         train, held_out = read_corpus()
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            dense, dense_seconds = self._dense_counterpart(train)
             model, seconds = self._moe(train)
+            dense, dense_seconds = self._dense_counterpart(train)
         report: Row = {
             "made_from": self._made_from(""),
             **self.kind.as_dict(),
