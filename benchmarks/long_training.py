@@ -38,7 +38,7 @@ class Stage:
 def train_stage(
     stage: Stage, model: PreTrainedModel, corpus: Tensor, *, every: int = STEPS_PER_CHECKPOINT
 ) -> float:
-    """Train `model` in place, in eval mode after it; CPU seconds, also those before an interruption.
+    """Train `model` in place, in eval mode after it; its CPU seconds, with earlier runs'.
 
     every: steps between checkpoints. An interrupted stage ends with the same weights as one that
     was not. It draws from the caller's random state. Raises UserError for another stage's
