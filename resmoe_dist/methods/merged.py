@@ -65,7 +65,9 @@ class MergingMethod(FewerExperts):
     ) -> Merged:
         """One expert per cluster. shares: how much each expert counts in its cluster."""
         permutations_EI = self.permutations(group, clusters)
-        means = [_mean(group.experts_EID, part, shares, permutations_EI) for part in clusters]
+        means = [
+            weighted_mean(group.experts_EID, part, shares, permutations_EI) for part in clusters
+        ]
         return Merged(means, permutations_EI)
 
     def encoder(
