@@ -16,6 +16,7 @@ from resmoe_dist.footprint.layout import CheckpointLayout, Layout, SettingsLayou
 from resmoe_dist.footprint.report import as_json, footprint_table, grid_table
 from resmoe_dist.footprint.structure import ModelStructure, read_structure
 from resmoe_dist.jobs.settings import parse_codecs, parse_layers, with_budget
+from resmoe_dist.launch.compress import target_share
 from resmoe_dist.parallel.entry_point import quiet_libraries
 
 
@@ -69,7 +70,7 @@ def layout_of(config: PlanConfig, structure: ModelStructure) -> Layout:
         method=MethodSpec(name="resmoe"),
         center_codec=center,
         residual_codec=residual,
-        target_bytes=config.target_bytes,
+        target_bytes=target_share(config, structure.source_dtype.itemsize),
         layers=parse_layers(config.layers, len(structure.sites)),
         dtype=config.dtype,
     )

@@ -16,6 +16,7 @@ class Contender:
     calibrated: whether it needs `--calibration`. seeded: whether its method has an option `seed`.
     whole_layer: whether it needs all experts of a layer in one group, whatever `--ep` is.
     fixed_size: whether its bytes follow from its options alone, whatever the budget.
+    needs_target: whether its budget is bytes: it has no share to keep.
     """
 
     kind: str
@@ -25,6 +26,7 @@ class Contender:
     seeded: bool = False
     whole_layer: bool = False
     fixed_size: bool = False
+    needs_target: bool = False
 
     @property
     def needs(self) -> list[Any]:
@@ -61,6 +63,26 @@ CONTENDERS: dict[str, Contender] = {
     "resmoe": Contender(OURS, "centre and kept entries chosen together, exactly"),
     "resmoe-calibrated": Contender(
         OURS, "the same, errors weighted by activations", calibrated=True
+    ),
+    "resmoe-bits": Contender(
+        OURS,
+        "a few bits per entry, centres and bits chosen for the size",
+        {"codec": "quantized"},
+        calibrated=True,
+        needs_target=True,
+    ),
+    "resmoe-bits-plain": Contender(
+        OURS, "the same without calibration", {"codec": "quantized"}, needs_target=True
+    ),
+    "gptq": Contender(
+        ROUNDING,
+        "ours reduced to GPTQ: no centre, no rotation, scalar codes, groups of 64",
+        {
+            "codec": "quantized:coder=scalar,rotate=false,group_size=64",
+            "center": "none",
+        },
+        calibrated=True,
+        needs_target=True,
     ),
     "resmoe-svd": Contender(OURS, "low-rank residuals", {"codec": "low_rank"}),
     "resmoe-no-alignment": Contender(

@@ -119,6 +119,8 @@ def _measure(
 ) -> Row:
     if contender.calibrated and config.calibration is None:
         raise UserError("needs --calibration TEXT")
+    if contender.needs_target and budget.option != "target_bytes":
+        raise UserError("spends bits, not entries: give --target-bytes")
     options = contender.compress_options(seed, config.ep) | budget.options
     if contender.calibrated:
         options["calibration"] = config.calibration

@@ -69,6 +69,11 @@ class SettingsLayout(Layout):
             settings = settings.model_copy(update={"groups": ep})
         check_choices(self.structure.sites, settings)
         if settings.target_bytes is not None:
+            if settings.residual_codec.codec.spends_bits:
+                raise UserError(
+                    "--target-bits, --target-bytes: which matrices get how many bits depends on "
+                    "the weights; give --bits and --center-bits"
+                )
             keep = keep_for_target(settings, self._sizes(settings))
             residual = settings.residual_codec.with_keep(keep)
             settings = settings.model_copy(update={"residual_codec": residual})

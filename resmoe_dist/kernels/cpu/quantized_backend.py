@@ -76,11 +76,14 @@ class QuantizedCpuBackend(CpuBackend):
             return
         # Row biases are not coded.
         center = self.layer.center_of[expert]
-        biases = [self.layer.residuals[expert].biases]
-        biases += [self.layer.centers[center].biases] if center >= 0 else []
-        first = max(first_column - coded, 0)
-        part = slice(first, first + columns - here)
-        out_RC[:, here:] = sum(b[first_row : first_row + rows, part].float() for b in biases)
+        first = max(first_column - coded, 0) + coded
+        matrices = [self.layer.residuals[expert]]
+        matrices += [self.layer.centers[center]] if center >= 0 else []
+        bias_RC = torch.zeros(rows, columns - here)
+        for matrix in matrices:
+            part = matrix.slice_rows(first_row, first_row + rows)
+            bias_RC += part.decode_columns(first, columns - here).float()
+        out_RC[:, here:] = bias_RC
 
     def mlp(self, routed: RoutedTokens, *, share_center: bool) -> Tensor:
         if self.is_fused:
