@@ -267,7 +267,8 @@ def test_contender_names_a_method_with_its_needs(name, tmp_path):
     contender = CONTENDERS[name]
     options = contender.compress_options(seed=1, ep=1)
 
-    config = CompressConfig(source=tmp_path, output=tmp_path / "c", keep=0.5, **options)
+    budget = {"target_bytes" if contender.needs_target else "keep": 0.5}
+    config = CompressConfig(source=tmp_path, output=tmp_path / "c", **budget, **options)
     method = method_of(settings_of(config, [0]).method)
 
     assert contender.whole_layer == (method.reduces == "experts")
