@@ -13,7 +13,7 @@ from resmoe_dist.codecs.bit_streams import pack_stream, read_windows
 from resmoe_dist.codecs.coders import ScalarCoder, TrellisCoder, make_coder
 from resmoe_dist.codecs.moments import inverse_root
 from resmoe_dist.codecs.rotation import hadamard_block, rotate, rotate_back
-from resmoe_dist.codecs.trellis import FREE, search_path
+from resmoe_dist.codecs.trellis import FREE, search_beam, search_path
 from resmoe_dist.kernels.cpu.build import load_kernels
 
 
@@ -146,6 +146,48 @@ def test_the_search_finds_the_best_path(search, bits):
         assert int(found.last_R[row]) == best_path[2]
         expected = [window >> (window_bits - bits) for window in best_path[:3]]
         assert found.symbols_RC[row].tolist() == expected
+
+
+@pytest.mark.parametrize("before", [FREE, 9])
+def test_a_wide_beam_finds_the_best_path_under_cross_terms(before):
+    """Against all paths, with the quadratic form that the feedback stands for."""
+    assert load_kernels()
+    torch.manual_seed(11)
+    window_bits, entries, bits = 4, 4, 2
+    values, weights = torch.randn(1 << window_bits), torch.randn(1, entries)
+    scales = torch.tensor([[1.0, 1.0, 0.5, 0.5]])
+    moment = _moments(entries, 2).input_HH
+    root = inverse_root(moment, 0.01)
+    # With Uᵀ U = S⁻¹, Σ (e_j / U_jj)² after feedback is Δ S Δᵀ.
+    damped = (moment / moment.diagonal().mean() + 0.01 * torch.eye(entries)).double()
+
+    found = search_beam(
+        weights,
+        scales,
+        root,
+        values,
+        torch.tensor([before], dtype=torch.int32),
+        bits=bits,
+        coded=entries,
+        width=4096,
+    )
+
+    best, best_path = float("inf"), []
+    for first in range(1 << window_bits):
+        if before != FREE and first % (1 << (window_bits - bits)) != before >> bits:
+            continue
+        for symbols in itertools.product(range(1 << bits), repeat=entries - 1):
+            path = [first]
+            for symbol in symbols:
+                path.append(path[-1] >> bits | symbol << (window_bits - bits))
+            delta = (weights[0] - scales[0] * values[path]).double()
+            error = float(delta @ damped @ delta)
+            if error < best:
+                best, best_path = error, path
+    assert int(found.first_R[0]) == best_path[0]
+    assert int(found.last_R[0]) == best_path[-1]
+    expected = [window >> (window_bits - bits) for window in best_path]
+    assert found.symbols_RC[0].tolist() == expected
 
 
 def test_windows_of_the_trellis_stand_for_sums_of_the_bytes_of_a_hash():

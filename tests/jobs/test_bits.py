@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +102,13 @@ def test_a_target_is_met_from_below_within_one_percent(source, tmp_path, bits, c
 
 
 def test_a_target_below_one_bit_is_refused(source, tmp_path):
-    with pytest.raises(UserError, match="--target-bytes 0.02: one bit per entry takes more"):
+    with pytest.raises(UserError, match=r"--target-bytes 0\.02: one bit per entry takes more"):
         _run(source, tmp_path / "c", target=0.02)
     assert not (tmp_path / "c").exists()
 
 
 def test_a_target_with_a_dense_centre_is_refused(source, tmp_path):
-    with pytest.raises(UserError, match="--center-codec dense: .* choose the bits of centres too"):
+    with pytest.raises(UserError, match=r"--center-codec dense: .* choose the bits of centres too"):
         _run(source, tmp_path / "c", center=DENSE, target=0.1)
 
 
@@ -118,7 +119,7 @@ def test_more_bits_lose_less(source, tmp_path, calibrated):
         _run(source, tmp_path / str(bits), f"quantized:bits={bits}", calibrated=calibrated)
         described = describe(CompressedCheckpoint(tmp_path / str(bits)))["experts"]
         errors.append(described["relative_error"])
-    assert all(after < 0.6 * before for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after < 0.6 * before for before, after in pairwise(errors))
 
 
 def test_the_restored_model_computes_the_same(source, tmp_path):
