@@ -141,6 +141,14 @@ class EncodedMatrix(nn.Module, ABC):
         itemsize: bytes of a stored value.
         """
 
+    @classmethod
+    def encoding_bytes(cls, rows: int, columns: int) -> int:
+        """Memory that `encode` takes for one matrix, beside the matrix and the result.
+
+        0 if that is little. With second moments, their inverses included.
+        """
+        return 0
+
     @abstractmethod
     def decode(self) -> Tensor:
         """The dense matrix [R, D] in `self.dtype`."""

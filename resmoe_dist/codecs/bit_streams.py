@@ -7,8 +7,13 @@ Legend: R rows, N integers of a row, b bits of each, L bits of a window, P bytes
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+# Entries of a matrix that are processed at a time.
+_CHUNK = 1 << 20
 
 
 def stream_bytes(bits: int) -> int:
@@ -18,6 +23,21 @@ def stream_bytes(bits: int) -> int:
 
 def pack_stream(prefix_R: Tensor, prefix_bits: int, symbols_RN: Tensor, bits: int) -> Tensor:
     """Streams [R, P] uint8: `prefix_bits` of each prefix, then `bits` of each symbol."""
+    chunks = [
+        _pack(prefix_R[rows], prefix_bits, symbols_RN[rows], bits)
+        for rows in row_chunks(*symbols_RN.shape)
+    ]
+    return torch.cat(chunks)
+
+
+def row_chunks(rows: int, columns: int) -> Iterator[slice]:
+    """Ranges of rows with about `_CHUNK` entries each, so that temporaries stay small."""
+    step = max(1, _CHUNK // max(columns, 1))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _pack(prefix_R: Tensor, prefix_bits: int, symbols_RN: Tensor, bits: int) -> Tensor:
     rows = len(symbols_RN)
     parts = []
     if prefix_bits:

@@ -26,6 +26,7 @@ from resmoe_dist.codecs.bit_streams import (
     has_stray_stream_bits,
     pack_stream,
     read_windows,
+    row_chunks,
     stream_bytes,
 )
 from resmoe_dist.codecs.coders import CodedRows, Coder, CoderName, make_coder
@@ -201,6 +202,12 @@ class QuantizedMatrix(EncodedMatrix):
     ) -> int:
         return cls.stored_bytes(held, columns, config, itemsize)
 
+    @classmethod
+    def encoding_bytes(cls, rows: int, columns: int) -> int:
+        # Weights, scales and divisors in float32, and symbols; moments and inverses in float64.
+        moments = 2 * (columns // 2) ** 2 + rows**2 + 3 * min(rows, _MOMENT_ROWS) ** 2
+        return 16 * rows * columns + 8 * moments
+
     def decode(self) -> Tensor:
         return self.decode_columns(0, self.columns)
 
@@ -219,8 +226,12 @@ class QuantizedMatrix(EncodedMatrix):
     def rotated_block(self, block: int) -> Tensor:
         """The coded entries [R, H] of a projection, before they are rotated back, float32."""
         first = block * self.hidden
-        windows = read_windows(self.codes, first, self.hidden, self.coder.bits, self.coder.window)
-        return self.coder.integers(windows) * self._block_scales(block)
+        coder, scales = self.coder, self._block_scales(block)
+        parts = []
+        for rows in row_chunks(self.rows, self.hidden):
+            windows = read_windows(self.codes[rows], first, self.hidden, coder.bits, coder.window)
+            parts.append(coder.integers(windows) * scales[rows])
+        return torch.cat(parts) if parts else scales
 
     def _decode_block(self, block: int) -> Tensor:
         entries_RH = self.rotated_block(block)
@@ -286,8 +297,12 @@ def _code(
     """The prefix of each row [I] and the symbols [I, b·H] of its entries."""
     divisor_IE = torch.where(scale_IE > 0, scale_IE, torch.ones(()))
     if moments is None:
-        coded = coder.encode(weights_IE / divisor_IE, None, weights_IE.shape[1])
-        return coded.prefix_R, coded.symbols_RC
+        parts = [
+            coder.encode(weights_IE[rows] / divisor_IE[rows], None, weights_IE.shape[1])
+            for rows in row_chunks(*weights_IE.shape)
+        ]
+        prefixes = torch.cat([part.prefix_R for part in parts])
+        return prefixes, torch.cat([part.symbols_RC.to(torch.uint8) for part in parts])
     rows = _Rows(weights_IE, divisor_IE, scale_IE, coder)
     input_HH = moments.rotated() if rotated else moments.input_HH
     root_HH = inverse_root(input_HH, _DAMPING)

@@ -178,6 +178,9 @@ class GroupCompressor:
             dtype.itemsize,
             stored_bytes=self.size(layer, len(experts)).bytes_at(keep),
             aligns=self.method(layer).aligns_rows and len(experts) > 1,
+            encoding_bytes=self.codecs(layer).residual.codec.encoding_bytes(
+                shape.rows, shape.columns
+            ),
         )
         experts_EID = self.store.allocate(need, (len(experts), shape.rows, shape.columns), dtype)
         found = [

@@ -43,13 +43,21 @@ class GroupMemory:
 
     @classmethod
     def estimate(
-        cls, count: int, rows: int, columns: int, itemsize: int, *, stored_bytes: int, aligns: bool
+        cls,
+        count: int,
+        rows: int,
+        columns: int,
+        itemsize: int,
+        *,
+        stored_bytes: int,
+        aligns: bool,
+        encoding_bytes: int = 0,
     ) -> GroupMemory:
         """Estimate the memory for `count` experts [I, D] whose values take `itemsize` bytes.
 
         stored_bytes: bytes of the compressed group. aligns: whether rows are aligned. That takes
         the sum of the experts in float32, and either two matrices [I, D] of 8-bit integers or one
-        matrix [I, I] in float64 for the solver.
+        matrix [I, I] in float64 for the solver. encoding_bytes: of the codec, for one expert.
         """
         matrix = rows * columns
         align = 0
@@ -57,7 +65,7 @@ class GroupMemory:
             products = max(2 * matrix, 8 * rows * rows)
             align = 4 * matrix + products + rows * _SCRATCH_BYTES_PER_ROW
         # All of the compressed group, and the parts of one expert before they are joined.
-        encode = stored_bytes + stored_bytes // count
+        encode = stored_bytes + stored_bytes // count + encoding_bytes
         return cls(count * matrix * itemsize, max(align, encode) + _SCRATCH_BYTES)
 
 
