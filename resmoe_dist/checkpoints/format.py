@@ -83,7 +83,8 @@ class GroupEntry(_Entry):
     the experts in the source. center_bytes, residual_bytes: of the stored tensors, the residuals'
     by kind; output biases count as values. objective: of the alignment (paper 001, equation 4).
     keep: share of residual entries kept; None if the codec does not select entries, or the writer
-    did not record it.
+    did not record it. residual_bits, center_bits: per entry of each stored residual and of the
+    centre, for codecs that spend bits.
     """
 
     file: Annotated[FileEntry, AfterValidator(_in_no_subfolder)]
@@ -95,6 +96,8 @@ class GroupEntry(_Entry):
     residual_bytes: dict[ByteKind, Bytes]
     objective: FiniteFloat
     keep: FiniteFloat | None = None
+    residual_bits: list[Annotated[int, Field(ge=1, le=16)]] | None = None
+    center_bits: Annotated[int, Field(ge=1, le=16)] | None = None
     weighted_squared_errors: Squares | None = None
     weighted_squared_norms: Squares | None = None
 

@@ -223,6 +223,11 @@ class EncodedMatrix(nn.Module, ABC):
         block_RH = self.decode_columns(first_column, hidden)
         return h_NR.float() @ block_RH.float()
 
+    @property
+    def bits(self) -> int | None:
+        """Bits per entry, for codecs that spend bits."""
+        return None
+
     # --- The same for all codecs ---
 
     @property

@@ -202,6 +202,10 @@ class QuantizedMatrix(EncodedMatrix):
     ) -> int:
         return cls.stored_bytes(held, columns, config, itemsize)
 
+    @property
+    def bits(self) -> int:
+        return self.coder.bits
+
     @classmethod
     def encoding_bytes(cls, rows: int, columns: int) -> int:
         # Weights, scales and divisors in float32, and symbols; moments and inverses in float64.

@@ -81,6 +81,8 @@ def _describe_layer(
         "groups_without_center": without_center if is_compressed else 0,
         "rows": layer.rows,
         "columns": layer.shape.columns,
+        "bits": _counted(bits for group in layer.groups for bits in group.residual_bits or []),
+        "center_bits": _counted(group.center_bits for group in layer.groups),
         "error": error,
         "norm": norm,
         **_accuracy([layer]),
@@ -92,6 +94,11 @@ def _describe_layer(
         "ratio": stored / source,
         "bits_per_entry": 8 * stored / (layer.num_experts * layer.source_shape.entries),
     }
+
+
+def _counted(bits: Iterable[int | None]) -> dict[int, int]:
+    """How many matrices have how many bits."""
+    return dict(sorted(Counter(each for each in bits if each is not None).items()))
 
 
 def _sum_by_kind(parts: Iterable[Mapping[ByteKind, int]]) -> dict[ByteKind, int]:
@@ -195,6 +202,11 @@ def _center_remarks(compressed: list[dict[str, Any]]) -> list[str]:
     return remarks
 
 
+def _shown_bits(counts: Mapping[int, int]) -> str:
+    """`2×5 3×3`: five matrices with 2 bits per entry and three with 3."""
+    return " ".join(f"{bits}×{count}" for bits, count in counts.items())
+
+
 def _row(name: str, codecs: str, values: dict[str, Any]) -> dict[str, str]:
     """Cells by column."""
 
@@ -207,6 +219,8 @@ def _row(name: str, codecs: str, values: dict[str, Any]) -> dict[str, str]:
         "codec": codecs,
         "groups": str(values["groups"]),
         "keep": cell(values["keep"], ".3f"),
+        "bits": _shown_bits(values.get("bits", {})),
+        "centre bits": _shown_bits(values.get("center_bits", {})),
         "error": cell(values["error"], ".4g"),
         "relative": cell(values["relative_error"], ".4f"),
         "weighted": cell(values["weighted_relative_error"], ".4f"),

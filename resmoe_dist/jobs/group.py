@@ -155,6 +155,10 @@ class GroupCompressor:
         if codecs.residual.codec.selects_entries:
             kept = sum(loss.kept for loss in losses)
             record["keep"] = _rounded(kept / group.experts_EID.numel())
+        if codecs.residual.codec.spends_bits:
+            record["residual_bits"] = [residual.bits for residual in encoded.residuals]
+        if encoded.center is not None and encoded.center.bits is not None:
+            record["center_bits"] = encoded.center.bits
         if group.activations is not None:
             record |= _weighted_record(losses)
         if encoded.expert_map is not None:
