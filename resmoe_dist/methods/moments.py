@@ -16,6 +16,8 @@ from resmoe_dist.methods.stored import neuron_activations
 _TOKENS_PER_INPUT = 0.25
 # Neurons of all tokens are computed for at most so many, evenly spread.
 _MOST_TOKENS = 4096
+# Share of the mean use that every expert counts as having.
+_LEAST_USE = 0.1
 
 
 def expert_moments(group: SourceGroup, permutations_EI: Tensor, expert: int) -> Moments:
@@ -41,6 +43,23 @@ def expert_moments(group: SourceGroup, permutations_EI: Tensor, expert: int) -> 
             neuron_activations(group, expert, all_TH)[:, permutation_I],
         ),
     )
+
+
+def use_weights(group: SourceGroup) -> tuple[float, ...]:
+    """How much the error of each expert counts: Σ weight² of its tokens, with a mean of 1.
+
+    The output of an expert is multiplied by the token's routing weight. Experts that are hardly
+    used count a little all the same, because other texts may use them. All alike without samples.
+    """
+    count = len(group.experts_EID)
+    if group.samples is None:
+        return (1.0,) * count
+    used = [
+        float(group.samples.of_expert(group.number(k))[1].float().square().sum())
+        for k in range(count)
+    ]
+    mean = sum(used) / count
+    return tuple(max(each / mean, _LEAST_USE) if mean else 1.0 for each in used)
 
 
 def _moment(inputs_RM: Tensor, weight_R: Tensor | None) -> Tensor:

@@ -35,7 +35,7 @@ from resmoe_dist.methods.base import (
     SourceGroup,
     register_method,
 )
-from resmoe_dist.methods.moments import expert_moments
+from resmoe_dist.methods.moments import expert_moments, use_weights
 from resmoe_dist.methods.plan import GroupPlan
 
 
@@ -163,7 +163,7 @@ class ResMoE(Method):
             residual_E=tuple(_energy(each - center_ID) for each in experts),
             whole_E=tuple(_energy(each) for each in experts),
             center=None if codecs.center is None else _energy(center_ID),
-            weight_E=tuple(1.0 for _ in experts),
+            weight_E=use_weights(group),
             errors=tuple(spec.codec.error_at(spec.config, bits) for bits in RESIDUAL_BITS),
             sizes=tuple(sizes),
         )
