@@ -28,6 +28,7 @@ def reason_of(error: ErrorDetails) -> str:
         "greater_than_equal": f"must be {bounds.get('ge')} or more",
         "less_than": f"must be below {bounds.get('lt')}",
         "less_than_equal": f"must be {bounds.get('le')} or less",
+        "multiple_of": f"must be a multiple of {context.get('multiple_of')}",
         "value_error": str(context.get("error", "")),
     }
     return reasons.get(error["type"]) or str(error["msg"]).lower()

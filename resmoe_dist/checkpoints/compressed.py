@@ -120,10 +120,20 @@ class GroupFile:
         assert self.layer.center_codec is not None
         return self._read_matrix(self.layer.center_codec, CENTER, "centre", start, stop)
 
-    def read_residual(self, expert: int, start: int, stop: int) -> EncodedMatrix:
-        """Rows [start, stop) of the residual of one stored expert."""
+    def read_residual(
+        self, expert: int, start: int, stop: int, center: EncodedMatrix | None = None
+    ) -> EncodedMatrix:
+        """Rows [start, stop) of the residual of one stored expert.
+
+        center: the same rows of the centre, for codecs whose residuals are made of it.
+        """
         codec, prefix = self.layer.residual_codec, f"experts.{expert}"
-        return self._read_matrix(codec, prefix, f"expert {expert}", start, stop)
+        residual = self._read_matrix(codec, prefix, f"expert {expert}", start, stop)
+        try:
+            residual.attach(center)
+        except ValueError as error:
+            raise self._damaged(f"expert {expert}: {error}") from error
+        return residual
 
     def read_output_bias(self, expert: int) -> Tensor | None:
         """Output bias [H] of one stored expert; None for families without output biases."""

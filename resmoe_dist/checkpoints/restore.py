@@ -78,8 +78,8 @@ def restored_expert(
     The bias is None for families without output biases.
     """
     rows = file.layer.rows
-    residual = file.read_residual(expert, 0, rows)
     center = file.read_center(0, rows)
+    residual = file.read_residual(expert, 0, rows, center)
     bias_H = file.read_output_bias(expert)
     if dtype is not None:
         residual = residual.to(dtype)

@@ -15,7 +15,7 @@ from resmoe_dist.footprint.grid import Footprint, footprint, grid_for, grids_up_
 from resmoe_dist.footprint.layout import CheckpointLayout, Layout, SettingsLayout
 from resmoe_dist.footprint.report import as_json, footprint_table, grid_table
 from resmoe_dist.footprint.structure import ModelStructure, read_structure
-from resmoe_dist.jobs.settings import parse_codec, parse_layers, with_budget
+from resmoe_dist.jobs.settings import parse_codecs, parse_layers, with_budget
 from resmoe_dist.parallel.entry_point import quiet_libraries
 
 
@@ -60,14 +60,14 @@ def layout_of(config: PlanConfig, structure: ModelStructure) -> Layout:
                 "give the model it was made from"
             )
         return CheckpointLayout(config.model)
-    residual = parse_codec("--codec", config.codec)
+    residual, center = parse_codecs(config.residual_text, config.center_text)
     if config.keep is not None:
         residual = with_budget(residual, config.keep)
     settings = CompressionSettings(
         groups=config.groups or config.ep,
         groups_per_rank=config.groups_per_rank,
         method=MethodSpec(name="resmoe"),
-        center_codec=parse_codec("--center-codec", config.center_codec),
+        center_codec=center,
         residual_codec=residual,
         target_bytes=config.target_bytes,
         layers=parse_layers(config.layers, len(structure.sites)),

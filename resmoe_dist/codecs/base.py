@@ -21,6 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from resmoe_dist.codecs.moments import Moments
+
 # read(name, start, stop) returns elements [start, stop) of a stored tensor's first dimension
 # without reading the others; stop = None reads to the end.
 TensorReader = Callable[[str, int, "int | None"], Tensor]
@@ -34,6 +36,10 @@ class CodecConfig(BaseModel):
     """The options of a codec. A subclass adds a field per option."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def for_blocks(self, blocks: int) -> Self:
+        """The same options for a matrix of so many projections, for codecs that need to know."""
+        return self
 
 
 class BudgetConfig(CodecConfig):
@@ -80,6 +86,12 @@ class EncodedMatrix(nn.Module, ABC):
     # Whether a stored tensor is the matrix itself, rounded to the stored dtype. `decode` then
     # restores nothing, and `encode` may be given the rounded matrix, which saves a float32 copy.
     is_dense: ClassVar[bool] = False
+    # Whether its config has `bits`, so that a target of bytes chooses the bits of each matrix.
+    spends_bits: ClassVar[bool] = False
+    # Whether `encode` uses second moments.
+    uses_moments: ClassVar[bool] = False
+    # Whether `encode` makes it of a matrix alone. Otherwise one method makes it of a whole group.
+    standalone: ClassVar[bool] = True
 
     def __init__(
         self, shape: tuple[int, int], tensors: dict[str, Tensor], dtype: torch.dtype
@@ -97,13 +109,24 @@ class EncodedMatrix(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def encode(
-        cls, matrix_ID: Tensor, config: Any, dtype: torch.dtype, mask_ID: Tensor | None = None
+        cls,
+        matrix_ID: Tensor,
+        config: Any,
+        dtype: torch.dtype,
+        mask_ID: Tensor | None = None,
+        moments: Moments | None = None,
     ) -> Self:
         """Encode a float32 matrix [I, D], with values stored as `dtype`.
 
         config: an instance of `cls.config`. mask_ID: the entries to keep, for codecs that select
-        entries; None lets the codec choose.
+        entries; None lets the codec choose. moments: of what multiplies the matrix, for codecs
+        that use them; None weighs all entries alike.
         """
+
+    @classmethod
+    def error_at(cls, config: Any, bits: int) -> float:
+        """The share of Gaussian entries' energy that is lost, for codecs that spend bits."""
+        raise NotImplementedError(f"{cls.name} does not spend bits")
 
     @classmethod
     @abstractmethod
@@ -152,6 +175,12 @@ class EncodedMatrix(nn.Module, ABC):
         }
         return cls((stop - start, columns), tensors, dtype)
 
+    def attach(self, center: EncodedMatrix | None) -> None:
+        """Give a residual its group's centre, of the same rows, before anything is decoded.
+
+        Raises ValueError if it does not fit (a damaged file).
+        """
+
     def slice_rows(self, start: int, stop: int) -> Self:
         """Rows [start, stop) as views of the same tensors."""
         tensors = {
@@ -168,18 +197,22 @@ class EncodedMatrix(nn.Module, ABC):
         """
         raise NotImplementedError(f"{cls.name} encodes whole matrices")
 
+    def decode_columns(self, first: int, count: int) -> Tensor:
+        """Columns [first, first + count) of `decode`."""
+        return self.decode()[:, first : first + count]
+
     def add_to(self, dense_RC: Tensor, first_column: int = 0) -> None:
         """dense += decode(), in place, for columns [first_column, first_column + C)."""
-        dense_RC += self.decode()[:, first_column : first_column + dense_RC.shape[1]]
+        dense_RC += self.decode_columns(first_column, dense_RC.shape[1])
 
     def multiply(self, x_NH: Tensor, first_column: int) -> Tensor:
         """x · Mᵀ over columns [first_column, first_column + H): [N, R] in float32."""
-        block_RH = self.decode()[:, first_column : first_column + x_NH.shape[1]]
+        block_RH = self.decode_columns(first_column, x_NH.shape[1])
         return x_NH.float() @ block_RH.float().T
 
     def multiply_back(self, h_NR: Tensor, first_column: int, hidden: int) -> Tensor:
         """h · M over columns [first_column, first_column + H): [N, H] in float32."""
-        block_RH = self.decode()[:, first_column : first_column + hidden]
+        block_RH = self.decode_columns(first_column, hidden)
         return h_NR.float() @ block_RH.float()
 
     # --- The same for all codecs ---

@@ -34,8 +34,9 @@ def pack_bitmap(mask_RD: Tensor) -> Tensor:
 def unpack_bitmap(bitmap_RP: Tensor, columns: int) -> Tensor:
     """Bytes [R, P] back to a boolean mask [R, D]."""
     # Inverse: repeat the byte eight times in a word, keep bit i of copy i.
-    words_RP = (bitmap_RP.long() * _SPREAD).bitwise_and_(_DIAGONAL)
-    return (words_RP.view(torch.uint8) != 0)[:, :columns]
+    rows, row_bytes = bitmap_RP.shape
+    words = (bitmap_RP.long() * _SPREAD).bitwise_and_(_DIAGONAL).flatten()
+    return (words.view(torch.uint8).view(rows, _BITS * row_bytes) != 0)[:, :columns]
 
 
 def has_stray_bits(bitmap_RP: Tensor, columns: int) -> bool:

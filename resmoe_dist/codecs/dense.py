@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from resmoe_dist.codecs.base import EncodedMatrix, StoredTensor
+from resmoe_dist.codecs.moments import Moments
 from resmoe_dist.codecs.registry import CodecSpec, register_codec
 
 
@@ -29,7 +30,12 @@ class DenseMatrix(EncodedMatrix):
 
     @classmethod
     def encode(
-        cls, matrix_ID: Tensor, config: Any, dtype: torch.dtype, mask_ID: Tensor | None = None
+        cls,
+        matrix_ID: Tensor,
+        config: Any,
+        dtype: torch.dtype,
+        mask_ID: Tensor | None = None,
+        moments: Moments | None = None,
     ) -> DenseMatrix:
         return cls.of(matrix_ID.to(dtype))
 

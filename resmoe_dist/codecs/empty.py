@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from resmoe_dist.codecs.base import EncodedMatrix
+from resmoe_dist.codecs.moments import Moments
 from resmoe_dist.codecs.registry import register_codec
 
 
@@ -22,7 +23,12 @@ class EmptyMatrix(EncodedMatrix):
 
     @classmethod
     def encode(
-        cls, matrix_ID: Tensor, config: Any, dtype: torch.dtype, mask_ID: Tensor | None = None
+        cls,
+        matrix_ID: Tensor,
+        config: Any,
+        dtype: torch.dtype,
+        mask_ID: Tensor | None = None,
+        moments: Moments | None = None,
     ) -> EmptyMatrix:
         rows, columns = matrix_ID.shape
         return cls((rows, columns), {}, dtype)

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from resmoe_dist.codecs.base import BudgetConfig, EncodedMatrix, StoredTensor, TensorReader
+from resmoe_dist.codecs.moments import Moments
 from resmoe_dist.codecs.registry import register_codec
 from resmoe_dist.codecs.svd import low_rank_factors
 
@@ -50,7 +51,12 @@ class LowRankMatrix(EncodedMatrix):
 
     @classmethod
     def encode(
-        cls, matrix_ID: Tensor, config: Any, dtype: torch.dtype, mask_ID: Tensor | None = None
+        cls,
+        matrix_ID: Tensor,
+        config: Any,
+        dtype: torch.dtype,
+        mask_ID: Tensor | None = None,
+        moments: Moments | None = None,
     ) -> LowRankMatrix:
         rows, columns = matrix_ID.shape
         left_Ir, right_rD = low_rank_factors(matrix_ID.float(), config.rank_of(rows, columns))

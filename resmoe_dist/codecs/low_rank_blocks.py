@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from resmoe_dist.codecs.base import BudgetConfig, EncodedMatrix, StoredTensor, TensorReader
+from resmoe_dist.codecs.moments import Moments
 from resmoe_dist.codecs.registry import register_codec
 from resmoe_dist.codecs.svd import low_rank_factors
 
@@ -56,7 +57,12 @@ class LowRankBlocksMatrix(EncodedMatrix):
 
     @classmethod
     def encode(
-        cls, matrix_ID: Tensor, config: Any, dtype: torch.dtype, mask_ID: Tensor | None = None
+        cls,
+        matrix_ID: Tensor,
+        config: Any,
+        dtype: torch.dtype,
+        mask_ID: Tensor | None = None,
+        moments: Moments | None = None,
     ) -> LowRankBlocksMatrix:
         rank = config.rank_of(*matrix_ID.shape)
         blocks = split_blocks(matrix_ID.float(), config.blocks)

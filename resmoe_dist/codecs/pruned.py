@@ -16,6 +16,7 @@ from torch import Tensor
 
 from resmoe_dist.codecs.base import BudgetConfig, EncodedMatrix, StoredTensor, TensorReader
 from resmoe_dist.codecs.bitmap import bytes_per_row, has_stray_bits, pack_bitmap, unpack_bitmap
+from resmoe_dist.codecs.moments import Moments
 from resmoe_dist.codecs.registry import register_codec
 
 # From this many values on, offsets need 64 bits.
@@ -57,7 +58,12 @@ class PrunedMatrix(EncodedMatrix):
 
     @classmethod
     def encode(
-        cls, matrix_ID: Tensor, config: Any, dtype: torch.dtype, mask_ID: Tensor | None = None
+        cls,
+        matrix_ID: Tensor,
+        config: Any,
+        dtype: torch.dtype,
+        mask_ID: Tensor | None = None,
+        moments: Moments | None = None,
     ) -> PrunedMatrix:
         if mask_ID is None:
             mask_ID = largest_entries(matrix_ID, config.keep)

@@ -55,6 +55,18 @@ class CodecSpec(BaseModel):
         """Share of the entries kept; None for codecs without such a budget."""
         return self.config.keep if isinstance(self.config, BudgetConfig) else None
 
+    def for_blocks(self, blocks: int) -> Self:
+        """The same codec for matrices of so many projections."""
+        config = self.config.for_blocks(blocks)
+        return type(self)(name=self.name, options=config.model_dump(exclude_none=True))
+
+    def with_bits(self, bits: int) -> Self:
+        """The same codec with so many bits per entry, for codecs that spend bits."""
+        assert self.codec.spends_bits
+        config: Any = self.config
+        options = config.with_bits(bits).model_dump(exclude_none=True)
+        return type(self)(name=self.name, options=options)
+
     def with_keep(self, keep: float) -> Self:
         """The same codec with another budget. Raises ValueError for codecs without a budget."""
         if not isinstance(self.config, BudgetConfig):

@@ -15,6 +15,7 @@ class Contender:
     kind: of method, for the report. text: one line on what it does. options: of `compress`.
     calibrated: whether it needs `--calibration`. seeded: whether its method has an option `seed`.
     whole_layer: whether it needs all experts of a layer in one group, whatever `--ep` is.
+    fixed_size: whether its bytes follow from its options alone, whatever the budget.
     """
 
     kind: str
@@ -23,6 +24,7 @@ class Contender:
     calibrated: bool = False
     seeded: bool = False
     whole_layer: bool = False
+    fixed_size: bool = False
 
     @property
     def needs(self) -> list[Any]:
@@ -42,13 +44,18 @@ def _calibrated(kind: str, text: str, method: str) -> Contender:
     return Contender(kind, text, {"method": method}, calibrated=True)
 
 
+def _rounded(bits: int) -> Contender:
+    text = f"each weight rounded to {bits} bits, in groups of 64 with scale and zero point"
+    return Contender(ROUNDING, text, {"method": f"rtn:bits={bits}"}, fixed_size=True)
+
+
 def _of_layer(kind: str, text: str, method: str) -> Contender:
     """A method that chooses among all experts of a layer, by what a calibration text shows."""
     return Contender(kind, text, {"method": method}, calibrated=True, whole_layer=True)
 
 
 OURS, PRUNING, LOW_RANK, DROPPING = "ours", "pruning", "low rank", "dropping experts"
-MERGING, WIDTH = "merging experts", "fewer neurons"
+MERGING, WIDTH, ROUNDING = "merging experts", "fewer neurons", "fewer bits"
 
 CONTENDERS: dict[str, Contender] = {
     "resmoe": Contender(OURS, "centre and kept entries chosen together, exactly"),
@@ -75,6 +82,9 @@ CONTENDERS: dict[str, Contender] = {
     "svd": Contender(LOW_RANK, "truncated SVD of each expert", {"method": "svd"}),
     "svd-sep": Contender(LOW_RANK, "the same of each projection", {"method": "svd:form=sep"}),
     "d2_moe": _calibrated(LOW_RANK, "shared base, differences that fit the inputs", "d2_moe"),
+    "mobe": Contender(
+        LOW_RANK, "gate and up as products with mixtures of shared bases", {"method": "mobe"}
+    ),
     "sp": Contender(WIDTH, "the smallest neurons go", {"method": "sp"}),
     "sp-sep": Contender(WIDTH, "the same in each projection", {"method": "sp:form=sep"}),
     "mlp_fusion": Contender(WIDTH, "k-means over neurons", {"method": "mlp_fusion"}, seeded=True),
@@ -82,12 +92,20 @@ CONTENDERS: dict[str, Contender] = {
     "frequency_pruning": _of_layer(DROPPING, "the least used experts go", "frequency_pruning"),
     "averaging": _of_layer(MERGING, "plain mean of experts routed alike", "averaging"),
     "git_rebasin": _of_layer(MERGING, "the same after weight matching", "git_rebasin"),
+    "repair": _of_layer(
+        MERGING, "git_rebasin, with the statistics of the merged neurons restored", "repair"
+    ),
+    "zipit": _of_layer(MERGING, "neurons with correlated activations become one", "zipit"),
     "m_smoe": _of_layer(MERGING, "weighted by use, most used experts of all layers", "m_smoe"),
+    "mc_smoe": _of_layer(
+        MERGING, "the same, then merged experts as low rank plus whole columns", "mc_smoe"
+    ),
     "hc_smoe": _of_layer(MERGING, "experts with similar outputs, hierarchically", "hc_smoe"),
     "uncurl": _of_layer(MERGING, "spectral clusters of router logits", "uncurl"),
     "frequency_merging": _of_layer(
         MERGING, "rare experts into each layer's most used ones", "frequency_merging"
     ),
+    **{f"rtn-{bits}bit": _rounded(bits) for bits in (8, 4, 3, 2)},
 }
 
 

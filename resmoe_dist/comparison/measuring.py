@@ -24,22 +24,37 @@ from resmoe_dist.runtime.loading import load_model
 from resmoe_dist.runtime.rank_memory import resident_bytes
 
 Row = dict[str, Any]
-_FIGURES = (
+# Of a contender's row, and of the source's.
+FIGURES = (
     *("error", "relative_error", "values_kept", "expert_bytes", "expert_share"),
     *("checkpoint_bytes", "resident_bytes", "flops_per_token", "compress_seconds"),
     *("score_seconds", "perplexity", "nll", "divergence"),
 )
+SOURCE_FIGURES = ("score_seconds", "resident_bytes", "flops_per_token", "perplexity", "nll")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The field of `compress` that says how much to keep, and its value."""
+    """The field of `compress` that says how much to keep, and its value.
 
-    option: str
-    value: float
+    No option: of contenders whose size is fixed.
+    """
+
+    option: str = ""
+    value: float = 0.0
+
+    @property
+    def options(self) -> dict[str, float]:
+        """As options of `compress`."""
+        return {self.option: self.value} if self.option else {}
+
+    @property
+    def folder_name(self) -> str:
+        """For a folder's name."""
+        return f"{self.option}-{self.value}" if self.option else "fixed"
 
     def __str__(self) -> str:
-        return f"{self.option.replace('_', '-')} {self.value:g}"
+        return f"{self.option.replace('_', '-')} {self.value:g}" if self.option else "fixed size"
 
 
 def measure_row(
@@ -66,9 +81,9 @@ def measure_row(
     finally:
         if not config.keep_models:
             _remove(folder)
-    row: Row = {name: statistics.fmean(each[name] for each in found) for name in _FIGURES}
+    row: Row = {name: statistics.fmean(each[name] for each in found) for name in FIGURES}
     if len(found) > 1:
-        row |= {f"{name}_sd": statistics.stdev(each[name] for each in found) for name in _FIGURES}
+        row |= {f"{name}_sd": statistics.stdev(each[name] for each in found) for name in FIGURES}
     return row
 
 
@@ -104,7 +119,7 @@ def _measure(
 ) -> Row:
     if contender.calibrated and config.calibration is None:
         raise UserError("needs --calibration TEXT")
-    options = contender.compress_options(seed, config.ep) | {budget.option: budget.value}
+    options = contender.compress_options(seed, config.ep) | budget.options
     if contender.calibrated:
         options["calibration"] = config.calibration
     began = time.perf_counter()

@@ -5,23 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import astuple
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from resmoe_dist.checkpoints.source import SourceCheckpoint
-from resmoe_dist.checkpoints.tensor_files import check_writable, read_json_object, write_json
 from resmoe_dist.comparison.contenders import Contender, contenders_named
-from resmoe_dist.comparison.measuring import Budget, Row, measure_row, source_row
+from resmoe_dist.comparison.finished_rows import FinishedRows
+from resmoe_dist.comparison.measuring import (
+    FIGURES,
+    SOURCE_FIGURES,
+    Budget,
+    Row,
+    measure_row,
+    source_row,
+)
 from resmoe_dist.comparison.report import NO_PLOT, can_plot, table, write_report
 from resmoe_dist.config.commands import CompareConfig, EvaluateConfig
-from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.tables import human_bytes
-from resmoe_dist.jobs.settings import parse_layers
+from resmoe_dist.jobs.settings import check_groups, parse_layers
 from resmoe_dist.launch.compress import calibration_of
 from resmoe_dist.launch.evaluate import read_model, read_sequences
 from resmoe_dist.parallel.entry_point import quiet_libraries
@@ -43,9 +47,9 @@ def run_compare(config: CompareConfig) -> int:
         calibration = None
     else:
         calibration, _ = calibration_of(source, config.calibration)
-    cases = [
-        (name, each, budget) for budget in _budgets(config) for name, each in contenders.items()
-    ]
+    cases = _cases(contenders, _budgets(config))
+    if not all(each.whole_layer for each in contenders.values()):
+        check_groups(source.sites, config.ep)
     common = {
         "source": source.fingerprint(),
         "data": _digest(sequences),
@@ -54,31 +58,35 @@ def run_compare(config: CompareConfig) -> int:
         "dtype": config.dtype,
         "version": __version__,
     }
-    rows = _Rows(config.report, common, resume=config.resume)
-    reference = load_model(config.source)
-    baseline = {"expert_bytes": _expert_bytes(source), "checkpoint_bytes": _weight_bytes(source)}
-    baseline |= rows.get("source", lambda: source_row(reference, sequences))
-    facts = _facts(config, source, sequences)
-    done: list[Row] = []
-    work = config.report / "work"
-    # disable=None: tqdm shows the bar only on a terminal.
-    for name, contender, budget in tqdm(cases, desc="comparing", unit="row", disable=None):
+    with FinishedRows(config.report, common, resume=config.resume) as rows:
+        reference = load_model(config.source)
+        baseline = {
+            "expert_bytes": _expert_bytes(source),
+            "checkpoint_bytes": _weight_bytes(source),
+        }
+        baseline |= rows.get("source", lambda: source_row(reference, sequences), SOURCE_FIGURES)
+        facts = _facts(config, source, sequences)
+        done: list[Row] = []
+        work = config.report / "work"
+        # disable=None: tqdm shows the bar only on a terminal.
+        for name, contender, budget in tqdm(cases, desc="comparing", unit="row", disable=None):
 
-        def measure(
-            name: str = name, contender: Contender = contender, budget: Budget = budget
-        ) -> Row:
-            folder = work / f"{name}-{budget.option}-{budget.value}"
-            return measure_row(config, contender, budget, sequences, reference, folder)
+            def measure(
+                name: str = name, contender: Contender = contender, budget: Budget = budget
+            ) -> Row:
+                folder = work / f"{name}-{budget.folder_name}"
+                return measure_row(config, contender, budget, sequences, reference, folder)
 
-        seeds = config.seeds if contender.seeded else 1
-        used = calibration if contender.calibrated else None
-        key = _digest([contender.needs, astuple(budget), seeds, used])
-        done.append({"contender": name, "budget": str(budget)} | rows.get(key, measure))
-        write_report(config.report, facts, baseline, done)
-        if not sys.stderr.isatty():
-            print(_progress(done[-1]), flush=True)
-    with suppress(OSError):  # of an earlier run, models may be kept
-        work.rmdir()
+            seeds = config.seeds if contender.seeded else 1
+            used = calibration if contender.calibrated else None
+            key = _digest([contender.needs, astuple(budget), seeds, used])
+            row = rows.get(key, measure, FIGURES)
+            done.append({"contender": name, "budget": str(budget)} | row)
+            write_report(config.report, facts, baseline, done)
+            if not sys.stderr.isatty():
+                print(_progress(done[-1]), flush=True)
+        with suppress(OSError):  # of an earlier run, models may be kept
+            work.rmdir()
     print("\n".join(table(baseline, done)))
     if not can_plot():
         print(NO_PLOT)
@@ -86,46 +94,23 @@ def run_compare(config: CompareConfig) -> int:
     return 0
 
 
-class _Rows:
-    """Finished rows of a report folder, each in a file.
-
-    common: what all rows of the folder have in common. Raises UserError if the folder cannot be
-    written, or holds a comparison and may not be resumed.
-    """
-
-    def __init__(self, folder: Path, common: dict[str, Any], *, resume: bool) -> None:
-        self._folder = folder / "rows"
-        made = folder / "comparison.json"
-        try:
-            folder.mkdir(exist_ok=True)
-            other = any(folder.iterdir()) and not made.exists()
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be made ({error.strerror})") from error
-        if other:
-            raise UserError(f"{folder}: holds other files; choose another --report")
-        check_writable(made)
-        if made.exists():
-            if not resume:
-                raise UserError(f"{folder}: holds a comparison; give --resume or another --report")
-            if read_json_object(made) != common:
-                raise UserError(f"{folder}: holds a comparison of other options; choose another")
-        self._folder.mkdir(parents=True, exist_ok=True)
-        write_json(made, common)
-
-    def get(self, key: str, measure: Callable[[], Row]) -> Row:
-        """The row of an earlier run, or a new one. Rows with a reason are measured again."""
-        path = self._folder / f"{key}.json"
-        row = read_json_object(path) if path.exists() else {"reason": "not measured"}
-        if "reason" in row:
-            row = measure()
-            write_json(path, row)
-        return row
-
-
 def _budgets(config: CompareConfig) -> list[Budget]:
     if config.target_bytes is not None:
         return [Budget("target_bytes", share) for share in dict.fromkeys(config.target_bytes)]
     return [Budget("keep", share) for share in dict.fromkeys(config.keep or [0.25])]
+
+
+def _cases(
+    contenders: dict[str, Contender], budgets: list[Budget]
+) -> list[tuple[str, Contender, Budget]]:
+    """Every contender at every budget; at the end, once, those whose size is fixed."""
+    found = [
+        (name, each, budget)
+        for budget in budgets
+        for name, each in contenders.items()
+        if not each.fixed_size
+    ]
+    return found + [(name, each, Budget()) for name, each in contenders.items() if each.fixed_size]
 
 
 def _facts(

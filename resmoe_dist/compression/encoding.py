@@ -5,7 +5,7 @@ Legend: E experts of the group, I rows, D columns, B rows of a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -13,7 +13,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from resmoe_dist.codecs import DENSE, CodecSpec, EncodedMatrix
+from resmoe_dist.codecs import DENSE, CodecSpec, EncodedMatrix, Moments
 from resmoe_dist.compression.blocks import AlignedExperts
 from resmoe_dist.compression.center import joint_center, mean_center
 from resmoe_dist.compression.losses import Loss, measure_loss, sum_losses
@@ -32,6 +32,9 @@ from resmoe_dist.compression.threads import in_parallel
 _MAX_ALTERNATIONS = 10
 # Alternation stops when a round gains less than this share of the error.
 _ALTERNATION_GAIN = 1e-3
+
+# Second moments of what an expert of the group multiplies, by its place in the group.
+MomentsOf = Callable[[int], Moments]
 
 
 @dataclass(frozen=True)
@@ -70,27 +73,34 @@ class GroupCodecs:
 
 
 def encode_group(
-    aligned: AlignedExperts, codecs: GroupCodecs, *, center: str, allocate: str = "group"
+    aligned: AlignedExperts,
+    codecs: GroupCodecs,
+    *,
+    center: str,
+    allocate: str = "group",
+    moments: MomentsOf | None = None,
+    residual_bits: Sequence[int] | None = None,
 ) -> Encoded:
     """Choose and encode the centre of aligned experts, and encode the residuals.
 
     center: `joint`, `barycenter`, `mean` (the last two are the same average; with `mean` the
     experts are not aligned), or `none`. allocate: for codecs that select entries, what has one
     budget of kept entries: the `group`, each `block` of BALANCED_RUN entries of a row, or each
-    expert (any other value).
+    expert (any other value). moments: of aligned experts, for codecs that use them.
+    residual_bits: of each residual, for codecs that spend bits.
     """
     selects = codecs.residual.codec.selects_entries
     encoded_center = None
-    if center == "joint" and not selects:
+    if center == "joint" and not selects and not codecs.residual.codec.spends_bits:
         return _alternate(aligned, codecs)
-    if center == "joint":
+    if center == "joint" and selects:
         keep = _budget(codecs)
         encoded_center = _encode_center(aligned, codecs, partial(joint_center, aligned, keep))
     elif center != "none":
         encoded_center = _encode_center(aligned, codecs, partial(mean_center, aligned))
     if selects:
         return _encode_entries(aligned, encoded_center, codecs, allocate)
-    return _encode_matrices(aligned, encoded_center, codecs)
+    return _encode_matrices(aligned, encoded_center, codecs, moments, residual_bits)
 
 
 @stage("center")
@@ -155,16 +165,27 @@ def _encode_entries(
 
 
 def _encode_matrices(
-    aligned: AlignedExperts, center: EncodedMatrix | None, codecs: GroupCodecs
+    aligned: AlignedExperts,
+    center: EncodedMatrix | None,
+    codecs: GroupCodecs,
+    moments: MomentsOf | None = None,
+    residual_bits: Sequence[int] | None = None,
 ) -> Encoded:
     """Encode one whole residual after the other."""
-    spec = codecs.residual
     center_ID = None if center is None else center.decode()
     residuals, losses = [], []
     for k in range(aligned.count):
+        spec = codecs.residual
+        if residual_bits is not None:
+            spec = spec.with_bits(residual_bits[k])
         expert_ID = aligned.expert_rows(k, slice(None))
         residual_ID = residual_rows(expert_ID, center_ID, slice(None))
-        residual = spec.codec.encode(residual_ID, spec.config, codecs.dtype)
+        residual = spec.codec.encode(
+            residual_ID,
+            spec.config,
+            codecs.dtype,
+            moments=None if moments is None else moments(k),
+        )
         kept = sum(tensor.numel() for tensor in residual.tensors().values())
         losses.append(measure_loss(aligned, expert_ID, residual_ID, residual, slice(None), kept))
         residuals.append(residual.cpu())

@@ -21,6 +21,9 @@ class StoredSize:
     count: number of experts, each [rows, columns]. itemsize: bytes of a stored value.
     center_codec: None for a group without a centre. bias_bytes: of one expert's output bias.
     reduces: what a budget takes away. Unless that is entries, the residual codec has no budget.
+    entries_kept: the share of its entries that each stored expert keeps beside that: a budget of
+    experts then allows more of them. center_shares_keep: whether the residuals' budget is the
+    centre's too; otherwise the centre's options decide its bytes.
     """
 
     count: int
@@ -31,16 +34,22 @@ class StoredSize:
     center_codec: CodecSpec | None
     bias_bytes: int = 0
     reduces: Reduces = "entries"
+    entries_kept: float = 1.0
+    center_shares_keep: bool = False
 
     @property
     def dense_bytes(self) -> int:
         """Bytes of the experts if stored dense."""
         return self.count * (self.bias_bytes + self.rows * self.columns * self.itemsize)
 
-    @property
-    def center_bytes(self) -> int:
-        """Upper bound of the centre's bytes."""
-        return 0 if self.center_codec is None else self._bytes_of(self.center_codec, self.rows)
+    def center_bytes_at(self, keep: float | None) -> int:
+        """Upper bound of the centre's bytes. keep: as in `bytes_at`."""
+        codec = self.center_codec
+        if codec is None:
+            return 0
+        if keep is not None and self.center_shares_keep:
+            codec = codec.with_keep(keep)
+        return self._bytes_of(codec, self.rows)
 
     def bytes_at(self, keep: float | None) -> int:
         """Upper bound of the group's bytes, centre and indices included.
@@ -52,9 +61,10 @@ class StoredSize:
         if keep is not None:
             if codec.keep is not None:
                 codec = codec.with_keep(keep)
-            count = share_of(count, keep) if self.reduces == "experts" else count
+            if self.reduces == "experts":
+                count = share_of(count, min(1.0, keep / self.entries_kept))
             rows = share_of(rows, keep) if self.reduces == "rows" else rows
-        return self.center_bytes + count * (self.bias_bytes + self._bytes_of(codec, rows))
+        return self.center_bytes_at(keep) + count * (self.bias_bytes + self._bytes_of(codec, rows))
 
     def _bytes_of(self, spec: CodecSpec, rows: int) -> int:
         return spec.codec.stored_bytes(rows, self.columns, spec.config, self.itemsize)

@@ -40,6 +40,11 @@ class ScoredTextConfig(CommandConfig):
         return data
 
 
+def with_option(codec: str, option: str) -> str:
+    """A codec's text with another option."""
+    return f"{codec}{',' if ':' in codec else ':'}{option}"
+
+
 class StorageConfig(CommandConfig):
     """How compressed experts are stored."""
 
@@ -48,9 +53,21 @@ class StorageConfig(CommandConfig):
     )
     codec: str = option(
         "pruned",
-        "how residuals are stored: pruned, low_rank, or NAME:option=value,…",
+        "how residuals are stored: pruned, quantized, low_rank, or NAME:option=value,…",
     )
-    center_codec: str = option("dense", "how centres are stored, written like --codec")
+    center_codec: str | None = option(
+        None,
+        "how centres are stored, written like --codec (default: dense; as residuals with 4 bits if "
+        "these are quantized)",
+        metavar="CODEC",
+        exclusive="center",
+    )
+    bits: int | None = option(
+        None, "per entry of the residuals, with --codec quantized", exclusive="budget"
+    )
+    center_bits: int | None = option(
+        None, "per entry of the centres, with --codec quantized", exclusive="center"
+    )
     keep: float | None = option(
         None, "share of residual entries kept (default: 0.25)", exclusive="budget"
     )
@@ -60,8 +77,30 @@ class StorageConfig(CommandConfig):
         metavar="SHARE",
         exclusive="budget",
     )
+    target_bits: float | None = option(
+        None,
+        "bits per expert weight, everything counted: chooses the bits of every centre and residual",
+        metavar="BITS",
+        exclusive="budget",
+        gt=0,
+    )
     layers: Layers = option("all", "MoE layers to compress: all, last:24, 8-31 or 0,2")
     dtype: Dtype | None = option(None, "of stored values (default: the source's)")
+
+    @property
+    def residual_text(self) -> str:
+        """The residuals' codec as `--codec` is written, with `--bits`."""
+        if self.bits is None and self.center_bits is None and self.target_bits is None:
+            return self.codec
+        codec = self.codec if "codec" in self.model_fields_set else "quantized"
+        return codec if self.bits is None else with_option(codec, f"bits={self.bits}")
+
+    @property
+    def center_text(self) -> str | None:
+        """The centres' codec as `--center-codec` is written; None leaves it to the residuals'."""
+        if self.center_bits is None:
+            return self.center_codec
+        return with_option(self.residual_text.partition(":")[0], f"bits={self.center_bits}")
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:
@@ -69,6 +108,8 @@ class StorageConfig(CommandConfig):
         for name, value in given.items():
             if value is not None and re.search("[:,]keep=", self.codec):
                 raise ValueError(f"{name} and --codec {self.codec} both say how much to keep")
+        if self.bits is not None and re.search("[:,]bits=", self.codec):
+            raise ValueError(f"--bits {self.bits} and --codec {self.codec} both say how many bits")
         return self
 
 

@@ -28,6 +28,7 @@ from resmoe_dist.design_matrix import ExpertShape
 from resmoe_dist.errors import UserError
 from resmoe_dist.heap import return_freed_memory
 from resmoe_dist.jobs.memory_budget import ExpertStore, GroupMemory
+from resmoe_dist.kernels.cpu.build import load_kernels
 from resmoe_dist.methods import Dense, GroupPlan, Method, SourceGroup, method_of
 
 # In a record: of which stored expert each expert of the layer is one.
@@ -47,8 +48,9 @@ def wanted_codecs(
     settings: CompressionSettings, shape: ExpertShape, dtype: torch.dtype
 ) -> GroupCodecs:
     """What settings ask for in a layer, before its method decides. dtype: of stored values."""
-    residual = settings.residual_codec
-    return GroupCodecs(residual, dtype, settings.center_codec, residual.keep, shape.projections)
+    residual = settings.residual_codec.for_blocks(shape.projections)
+    center = settings.center_codec.for_blocks(shape.projections)
+    return GroupCodecs(residual, dtype, center, residual.keep, shape.projections)
 
 
 class GroupCompressor:
@@ -120,6 +122,8 @@ class GroupCompressor:
         codecs = self.codecs(layer)
         keep = codecs.residual.keep if plan is None else plan.keep
         group = self._read(layer, experts, keep)
+        if codecs.residual.codec.spends_bits:
+            load_kernels()  # also has the searches for codes
         with stage("encode"):
             encoded = self.method(layer).encode(group, codecs, plan)
         losses = encoded.losses
@@ -184,9 +188,9 @@ class GroupCompressor:
         activations = samples = activation = None
         if self.activations is not None and self._is_compressed(layer):
             activations = self.activations[layer].of_experts(experts)
-        if self.method(layer).needs_samples:
-            assert self.samples is not None, "the command asks for a calibration text"
+        if self._is_compressed(layer) and self.samples is not None:
             samples, activation = self.samples.read(layer), self.source.activation(layer)
+        assert samples is not None or not self.method(layer).needs_samples
         return SourceGroup(
             experts_EID,
             shape,

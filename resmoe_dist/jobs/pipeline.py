@@ -38,6 +38,7 @@ from resmoe_dist.compression.activations import (
     load_activations,
     save_activations,
 )
+from resmoe_dist.compression.bits import allocate_bits
 from resmoe_dist.compression.blocks import CPU
 from resmoe_dist.compression.budget import allocate_over_model
 from resmoe_dist.compression.samples import SampleFiles
@@ -106,7 +107,8 @@ class Compression:
         store = ExpertStore(self._staging.scratch, max_memory)
         compressor = GroupCompressor(source, settings, store, device=device)
         check_settings(source, settings, compressor)
-        if settings.target_bytes is not None:
+        spends_bits = settings.residual_codec.codec.spends_bits
+        if settings.target_bytes is not None and not spends_bits:
             sizes = [compressor.size(i, site.num_experts) for i, site in enumerate(source.sites)]
             keep = keep_for_target(settings, sizes)
             residual_codec = settings.residual_codec.with_keep(keep)
@@ -141,19 +143,19 @@ class Compression:
         return read_index(self.output)
 
     def compress_group(
-        self, task: GroupTask, keeps: dict[GroupTask, float] | None = None
+        self, task: GroupTask, planned: dict[GroupTask, GroupPlan] | None = None
     ) -> FinishedGroup:
         """Make the file of one group, unless it is finished.
 
-        keeps: budgets of planned groups, which replace those of their plans.
+        planned: groups with a plan in a file, whose budgets replace those of the file.
         """
         record = self._files.record(task)
         if record is None:
             plan = None
-            if keeps and task in keeps:
+            if planned and task in planned:
                 plan = self._files.plan(task)
                 assert plan is not None
-                plan = replace(plan, keep=keeps[task])
+                plan = replace(plan, keep=planned[task].keep, bits=planned[task].bits)
             made = self._compressor.compress(task.layer, task.experts, plan)
             record = made.record
             self._files.write_group(task, made)
@@ -199,12 +201,12 @@ class Compression:
             if self._measure is not None:
                 self._compressor.activations = self._calibrate(schedule, self._measure)
             tasks = self._group_tasks(schedule)
-            keeps = self._allocate_keep(schedule, tasks)
+            planned = self._share_budget(schedule, tasks)
 
             def compress(task: GroupTask | Shard) -> FinishedGroup | FileEntry:
                 if isinstance(task, Shard):
                     return self.copy_shard(task)
-                return self.compress_group(task, keeps)
+                return self.compress_group(task, planned)
 
             # Copies are short, so they come last: ranks then finish at about the same time. But
             # what they may refuse is refused before the work.
@@ -240,7 +242,8 @@ class Compression:
         Also the samples, if the method needs them.
         """
         path, sites = self._staging.scratch / _ACTIVATIONS, self.source.sites
-        if method_of(self.settings.method).needs_samples:
+        uses_moments = self.settings.residual_codec.codec.uses_moments
+        if uses_moments or method_of(self.settings.method).needs_samples:
             self._compressor.samples = SampleFiles(self._staging.scratch)
 
         def calibrate(_: str) -> None:
@@ -278,9 +281,17 @@ class Compression:
         entries = len(task.experts) * self.source.sites[task.layer].shape.entries
         return task.layer in self.settings.layers, entries
 
-    def _allocate_keep(self, schedule: Schedule, tasks: list[GroupTask]) -> dict[GroupTask, float]:
-        """The share to keep of each group that shares its budget with the whole model."""
-        planned = [task for task in tasks if self._compressor.method(task.layer).shares_budget]
+    def _share_budget(
+        self, schedule: Schedule, tasks: list[GroupTask]
+    ) -> dict[GroupTask, GroupPlan]:
+        """Plans, with budgets, of all groups that share one budget with the whole model."""
+        chooses_bits = self._chooses_bits
+        planned = [
+            task
+            for task in tasks
+            if self._compressor.method(task.layer).shares_budget
+            or (chooses_bits and task.layer in self.settings.layers)
+        ]
         if not planned:
             return {}
 
@@ -295,12 +306,33 @@ class Compression:
         plans = schedule.run_phase(
             "planning", planned, plan, lambda task: self._files.plan(task) is not None
         )
-        curves, budgets = [], []
-        for found in plans.values():
-            assert found.curve is not None and found.keep is not None
-            curves.append(found.curve)
-            budgets.append(found.keep * found.curve.values)
-        return dict(zip(planned, allocate_over_model(curves, budgets), strict=True))
+        allocate = self._with_bits if chooses_bits else with_shared_keep
+        return dict(zip(planned, allocate([plans[task] for task in planned]), strict=True))
+
+    @property
+    def _chooses_bits(self) -> bool:
+        """Whether a target of bytes is met by the bits of each matrix."""
+        settings = self.settings
+        return settings.target_bytes is not None and settings.residual_codec.codec.spends_bits
+
+    def _with_bits(self, plans: list[GroupPlan]) -> list[GroupPlan]:
+        """Plans with the bits that fit `target_bytes`, layers that stay dense included."""
+        assert self.settings.target_bytes is not None
+        sizes = [
+            self._compressor.size(i, site.num_experts) for i, site in enumerate(self.source.sites)
+        ]
+        left = self.settings.target_bytes * sum(size.dense_bytes for size in sizes)
+        for layer, size in enumerate(sizes):
+            biases = size.count * size.bias_bytes
+            left -= biases if layer in self.settings.layers else size.dense_bytes
+        energies = [plan.energies for plan in plans]
+        found = allocate_bits([each for each in energies if each is not None], left)
+        if found is None:
+            raise UserError(
+                f"--target-bytes {self.settings.target_bytes}: one bit per entry takes more; allow "
+                "more"
+            )
+        return [replace(plan, bits=bits) for plan, bits in zip(plans, found, strict=True)]
 
     def _finish(self, entries: dict[GroupTask | Shard, FinishedGroup | FileEntry]) -> None:
         """Write index, config and companions; then give the folder its name."""
@@ -347,3 +379,14 @@ class Compression:
 def _in_order(groups: list[tuple[int, FinishedGroup]]) -> list[FinishedGroup]:
     """A layer's groups, sorted by their number."""
     return [entry for _, entry in sorted(groups, key=lambda numbered: numbered[0])]
+
+
+def with_shared_keep(plans: Sequence[GroupPlan]) -> list[GroupPlan]:
+    """Plans with the shares to keep at which the whole model's kept entries save most."""
+    curves, budgets = [], []
+    for plan in plans:
+        assert plan.curve is not None and plan.keep is not None
+        curves.append(plan.curve)
+        budgets.append(plan.keep * plan.curve.values)
+    keeps = allocate_over_model(curves, budgets)
+    return [replace(plan, keep=keep) for plan, keep in zip(plans, keeps, strict=True)]

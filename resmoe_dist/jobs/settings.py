@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 
 from resmoe_dist.checkpoints.format import CompressionSettings
 from resmoe_dist.checkpoints.source import SourceCheckpoint
-from resmoe_dist.codecs import CodecSpec
+from resmoe_dist.codecs import DENSE, CodecSpec
 from resmoe_dist.compression.stored_size import StoredSize, keep_for
 from resmoe_dist.errors import UserError
 from resmoe_dist.families.storage import ExpertSite
 from resmoe_dist.jobs.group import GroupCompressor
 from resmoe_dist.methods import method_of
+
+# Of a centre whose bits nobody chose.
+_CENTER_BITS = 4
 
 
 def parse_layers(text: str, count: int) -> list[int]:
@@ -38,11 +40,28 @@ def parse_layers(text: str, count: int) -> list[int]:
 
 
 def parse_codec(option: str, text: str) -> CodecSpec:
-    """The codec that `--codec` or `--center-codec` names. Raises UserError if it is unknown."""
+    """The codec that `--codec` or `--center-codec` names.
+
+    Raises UserError if it is unknown, or if only a method can make it.
+    """
     try:
-        return CodecSpec.parse(text)
+        spec = CodecSpec.parse(text)
     except ValueError as error:
         raise UserError(f"{option} {text}: {_reason(error)}") from error
+    if not spec.codec.standalone:
+        raise UserError(f"{option} {text}: only a method that chooses this codec stores it")
+    return spec
+
+
+def parse_codecs(residual: str, center: str | None) -> tuple[CodecSpec, CodecSpec]:
+    """The residuals' and the centres' codec. Raises UserError if one is unknown.
+
+    center: None for a dense centre, or for one with few bits if the residuals have few bits too.
+    """
+    spec = parse_codec("--codec", residual)
+    if center is not None:
+        return spec, parse_codec("--center-codec", center)
+    return spec, spec.with_bits(_CENTER_BITS) if spec.codec.spends_bits else DENSE
 
 
 def _reason(error: ValueError) -> str:
@@ -88,22 +107,38 @@ def check_settings(
 def check_choices(sites: Sequence[ExpertSite], settings: CompressionSettings) -> None:
     """Raise UserError for a budget that the codec does not have, or groups that do not divide a
     layer's experts."""
-    if settings.groups < 1:
-        raise UserError(f"--ep {settings.groups}: must be 1 or more")
     if settings.target_bytes is not None:
-        _check_has_budget(settings.residual_codec, "--target-bytes")
+        if not settings.residual_codec.codec.spends_bits:
+            _check_has_budget(settings.residual_codec, "--target-bytes")
+        elif not method_of(settings.method).chooses_bits:
+            raise UserError(
+                f"--target-bytes: method {settings.method.name} does not choose bits; leave it out "
+                "or give --method resmoe"
+            )
+        elif not settings.center_codec.codec.spends_bits:
+            raise UserError(
+                f"--center-codec {settings.center_codec.name}: --target-bytes and --target-bits "
+                "choose the bits of centres too; leave it out"
+            )
     elif settings.residual_codec.keep is not None:
         with_budget(settings.residual_codec, settings.residual_codec.keep)
+    check_groups(sites, settings.groups, settings.groups_per_rank)
+
+
+def check_groups(sites: Sequence[ExpertSite], groups: int, groups_per_rank: int = 1) -> None:
+    """Raise UserError for groups that do not divide a layer's experts."""
+    if groups < 1:
+        raise UserError(f"--ep {groups}: must be 1 or more")
     for site in sites:
-        if site.num_experts % settings.groups:
+        if site.num_experts % groups:
             raise UserError(
-                f"--ep {settings.groups}: {site.module} has {site.num_experts} experts, which "
-                f"do not divide into {settings.groups} groups; choose a divisor"
+                f"--ep {groups}: {site.module} has {site.num_experts} experts, which do not "
+                f"divide into {groups} groups; choose a divisor"
             )
-        owned = site.num_experts // settings.groups
-        if not 1 <= settings.groups_per_rank <= owned:
+        owned = site.num_experts // groups
+        if not 1 <= groups_per_rank <= owned:
             raise UserError(
-                f"--groups-per-rank {settings.groups_per_rank}: a rank has {owned} experts of "
+                f"--groups-per-rank {groups_per_rank}: a rank has {owned} experts of "
                 f"{site.module}; choose 1 to {owned}"
             )
 
@@ -117,23 +152,24 @@ def keep_for_target(settings: CompressionSettings, sizes: Sequence[StoredSize]) 
     assert settings.target_bytes is not None
     groups = settings.groups * settings.groups_per_rank
     dense = fixed = 0
-    residuals: list[StoredSize] = []
+    compressed: list[StoredSize] = []
     for layer, size in enumerate(sizes):
         dense += size.dense_bytes
         if layer in settings.layers:
-            fixed += groups * size.center_bytes
-            # Residuals take the same bytes in groups of any size.
-            residuals.append(replace(size, center_codec=None))
+            compressed.append(size)
         else:
             fixed += size.dense_bytes
 
     def total(keep: float) -> int:
-        return fixed + sum(size.bytes_at(keep) for size in residuals)
+        # Residuals take the same bytes in groups of any size.
+        return fixed + sum(
+            size.bytes_at(keep) + (groups - 1) * size.center_bytes_at(keep) for size in compressed
+        )
 
     if total(0.0) == total(1.0):
         raise UserError(
-            f"--target-bytes: the size of codec {settings.residual_codec.name} with these options "
-            "does not depend on its budget; leave --target-bytes out"
+            f"--target-bytes: with these options, the size of what --method {settings.method.name} "
+            "stores does not depend on a budget; leave --target-bytes out"
         )
     keep = keep_for(settings.target_bytes * dense, total)
     if not keep:

@@ -2,6 +2,7 @@
 
 triton      CUDA devices with Triton installed; pruned residuals, dense centres
 cpu         CPUs, bfloat16 or float32; pruned residuals, dense centres (C++, built on first use)
+quantized   the same for quantised residuals and centres
 reference   everything else: plain PyTorch, any codec; it defines what the others compute
 """
 
@@ -30,6 +31,12 @@ def _cpu(layer: LayerWeights) -> type[Backend] | None:
     return CpuBackend
 
 
+def _quantized(layer: LayerWeights) -> type[Backend] | None:
+    from resmoe_dist.kernels.cpu.quantized_backend import QuantizedCpuBackend
+
+    return QuantizedCpuBackend
+
+
 def _reference(layer: LayerWeights) -> type[Backend] | None:
     from resmoe_dist.kernels.reference import ReferenceBackend
 
@@ -40,6 +47,7 @@ def _reference(layer: LayerWeights) -> type[Backend] | None:
 BACKENDS: dict[str, Callable[[LayerWeights], type[Backend] | None]] = {
     "triton": _triton,
     "cpu": _cpu,
+    "quantized": _quantized,
     "reference": _reference,
 }
 

@@ -15,17 +15,22 @@ from pathlib import Path
 import torch
 
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
-from resmoe_dist.checkpoints.format import CheckpointIndex, CompressionSettings, MethodSpec
+from resmoe_dist.checkpoints.format import (
+    STORED_DTYPES,
+    CheckpointIndex,
+    CompressionSettings,
+    MethodSpec,
+)
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.compression.assignment import check_solver
 from resmoe_dist.config.arguments import parse
-from resmoe_dist.config.commands import CompressConfig
+from resmoe_dist.config.commands import CompressConfig, StorageConfig
 from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import check_vocabulary, load_tokenizer
 from resmoe_dist.evaluation.report import describe, layer_table
 from resmoe_dist.jobs.calibration import calibration_sequences, measure_activations
 from resmoe_dist.jobs.pipeline import Compression, Measure
-from resmoe_dist.jobs.settings import parse_codec, parse_layers, with_budget
+from resmoe_dist.jobs.settings import parse_codecs, parse_layers, with_budget
 from resmoe_dist.jobs.workers import SingleWorker, Workers, find_workers
 from resmoe_dist.methods import method_named, method_of
 from resmoe_dist.parallel.entry_point import quiet_libraries, run_entry_point
@@ -80,7 +85,12 @@ def compress(config: CompressConfig, workers: Workers | None = None) -> Checkpoi
     run = Compression(
         source,
         config.output,
-        settings_of(config, parse_layers(config.layers, len(source.sites)), digest),
+        settings_of(
+            config,
+            parse_layers(config.layers, len(source.sites)),
+            digest,
+            itemsize=source.dtype(0).itemsize,
+        ),
         workers,
         device=device,
         max_memory=config.max_memory,
@@ -90,14 +100,19 @@ def compress(config: CompressConfig, workers: Workers | None = None) -> Checkpoi
 
 
 def settings_of(
-    config: CompressConfig, layers: list[int], calibration: str | None = None
+    config: CompressConfig,
+    layers: list[int],
+    calibration: str | None = None,
+    *,
+    itemsize: int = 2,
 ) -> CompressionSettings:
     """The checkpoint's settings from a command's configuration.
 
     layers: positions of the compressed layers. calibration: digest of the calibration tokens.
+    itemsize: bytes of the source's values, unless `config.dtype` says what is stored.
     Raises UserError for an unknown codec or method, or an option that one of them does not have.
     """
-    residual = parse_codec("--codec", config.codec)
+    residual, center = parse_codecs(config.residual_text, config.center_text)
     if config.keep is not None:
         residual = with_budget(residual, config.keep)
     try:
@@ -111,13 +126,21 @@ def settings_of(
         groups=config.ep,
         groups_per_rank=config.groups_per_rank,
         method=method,
-        center_codec=parse_codec("--center-codec", config.center_codec),
+        center_codec=center,
         residual_codec=residual,
-        target_bytes=config.target_bytes,
+        target_bytes=target_share(config, itemsize),
         calibration=calibration,
         layers=layers,
         dtype=config.dtype,
     )
+
+
+def target_share(config: StorageConfig, itemsize: int) -> float | None:
+    """The share of the dense bytes that `--target-bytes` or `--target-bits` asks for."""
+    if config.target_bits is None:
+        return config.target_bytes
+    stored = STORED_DTYPES[config.dtype].itemsize if config.dtype else itemsize
+    return config.target_bits / (8 * stored)
 
 
 def _device(name: str, workers: Workers) -> torch.device:

@@ -105,6 +105,8 @@ class Method(ABC):
     # experts. Fewer experts need all experts of a layer in one group.
     # An instance may differ from its class, if an option decides.
     reduces: Reduces = "entries"
+    # Whether it gives each matrix the bits that a target of bytes leaves it.
+    chooses_bits: ClassVar[bool] = False
     # Whether groups come with samples, which a calibration text yields.
     needs_samples: ClassVar[bool] = False
 

@@ -20,10 +20,7 @@ from torch import Tensor
 from resmoe_dist.compression.clustering import average_linkage
 from resmoe_dist.methods.base import SourceGroup, register_method
 from resmoe_dist.methods.merged import Cluster, MergingMethod, frequency, led_by_most_used
-from resmoe_dist.methods.stored import expert_outputs
-
-# Tokens that an expert runs on at a time.
-_BLOCK_TOKENS = 512
+from resmoe_dist.methods.stored import BLOCK_TOKENS, expert_outputs
 
 
 @register_method
@@ -48,6 +45,6 @@ def mean_outputs(group: SourceGroup) -> Tensor:
     inputs_TH = group.samples.inputs_TH
     found = torch.zeros(len(group.experts_EID), group.shape.hidden, dtype=torch.float64)
     for k in range(len(found)):
-        for block_TH in inputs_TH.split(_BLOCK_TOKENS):
+        for block_TH in inputs_TH.split(BLOCK_TOKENS):
             found[k] += expert_outputs(group, k, block_TH).sum(0, dtype=torch.float64)
     return found / max(1, len(inputs_TH))

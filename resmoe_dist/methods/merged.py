@@ -1,8 +1,9 @@
 """What methods share that merge similar experts: groups of experts become one expert each.
 
 A method says which experts form a cluster, in which order of their rows they match, and how much
-each counts; the merged expert is the weighted mean. The router stays as it is: all model experts of
-a cluster become the same stored expert (paper 002, appendix A3).
+each counts; the merged expert is the weighted mean, unless the method merges in another way. The
+router stays as it is: all model experts of a cluster become the same stored expert (paper 002,
+appendix A3).
 
 Legend: E experts of the group, I rows, D columns, H hidden.
 """
@@ -10,12 +11,13 @@ Legend: E experts of the group, I rows, D columns, H hidden.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from resmoe_dist.codecs import EncodedMatrix
 from resmoe_dist.compression.activations import LayerActivations
 from resmoe_dist.compression.assignment import best_assignment
 from resmoe_dist.compression.encoding import GroupCodecs
@@ -25,10 +27,22 @@ from resmoe_dist.compression.stored_size import share_of
 from resmoe_dist.methods.base import EncodedGroup, SourceGroup
 from resmoe_dist.methods.fewer_experts import FewerExperts
 from resmoe_dist.methods.plan import GroupPlan
-from resmoe_dist.methods.stored import encode_fewer_experts
+from resmoe_dist.methods.stored import encode_dense, encode_fewer_experts
 
 # Experts that become one, the dominant one first.
 Cluster = list[int]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What the clusters of a group become.
+
+    experts: a matrix [I, D] per cluster, float32. permutations_EI: the order of each expert's rows
+    in which it is compared with the one that replaces it.
+    """
+
+    experts: list[Tensor]
+    permutations_EI: Tensor
 
 
 class MergingMethod(FewerExperts):
@@ -46,20 +60,35 @@ class MergingMethod(FewerExperts):
         """How much each expert counts in the mean of its cluster, [E]. By default all alike."""
         return torch.ones(len(group.experts_EID))
 
+    def merge(
+        self, group: SourceGroup, clusters: Sequence[Cluster], shares: dict[int, float]
+    ) -> Merged:
+        """One expert per cluster. shares: how much each expert counts in its cluster."""
+        permutations_EI = self.permutations(group, clusters)
+        means = [_mean(group.experts_EID, part, shares, permutations_EI) for part in clusters]
+        return Merged(means, permutations_EI)
+
+    def encoder(
+        self, group: SourceGroup, merged: Merged
+    ) -> Callable[[Tensor, GroupCodecs], EncodedMatrix]:
+        """How merged experts are encoded. By default dense."""
+        return encode_dense
+
     def encode(
         self, group: SourceGroup, codecs: GroupCodecs, plan: GroupPlan | None = None
     ) -> EncodedGroup:
         assert group.max_stored is not None
         clusters = self.clusters(group, group.max_stored)
-        permutations_EI = self.permutations(group, clusters)
         shares = shares_in(clusters, self.importance(group))
+        merged = self.merge(group, clusters, shares)
         biases_EH = group.biases_EH
         encoded = encode_fewer_experts(
             group,
             codecs,
             expert_map_of(clusters),
-            [weighted_mean(group.experts_EID, part, shares, permutations_EI) for part in clusters],
-            permutations_EI=permutations_EI,
+            merged.experts,
+            permutations_EI=merged.permutations_EI,
+            encode=self.encoder(group, merged),
             biases=None
             if biases_EH is None
             else [_mean_bias(biases_EH, part, shares) for part in clusters],

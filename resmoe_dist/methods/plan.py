@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from resmoe_dist.checkpoints.tensor_files import TensorFile, write_tensors
+from resmoe_dist.compression.bits import GroupBits, GroupEnergies
 from resmoe_dist.compression.budget import PriceCurve
 from resmoe_dist.errors import UserError
 
@@ -24,7 +25,9 @@ class GroupPlan:
     """permutations_EI: of the experts' rows (see `Alignment`). objective: of the alignment.
 
     center: what `GroupEncoding` takes. keep: the group's budget, None if its codec has none.
-    curve: prices of the group's entries, if budgets are shared over the model.
+    curve: prices of the group's entries, if budgets are shared over the model. energies: what bits
+    are chosen by, if the residuals' codec spends bits. bits: what was chosen; None: as many as the
+    codecs say.
     """
 
     permutations_EI: Tensor
@@ -32,6 +35,8 @@ class GroupPlan:
     center: str
     keep: float | None
     curve: PriceCurve | None = None
+    energies: GroupEnergies | None = None
+    bits: GroupBits | None = None
 
     def without_permutations(self) -> GroupPlan:
         """The same plan without the permutations, which may take megabytes."""
@@ -44,6 +49,7 @@ class GroupPlan:
             "center": self.center,
             "keep": self.keep,
             "curve": None if self.curve is None else vars(self.curve),
+            "energies": None if self.energies is None else vars(self.energies),
         }
         permutations_EI = self.permutations_EI.int()
         write_tensors(path, {"permutations": permutations_EI}, {_PLAN: json.dumps(decided)})
@@ -59,4 +65,8 @@ class GroupPlan:
         curve = decided.pop("curve")
         if curve is not None:
             curve = PriceCurve(**curve | {"prices": tuple(curve["prices"])})
-        return cls(file.read("permutations").long(), curve=curve, **decided)
+        energies = decided.pop("energies")
+        if energies is not None:
+            energies = GroupEnergies.from_lists(energies)
+        permutations_EI = file.read("permutations").long()
+        return cls(permutations_EI, curve=curve, energies=energies, **decided)

@@ -10,14 +10,18 @@ bytes. The papers' recipe is
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from resmoe_dist.compression.alignment import Alignment, align
+from resmoe_dist.compression.bits import RESIDUAL_BITS, GroupEnergies
 from resmoe_dist.compression.blocks import AlignedExperts
 from resmoe_dist.compression.budget import PriceCurve, center_pays, centerless_keep
+from resmoe_dist.compression.center import mean_center
 from resmoe_dist.compression.encoding import GroupCodecs, encode_group
 from resmoe_dist.compression.masks import BALANCED_RUN
 from resmoe_dist.compression.permutations import identity_permutations
@@ -31,6 +35,7 @@ from resmoe_dist.methods.base import (
     SourceGroup,
     register_method,
 )
+from resmoe_dist.methods.moments import expert_moments
 from resmoe_dist.methods.plan import GroupPlan
 
 
@@ -64,6 +69,7 @@ class ResMoE(Method):
 
     name = "resmoe"
     config = ResMoEConfig
+    chooses_bits = True
 
     options: ResMoEConfig
 
@@ -101,7 +107,24 @@ class ResMoE(Method):
             aligned = group.aligned(plan.permutations_EI)
         if plan.keep is not None:
             codecs = replace(codecs, residual=codecs.residual.with_keep(plan.keep))
-        found = encode_group(aligned, codecs, center=plan.center, allocate=self.options.allocate)
+        center, residual_bits = plan.center, None
+        if plan.bits is not None:
+            residual_bits = plan.bits.residual_E
+            if plan.bits.center is None:
+                center = "none"
+            else:
+                codecs = replace(codecs, center=codecs.residual.with_bits(plan.bits.center))
+        moments = None
+        if codecs.residual.codec.uses_moments and group.samples is not None:
+            moments = partial(expert_moments, group, plan.permutations_EI)
+        found = encode_group(
+            aligned,
+            codecs,
+            center=center,
+            allocate=self.options.allocate,
+            moments=moments,
+            residual_bits=residual_bits,
+        )
         return EncodedGroup(found.center, found.residuals, found.losses, plan.objective)
 
     def _plan(self, group: SourceGroup, codecs: GroupCodecs) -> tuple[GroupPlan, AlignedExperts]:
@@ -120,7 +143,30 @@ class ResMoE(Method):
         center, keep = self._choose_center(group, aligned, codecs)
         curve = PriceCurve.of(aligned, center) if self.shares_budget else None
         plan = GroupPlan(alignment.permutations_EI, alignment.objective, center, keep, curve)
+        if codecs.residual.codec.spends_bits:
+            plan = replace(plan, energies=self._energies(group, aligned, codecs))
         return plan, aligned
+
+    def _energies(
+        self, group: SourceGroup, aligned: AlignedExperts, codecs: GroupCodecs
+    ) -> GroupEnergies:
+        spec, shape = codecs.residual, group.shape
+        center_ID = mean_center(aligned, torch.float32)
+        experts = [aligned.expert_rows(k, slice(None)).cpu() for k in range(aligned.count)]
+        sizes = [
+            spec.codec.stored_bytes(
+                shape.rows, shape.columns, spec.with_bits(bits).config, codecs.dtype.itemsize
+            )
+            for bits in RESIDUAL_BITS
+        ]
+        return GroupEnergies(
+            residual_E=tuple(_energy(each - center_ID) for each in experts),
+            whole_E=tuple(_energy(each) for each in experts),
+            center=None if codecs.center is None else _energy(center_ID),
+            weight_E=tuple(1.0 for _ in experts),
+            errors=tuple(spec.codec.error_at(spec.config, bits) for bits in RESIDUAL_BITS),
+            sizes=tuple(sizes),
+        )
 
     @stage("center")
     def _choose_center(
@@ -139,3 +185,8 @@ class ResMoE(Method):
         if center_pays(aligned, spec, center_share):
             return "joint", keep
         return "none", centerless_keep(keep, aligned.count, center_share)
+
+
+def _energy(matrix_ID: Tensor) -> float:
+    """‖·‖², in float64."""
+    return float(torch.linalg.vector_norm(matrix_ID, dtype=torch.float64)) ** 2

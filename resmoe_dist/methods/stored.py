@@ -5,7 +5,7 @@ Legend: E experts of the group, I rows, D columns, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,6 +16,7 @@ from resmoe_dist.codecs import DENSE, EncodedMatrix
 from resmoe_dist.compression.encoding import GroupCodecs
 from resmoe_dist.compression.losses import loss_against
 from resmoe_dist.compression.permutations import identity_permutations
+from resmoe_dist.design_matrix import from_rows
 from resmoe_dist.methods.base import EncodedGroup, SourceGroup
 
 
@@ -38,18 +39,19 @@ def encode_fewer_experts(
     permutations_EI: Tensor | None = None,
     biases: Sequence[Tensor] | None = None,
     objective: float = 0.0,
+    encode: Callable[[Tensor, GroupCodecs], EncodedMatrix] = encode_dense,
 ) -> EncodedGroup:
     """A group of which every expert becomes one of `stored`, or is dropped.
 
     expert_map: the stored expert of each of the group's experts, or DROPPED. stored: matrices
     [I, D]. permutations_EI: the order of each expert's rows in which they match its stored one,
     which only the losses use; stored order by default. biases: output biases [H] of the stored
-    experts. objective: of the alignment.
+    experts. objective: of the alignment. encode: how a stored matrix is encoded.
     """
     if permutations_EI is None:
         permutations_EI = identity_permutations(group.experts_EID)
     aligned = group.aligned(permutations_EI)
-    encoded = [encode_dense(matrix_ID, codecs) for matrix_ID in stored]
+    encoded = [encode(matrix_ID, codecs) for matrix_ID in stored]
     losses = [
         loss_against(
             aligned,
@@ -102,6 +104,10 @@ def encode_fewer_rows(
     return EncodedGroup(None, [encode_dense(each, codecs) for each in stored], losses, 0.0)
 
 
+# Tokens that an expert runs on at a time.
+BLOCK_TOKENS = 512
+
+
 def expert_outputs(group: SourceGroup, expert: int, inputs_RH: Tensor) -> Tensor:
     """f_k(x): outputs [R, H] of an expert of the group, float32, before routing weights."""
     hidden_RI = neuron_activations(group, expert, inputs_RH)
@@ -112,8 +118,13 @@ def expert_outputs(group: SourceGroup, expert: int, inputs_RH: Tensor) -> Tensor
 
 def neuron_activations(group: SourceGroup, expert: int, inputs_RH: Tensor) -> Tensor:
     """Inputs [R, I] of an expert's output projection, float32."""
+    return activations_of(group, group.experts_EID[expert], inputs_RH)
+
+
+def activations_of(group: SourceGroup, matrix_ID: Tensor, inputs_RH: Tensor) -> Tensor:
+    """The same of any expert with the group's shape."""
     assert group.activation is not None, "methods that run experts need samples"
-    weights = group.projections(expert)
+    weights = from_rows(group.shape, matrix_ID.float())
     x_RH = inputs_RH.float()
     inputs = [
         torch.nn.functional.linear(x_RH, weights[name], weights.get(f"{name}_bias"))

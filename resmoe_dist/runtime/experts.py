@@ -83,7 +83,7 @@ class CompressedExperts(nn.Module):
             if center is not None:
                 centers.append(center)
             for k in experts:
-                residuals[k] = file.read_residual(k, start, stop)
+                residuals[k] = file.read_residual(k, start, stop, center)
                 center_of[k] = -1 if center is None else len(centers) - 1
                 bias_H = file.read_output_bias(k) if topology.tp_rank == 0 else None
                 if bias_H is not None:

@@ -24,13 +24,15 @@ from resmoe_dist.codecs import (
     LowRankMatrix,
     PrunedConfig,
     PrunedMatrix,
+    QuantizedConfig,
 )
 from resmoe_dist.design_matrix import ExpertShape
 from resmoe_dist.families.activations import PlainActivation
-from resmoe_dist.kernels import LayerWeights
+from resmoe_dist.kernels import LayerWeights, backend_for
 from resmoe_dist.runtime.experts import CompressedExperts
 from resmoe_dist.runtime.layer import ResMoE
 from resmoe_dist.runtime.planning import execution_for
+from resmoe_dist.testing.random_quantized import random_quantized
 
 DTYPE = torch.bfloat16
 # Standard deviation of the weights of a centre and of a pruned residual.
@@ -94,7 +96,8 @@ def parse_shape(text: str) -> LayerShape:
 class RandomLayer:
     """A random layer in bfloat16: `weights`, and the same dense as `gate_up` and `down`.
 
-    codec: of the residuals, `pruned` or `low_rank`. All experts share one dense centre. gate_up
+    codec: of the residuals, `pruned`, `low_rank` or `quantized`. All experts share one centre. It
+    is dense; beside quantised residuals it is quantised as `center` says, or absent. gate_up
     [E, 2I, H] and down [E, H, I], in the layout of transformers' experts, hold centre + residual,
     rounded once. No two tensors share memory.
     """
@@ -106,13 +109,18 @@ class RandomLayer:
         device: torch.device,
         seed: int = 0,
         block_entries: int = BLOCK_ENTRIES,
+        center: CodecSpec | None = None,
     ) -> None:
-        self.shape, self.codec = shape, codec
+        self.shape, self.codec, self.center = shape, codec, center
         self.generator = torch.Generator(device).manual_seed(seed)
         self._block_entries = block_entries
         E, I, H = shape.experts, shape.rows, shape.hidden  # noqa: E741
         new = partial(torch.empty, dtype=DTYPE, device=device)
         self.gate_up, self.down = new(E, 2 * I, H), new(E, H, I)
+        if codec.name == "quantized":
+            self.weights = self._draw_quantized()
+            self._restore_dense()
+            return
         center_ID = self._normal(I, shape.expert.columns)
         draw = {"pruned": self._draw_pruned, "low_rank": self._draw_low_rank}[codec.name]
         residuals = tuple(draw(k, center_ID) for k in range(E))
@@ -173,7 +181,7 @@ class RandomLayer:
         residuals = sum(self.weights.residuals[k].nbytes for k in active)
         return {
             "dense": len(active) * self.shape.expert_bytes,
-            "compressed": self.weights.centers[0].nbytes + residuals,
+            "compressed": sum(center.nbytes for center in self.weights.centers) + residuals,
         }
 
     @property
@@ -184,11 +192,37 @@ class RandomLayer:
     @property
     def stored_bytes(self) -> int:
         """Bytes by the codec's formula."""
-        shape, spec = self.shape, self.codec
-        expert = spec.codec.stored_bytes(
-            shape.rows, shape.expert.columns, spec.config, DTYPE.itemsize
+        shape, size = self.shape, (self.shape.rows, self.shape.expert.columns)
+        expert = self.codec.codec.stored_bytes(*size, self.codec.config, DTYPE.itemsize)
+        center = shape.expert_bytes
+        if self.center is not None:
+            center = self.center.codec.stored_bytes(*size, self.center.config, DTYPE.itemsize)
+        return center * len(self.weights.centers) + shape.experts * expert
+
+    def _draw_quantized(self) -> LayerWeights:
+        shape = self.shape
+        specs = [self.codec] * shape.experts + ([self.center] if self.center else [])
+        drawn = []
+        for spec in specs:
+            assert isinstance(spec.config, QuantizedConfig)
+            drawn.append(random_quantized(shape.expert, spec.config, DTYPE, _STD, self.generator))
+        return LayerWeights(
+            shape.expert,
+            tuple(drawn[: shape.experts]),
+            centers=tuple(drawn[shape.experts :]),
+            center_of=(0 if self.center else -1,) * shape.experts,
+            activation=PlainActivation("silu"),
         )
-        return shape.expert_bytes + shape.experts * expert
+
+    def _restore_dense(self) -> None:
+        backend, columns = backend_for(self.weights), self.shape.expert.columns
+        step = max(1, self._block_entries // columns)
+        for expert in range(self.shape.experts):
+            for first in range(0, self.shape.rows, step):
+                rows = min(step, self.shape.rows - first)
+                dense_SD = torch.empty(rows, columns, dtype=DTYPE, device=self.gate_up.device)
+                backend.restore(expert, dense_SD, first)
+                self._set_dense(expert, first, dense_SD)
 
     def _draw_pruned(self, expert: int, center_ID: Tensor) -> EncodedMatrix:
         parts = []

@@ -81,17 +81,17 @@ def train_tiny_model(
     train_tokens, held_out_tokens = read_corpus()
     quiet = None if progress else True  # None: tqdm shows a bar only on a terminal
     with (
-        _whole_or_nothing(directory) as partial,
+        whole_or_nothing(directory) as partial,
         torch.random.fork_rng(devices=[]),
         tqdm(total=dense_steps + moe_steps, desc=family, unit="step", disable=quiet) as bar,
     ):
         torch.default_generator.manual_seed(seed)
         model = build_model(family, recipe.config | recipe.one_expert)
         choose_first_expert(model)
-        _train(model, recipe, train_tokens, _learning_rates(dense_steps, decay=False), bar)
+        _train(model, recipe, train_tokens, learning_rates(dense_steps, decay=False), bar)
         model = upcycle(model, build_model(family, recipe.config))
         balance_by_bias(model)
-        _train(model, recipe, train_tokens, _learning_rates(moe_steps, decay=True), bar)
+        _train(model, recipe, train_tokens, learning_rates(moe_steps, decay=True), bar)
 
         tokenizer = byte_tokenizer(padding_side="right" if recipe.encoder_decoder else "left")
         report = TrainingReport(
@@ -115,7 +115,7 @@ def train_tiny_model(
 
 
 @contextmanager
-def _whole_or_nothing(directory: Path) -> Iterator[Path]:
+def whole_or_nothing(directory: Path) -> Iterator[Path]:
     """A folder to write to: renamed to `directory` at the end, removed on an error."""
     partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
@@ -134,32 +134,43 @@ def _whole_or_nothing(directory: Path) -> Iterator[Path]:
 
 @torch.enable_grad()
 def _train(
-    model: PreTrainedModel, recipe: Recipe, corpus: Tensor, learning_rates: list[float], bar: tqdm
+    model: PreTrainedModel, recipe: Recipe, corpus: Tensor, factors: list[float], bar: tqdm
 ) -> None:
-    """Train one step per entry of `learning_rates`, which are factors of the recipe's."""
-    optimizers = _optimizers(model, recipe)
-    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    """Train one step per entry of `factors`, which multiply the recipe's learning rates."""
+    optimizers = optimizers_of(model, recipe)
     model.train()
-    for factor in learning_rates:
-        starts = torch.randint(len(corpus) - recipe.crop_length, (recipe.batch_size,))
-        context_length = int(torch.randint(recipe.crop_length // 8, recipe.crop_length // 2, ()))
-        inputs = _model_inputs(recipe, corpus, starts, context_length)
-        outputs = model(**inputs, output_router_logits=recipe.balance > 0)
-        loss = outputs.loss
-        if recipe.balance > 0:
-            loss = loss + recipe.balance * imbalance(outputs, recipe.top_k)
-        loss.backward()
-        for optimizer, optimizer_peaks in zip(optimizers, peaks, strict=True):
-            for group, peak in zip(optimizer.param_groups, optimizer_peaks, strict=True):
-                group["lr"] = peak * factor
-            optimizer.step()
-            optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    for factor in factors:
+        loss = train_step(model, recipe, corpus, optimizers, factor)
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         bar.update()
     model.eval()
 
 
-def _learning_rates(steps: int, decay: bool, warmup: int = 20) -> list[float]:
+def train_step(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    corpus: Tensor,
+    optimizers: list[torch.optim.Optimizer],
+    factor: float,
+) -> float:
+    """One step on random crops of `corpus`, at `factor` times the peak learning rates; its loss."""
+    starts = torch.randint(len(corpus) - recipe.crop_length, (recipe.batch_size,))
+    context_length = int(torch.randint(recipe.crop_length // 8, recipe.crop_length // 2, ()))
+    inputs = _model_inputs(recipe, corpus, starts, context_length)
+    outputs = model(**inputs, output_router_logits=recipe.balance > 0)
+    loss = outputs.loss
+    if recipe.balance > 0:
+        loss = loss + recipe.balance * imbalance(outputs, recipe.top_k)
+    loss.backward()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        optimizer.step()
+        optimizer.zero_grad()
+    return float(loss.item())
+
+
+def learning_rates(steps: int, decay: bool, warmup: int = 20) -> list[float]:
     """A factor in (0, 1] per step: linear warm-up, then constant or linear decay."""
     return [
         min(1.0, (step + 1) / warmup) * ((steps - step) / steps if decay else 1.0)
@@ -188,10 +199,11 @@ _TABLES = re.compile(
 )
 
 
-def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def optimizers_of(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for hidden-to-hidden matrices, AdamW for everything else, including experts.
 
-    Muon takes matrices only, and experts are stacked. AdamW also keeps them closer together.
+    Muon takes matrices only, and experts are stacked. AdamW also keeps them closer together. Each
+    parameter group has its peak learning rate as `peak_lr`, which `train_step` scales.
     """
     matrices, experts, others = [], [], []
     for name, parameter in model.named_parameters():
@@ -205,12 +217,16 @@ def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Opti
         {"params": experts, "lr": recipe.expert_lr},
         {"params": others},
     ]
-    return [
+    optimizers: list[torch.optim.Optimizer] = [
         torch.optim.Muon(
             matrices, lr=recipe.muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
         ),
         torch.optim.AdamW(adamw, lr=recipe.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
 
 
 def _held_out_starts(recipe: Recipe, corpus: Tensor, crops: int = 64) -> Tensor:

@@ -146,7 +146,7 @@ def test_weights_and_scales_in_different_files(deepseek):
     assert torch.equal(SourceCheckpoint(deepseek).read_expert(0, 2)[0], whole)
 
 
-@pytest.mark.parametrize("codec", ["pruned", "low_rank"])
+@pytest.mark.parametrize("codec", ["pruned", "low_rank", "quantized"])
 def test_it_is_compressed_to_the_bytes_that_the_bfloat16_model_is(make, tmp_path, codec):
     float8, bfloat16 = make("deepseek_v3")
 

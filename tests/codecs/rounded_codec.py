@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resmoe_dist.codecs import EncodedMatrix, StoredTensor, register_codec
+from resmoe_dist.codecs import EncodedMatrix, Moments, StoredTensor, register_codec
 
 _LARGEST = 127
 
@@ -33,7 +33,12 @@ class RoundedMatrix(EncodedMatrix):
 
     @classmethod
     def encode(
-        cls, matrix_ID: Tensor, config: Any, dtype: torch.dtype, mask_ID: Tensor | None = None
+        cls,
+        matrix_ID: Tensor,
+        config: Any,
+        dtype: torch.dtype,
+        mask_ID: Tensor | None = None,
+        moments: Moments | None = None,
     ) -> RoundedMatrix:
         scale_I = matrix_ID.abs().amax(1) / _LARGEST
         steps_ID = matrix_ID / scale_I.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)

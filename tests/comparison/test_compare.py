@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.checkpoints.restore import restore_checkpoint
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.comparison.contenders import CONTENDERS
+from resmoe_dist.comparison.finished_rows import FinishedRows
 from resmoe_dist.comparison.run import run_compare
 from resmoe_dist.config.commands import CompareConfig, CompressConfig
 from resmoe_dist.config.sources import build_config
 from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.report import describe
+from resmoe_dist.jobs.locks import LOCK_FILE
 from resmoe_dist.launch.compress import compress, settings_of
 from resmoe_dist.methods import method_of
 from tests.models import dense_model, random_sequences
@@ -116,6 +119,87 @@ def test_resumed_comparison_keeps_finished_rows(family_folder, tmp_path, data):
     assert not (tmp_path / "r" / "work").exists()
 
 
+def test_ep_does_not_matter_to_methods_that_take_whole_layers(family_folder, tmp_path, data):
+    found = _run(family_folder("mixtral"), tmp_path, data, methods="reap", ep="3")
+
+    assert [row["reason"] for row in found["rows"]] == ["needs --calibration TEXT"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: text[: len(text) // 2],
+        lambda text: "[1, 2]",
+        lambda text: text.replace('"perplexity"', '"perplex"'),
+        lambda text: re.sub(r'"divergence": [^,}]*', '"divergence": null', text),
+    ],
+)
+def test_damaged_row_is_measured_again_and_the_others_are_kept(
+    family_folder, tmp_path, data, caplog, damage
+):
+    source = family_folder("mixtral")
+    first = _run(source, tmp_path, data, methods="sp,up")["rows"]
+    (path,) = (
+        path
+        for path in (tmp_path / "r" / "rows").iterdir()
+        if json.loads(path.read_text()).get("compress_seconds") == first[0]["compress_seconds"]
+    )
+    path.write_text(damage(path.read_text()))
+
+    again = _run(source, tmp_path, data, methods="sp,up", resume="true")["rows"]
+
+    assert again[1] == first[1]
+    assert again[0]["compress_seconds"] != first[0]["compress_seconds"]
+    assert again[0]["divergence"] == pytest.approx(first[0]["divergence"], rel=1e-3)
+    assert f"{path}: " in caplog.text and "measuring this row again" in caplog.text
+
+
+def test_second_run_in_a_folder_is_refused_while_the_first_is_at_work(
+    family_folder, tmp_path, data
+):
+    source = family_folder("mixtral")
+    _run(source, tmp_path, data, methods="sp")
+    at_work = FinishedRows(tmp_path / "r", _common(tmp_path), resume=True)
+    with at_work, pytest.raises(UserError, match=r"another run is at work here \(pid \d+"):
+        _run(source, tmp_path, data, methods="sp", resume="true")
+
+    _run(source, tmp_path, data, methods="sp", resume="true")
+    # No lock file stays.
+    names = {path.name for path in (tmp_path / "r").iterdir()}
+    assert names - {"report.svg"} == {"comparison.json", "report.json", "report.md", "rows"}
+
+
+def test_folder_of_a_run_that_was_killed_at_its_start_can_be_used(family_folder, tmp_path, data):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / LOCK_FILE).write_text("pid 1 on elsewhere")
+
+    assert _run(family_folder("mixtral"), tmp_path, data, methods="sp")["rows"]
+
+
+def _common(tmp_path: Path) -> dict[str, Any]:
+    return json.loads((tmp_path / "r" / "comparison.json").read_text())
+
+
+def test_rounding_has_its_own_size_whatever_the_budgets(family_folder, tmp_path, data):
+    found = _run(
+        family_folder("mixtral"), tmp_path, data, methods="rtn-4bit,sp,rtn-8bit", keep="0.5,0.25"
+    )
+
+    named = [(row["contender"], row["budget"]) for row in found["rows"]]
+    assert named == [
+        ("sp", "keep 0.5"),
+        ("sp", "keep 0.25"),
+        ("rtn-4bit", "fixed size"),
+        ("rtn-8bit", "fixed size"),
+    ]
+    # 60 columns are a group of 64: integers, a scale of 4 bytes, a zero point of a byte per bit.
+    shares = [row["expert_share"] for row in found["rows"][2:]]
+    assert shares == pytest.approx([(8 * bits + 4 + bits) / 240 for bits in (4, 8)])
+    rough, fine = found["rows"][2:]
+    assert fine["relative_error"] < rough["relative_error"] / 100
+
+
 def test_folder_of_another_comparison_is_refused(family_folder, tmp_path, data):
     source = family_folder("mixtral")
     _run(source, tmp_path, data, methods="sp")
@@ -166,6 +250,7 @@ def test_fewer_neurons_take_fewer_operations(family_folder, tmp_path, data):
         ({"methods": "resmoe,zip"}, "--methods 'zip': choose all, or of resmoe, "),
         ({"keep": "0.5,2"}, "each share must lie in"),
         ({"layers": "7"}, "--layers 7: this model has 2 MoE layers"),
+        ({"ep": "3"}, "--ep 3: .* has 4 experts, which do not divide into 3 groups"),
         ({"calibration": "missing.txt"}, "no tokenizer could be loaded"),
         ({"context": "1"}, "context"),
     ],

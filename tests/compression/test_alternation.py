@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from resmoe_dist.codecs import DenseMatrix, register_codec
+from resmoe_dist.codecs import DenseMatrix, Moments, register_codec
 from tests.compression.encoding_cases import encode, weights_and_matrix
 
 
@@ -40,7 +40,12 @@ def test_round_that_raises_the_error_is_not_returned():
 
         @classmethod
         def encode(
-            cls, matrix_ID: Tensor, config: Any, dtype: torch.dtype, mask_ID: Tensor | None = None
+            cls,
+            matrix_ID: Tensor,
+            config: Any,
+            dtype: torch.dtype,
+            mask_ID: Tensor | None = None,
+            moments: Moments | None = None,
         ) -> DenseMatrix:
             return DenseMatrix.of(shares.pop(0) * matrix_ID)
 

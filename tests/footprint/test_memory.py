@@ -114,6 +114,7 @@ CODECS = [
     {"codec": "low_rank"},
     {"codec": "low_rank:rank=3", "center_codec": "low_rank:keep=0.5"},
     {"codec": "rounded"},
+    {"codec": "rtn:bits=3,group_size=16", "center_codec": "rtn:bits=8"},
     {"codec": "dense", "center": "none"},
     {"allocate": "block", "groups_per_rank": 2},
     {"allocate": "block", "layers": [1]},

@@ -36,6 +36,7 @@ class PlainActivation:
     """An activation by the name that fused kernels know. fused=False hides the name from them."""
 
     def __init__(self, name: str = "silu", *, fused: bool = True) -> None:
+        self.name = name
         self.function = FUSED_ACTIVATIONS[name]
         self.kernel = name if fused else None
 

@@ -91,7 +91,8 @@ def read_matrices(folder: Path, layer: int = 0) -> Tensor:
     (group,) = entry.groups
     file = checkpoint.open_group(entry, group)
     center = file.read_center(0, entry.rows)
-    matrices = [file.read_residual(k, 0, entry.rows).decode().float() for k in group.experts]
+    residuals = [file.read_residual(k, 0, entry.rows, center) for k in group.experts]
+    matrices = [residual.decode().float() for residual in residuals]
     shared = 0.0 if center is None else center.decode().float()
     return torch.stack([shared + matrix for matrix in matrices])
 

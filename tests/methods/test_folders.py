@@ -29,6 +29,8 @@ METHODS = [
     ("svd", {"form": "sep"}),
     ("mlp_fusion", {"seed": 3}),
     ("d2_moe", {}),
+    ("rtn", {"bits": 3, "group_size": 16}),
+    ("mobe", {"steps": 20}),
 ]
 # Those that store every row, so that the error is a plain difference.
 ALL_ROWS = [

@@ -24,6 +24,8 @@ from tests.models import dense_model, logits_of, random_sequences, relative_diff
 METHODS = [
     "averaging",
     "git_rebasin",
+    "repair",
+    "zipit",
     "m_smoe",
     "hc_smoe",
     "uncurl",

@@ -136,7 +136,16 @@ def test_frequency_pruning_keeps_the_most_used_experts():
 
 # What all of them share
 
-MERGING = ["averaging", "git_rebasin", "m_smoe", "hc_smoe", "uncurl", "frequency_merging"]
+MERGING = [
+    "averaging",
+    "git_rebasin",
+    "repair",
+    "zipit",
+    "m_smoe",
+    "hc_smoe",
+    "uncurl",
+    "frequency_merging",
+]
 
 
 @pytest.mark.parametrize("name", [*MERGING, "frequency_pruning"])
@@ -200,7 +209,9 @@ def test_methods_take_all_experts_of_a_layer_and_a_calibration_text(name):
     assert method.aligns_rows is (name not in {"averaging", "hc_smoe", "frequency_pruning"})
 
 
-@pytest.mark.parametrize("name", ["averaging", "git_rebasin", "m_smoe", "uncurl"])
+@pytest.mark.parametrize(
+    "name", ["averaging", "git_rebasin", "repair", "zipit", "m_smoe", "mc_smoe", "uncurl"]
+)
 def test_unknown_router_logits_are_refused(name):
     group = _group()
     assert group.samples is not None
@@ -244,5 +255,6 @@ def test_layers_never_store_more_than_their_budget_together(name):
 
     found = method.experts_per_layer([8, 5, 8, 3], 0.4, measured)
 
-    assert sum(found) == 3 + 2 + 3 + 1
+    # Experts of which half is stored: twice as many.
+    assert sum(found) == (6 + 4 + 6 + 2 if name == "mc_smoe" else 3 + 2 + 3 + 1)
     assert all(1 <= n <= count for n, count in zip(found, (8, 5, 8, 3), strict=True))

@@ -33,7 +33,7 @@ _NAMES_OF_EXPERTS = {
 # Their greedy tokens are compared too.
 GENERATING = ("mixtral", "deepseek_v3", "qwen3_moe", "switch")
 # Residual codec and groups: fewer groups than ranks, one expert per group, and in between.
-STORAGE = (("pruned", 2), ("pruned", 8), ("low_rank", 4))
+STORAGE = (("pruned", 2), ("pruned", 8), ("low_rank", 4), ("quantized", 2))
 # Fewer than the largest number of lanes, of unequal lengths.
 PROMPTS = ["ABC", "HELLO", "Q", "GRID", "LANES"]
 NEW_TOKENS = 6

@@ -145,7 +145,7 @@ def _routed(tokens: int, seed: int = 0):
     return x_TH, index_TK, weights_TK
 
 
-@pytest.mark.parametrize("codec", ["pruned", "low_rank"])
+@pytest.mark.parametrize("codec", ["pruned", "low_rank", "quantized"])
 def test_routed_output_is_the_naive_sum_over_experts(family_folder, tmp_path, codec):
     compress(family_folder("mixtral"), tmp_path / "c", groups=2, codec=codec)
     x_TH, index_TK, weights_TK = _routed(11)

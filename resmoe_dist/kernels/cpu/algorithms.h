@@ -1,7 +1,7 @@
 // The kernels of one instruction set, made from its primitives.
 //
 // Each instruction set's .cpp file includes this once, after it chose its target (target.h) and
-// defined `Primitives<Scalar>`. Everything here has internal linkage: each .cpp file compiles the
+// defined `Primitives<Scalar>` and `LevelPrimitives`. Everything here has internal linkage: each .cpp file compiles the
 // same code for another target, and the linker must not merge the results.
 
 #pragma once
@@ -9,15 +9,27 @@
 #include "mlp.h"
 #include "packed_mlp.h"
 #include "products.h"
+#include "quantized_mlp.h"
+#include "rotation.h"
 #include "rows.h"
 
 namespace {
 
 template <class Scalar>
 constexpr Kernels kernels_of() {
-  return {restore_rows<Scalar>,   project_in_rows<Scalar>,    project_out_share<Scalar>,
-          mlp_rows<Scalar>,       pack_columns<Scalar>,       mlp_packed_in<Scalar>,
-          mlp_packed_out<Scalar>, add_packed_columns<Scalar>, packed_layout<Scalar>()};
+  constexpr int kPlanes = sizeof(Scalar) == 4 ? 2 : 1;
+  return {restore_rows<Scalar>,
+          project_in_rows<Scalar>,
+          project_out_share<Scalar>,
+          mlp_rows<Scalar>,
+          quantized_mlp_rows<kPlanes>,
+          rotate_tokens,
+          tokens_to_levels<kPlanes>,
+          pack_columns<Scalar>,
+          mlp_packed_in<Scalar>,
+          mlp_packed_out<Scalar>,
+          add_packed_columns<Scalar>,
+          packed_layout<Scalar>()};
 }
 
 constexpr InstructionSet instruction_set(const char* name, bool (*supported)()) {

@@ -14,11 +14,12 @@
 #include <unistd.h>
 
 RESMOE_TARGET(
-    "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512vpopcntdq,avx512bf16,bmi2,popcnt,fma,"
-    "amx-tile,amx-bf16")
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx512vpopcntdq,"
+    "avx512bf16,bmi2,popcnt,fma,amx-tile,amx-bf16")
 #include <immintrin.h>
 
 #include "avx512_bf16.h"
+#include "avx512_levels.h"
 #include "matrix_registers.h"
 
 namespace {
@@ -43,6 +44,8 @@ template <class Scalar>
 struct Primitives;
 template <>
 struct Primitives<BFloat16> : MatrixPrimitives {};
+
+using LevelPrimitives = Avx512Levels;
 
 }  // namespace
 

@@ -11,6 +11,7 @@
 RESMOE_TARGET("avx2,fma,bmi2,popcnt")
 #include <immintrin.h>
 
+#include "avx2_levels.h"
 #include "primitives.h"
 
 namespace {
@@ -116,6 +117,8 @@ bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
 }
+
+using LevelPrimitives = Avx2Levels;
 
 }  // namespace
 

@@ -5,10 +5,13 @@
 #include "kernels.h"
 
 #ifdef __x86_64__
-RESMOE_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512vpopcntdq,bmi2,popcnt,fma")
+RESMOE_TARGET(
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx512vpopcntdq,bmi2,"
+    "popcnt,fma")
 #include <immintrin.h>
 
 #include "avx512.h"
+#include "avx512_levels.h"
 
 namespace {
 
@@ -41,6 +44,8 @@ template <>
 struct Primitives<BFloat16> : Avx512BFloat16<FloatAdder, 4> {};
 template <>
 struct Primitives<float> : Avx512Float<4> {};
+
+using LevelPrimitives = Avx512Levels;
 
 }  // namespace
 

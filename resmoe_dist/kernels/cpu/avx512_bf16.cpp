@@ -6,10 +6,12 @@
 
 #ifdef __x86_64__
 RESMOE_TARGET(
-    "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512vpopcntdq,avx512bf16,bmi2,popcnt,fma")
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx512vpopcntdq,"
+    "avx512bf16,bmi2,popcnt,fma")
 #include <immintrin.h>
 
 #include "avx512_bf16.h"
+#include "avx512_levels.h"
 
 namespace {
 
@@ -19,6 +21,8 @@ template <>
 struct Primitives<BFloat16> : DotProductPrimitives {};
 template <>
 struct Primitives<float> : Avx512Float<6> {};
+
+using LevelPrimitives = Avx512Levels;
 
 }  // namespace
 

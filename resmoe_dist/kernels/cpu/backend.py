@@ -33,18 +33,22 @@ class CpuBackend(HalfProductBackend):
     def __init__(self, layer: LayerWeights, product_bytes: int = PRODUCT_BYTES) -> None:
         super().__init__(layer, product_bytes)
         fused = layer.activation.kernel if not layer.shape.row_bias else None
-        residuals = [residual.tensors() for residual in layer.residuals]
         # Checked and packed once: a call passes one object, not lists of tensors.
-        self._layer: Any = torch.classes.resmoe.Layer(
+        self._layer = self._prepared(layer, fused or "")
+        # Whether `mlp` is one fused kernel.
+        self.is_fused = fused is not None
+
+    def _prepared(self, layer: LayerWeights, activation: str) -> Any:
+        """The layer as the kernels take it. activation: "" if `mlp` is not one fused kernel."""
+        residuals = [residual.tensors() for residual in layer.residuals]
+        return torch.classes.resmoe.Layer(
             *([tensors[name] for tensors in residuals] for name in PrunedMatrix.stored),
             [center.decode() for center in layer.centers],
             list(layer.center_of),
             layer.hidden,
             layer.inputs,
-            fused or "",
+            activation,
         )
-        # Whether `mlp` is one fused kernel.
-        self.is_fused = fused is not None
 
     @classmethod
     def supports(cls, layer: LayerWeights) -> bool:

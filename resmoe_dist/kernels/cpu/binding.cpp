@@ -21,7 +21,7 @@ constexpr int64_t kSummedBytes = 4 << 20;
 // Larger outputs are written past the caches.
 constexpr int64_t kStreamedBytes = 16 << 20;
 
-// Centre plus residual of one expert: as many rows and columns as `out` has, from first_row and
+// Centre plus residual of one expert, rotated back if it is quantised: as many rows and columns as `out` has, from first_row and
 // first_column on.
 void restore(const LayerPtr& layer, int64_t expert, Tensor& out_RC, int64_t first_row,
              int64_t first_column) {
@@ -35,6 +35,7 @@ void restore(const LayerPtr& layer, int64_t expert, Tensor& out_RC, int64_t firs
               "no such rows or columns");
   Restore work;
   work.rows = layer->rows_of(Part::kWhole, expert, first_row);
+  work.rotation = layer->rotation;
   work.first_column = first_column;
   work.columns = out_RC.size(1);
   work.out = out_RC.data_ptr();
@@ -78,6 +79,11 @@ Tensor project_in(const LayerPtr& layer, const std::string& part, const Tensor& 
   return out;
 }
 
+// See `rotated`.
+Tensor rotate(const LayerPtr& layer, const Tensor& x_TH, bool back) {
+  return rotated(*layer, x_TH, back);
+}
+
 // Products of activations [N, rows] with the output columns of rows [first_row, first_row + rows)
 // of their job, added up per token: [T, H] in float32.
 Tensor project_out(const LayerPtr& layer, const std::string& part, const Tensor& h_NR,
@@ -118,13 +124,26 @@ Tensor project_out(const LayerPtr& layer, const std::string& part, const Tensor&
   return sum.narrow(1, 0, hidden);
 }
 
+// Layer::quantized, with the dtype as PyTorch passes it.
+LayerPtr quantized_layer(Layer::QuantizedList residuals, Layer::QuantizedList centers,
+                         std::vector<int64_t> center_of, int64_t hidden, int64_t inputs,
+                         std::string activation, Tensor signs, int64_t hadamard_size,
+                         at::ScalarType dtype) {
+  return Layer::quantized(std::move(residuals), std::move(centers), std::move(center_of), hidden,
+                          inputs, activation, signs, hadamard_size, dtype);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(resmoe, library) {
+  library.class_<QuantizedWeights>("QuantizedMatrix")
+      .def(torch::init<Tensor, Tensor, const Tensor&, const std::string&, int64_t, int64_t, int64_t,
+                       int64_t, int64_t, int64_t, int64_t>());
   library.class_<Layer>("Layer").def(
       torch::init<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
                   std::vector<Tensor>, std::vector<int64_t>, int64_t, int64_t,
-                  const std::string&>());
+                  const std::string&>())
+      .def_static("quantized", quantized_layer);
   library.def("instruction_sets() -> str[]", instruction_sets);
   library.def("use_instruction_set(str name) -> ()", use_instruction_set);
   library.def(
@@ -137,6 +156,8 @@ TORCH_LIBRARY(resmoe, library) {
       "project_out(__torch__.torch.classes.resmoe.Layer layer, str part, Tensor h, Tensor token, "
       "Tensor offsets, int first_row, int num_tokens) -> Tensor");
   library.def(
+      "rotate(__torch__.torch.classes.resmoe.Layer layer, Tensor x, bool back) -> Tensor");
+  library.def(
       "mlp(__torch__.torch.classes.resmoe.Layer layer, Tensor x, Tensor token, Tensor weight, "
       "Tensor offsets, Tensor? center_token, Tensor? center_offsets, Tensor? center_index) "
       "-> Tensor");
@@ -146,6 +167,7 @@ TORCH_LIBRARY_IMPL(resmoe, CPU, library) {
   library.impl("restore", restore);
   library.impl("project_in", project_in);
   library.impl("project_out", project_out);
+  library.impl("rotate", rotate);
   library.impl("mlp", fused_mlp);
 }
 

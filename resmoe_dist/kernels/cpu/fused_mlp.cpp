@@ -2,7 +2,8 @@
 //
 // Two kinds of kernels share the work. Jobs with few copies go through `mlp.h`: one pass over the
 // rows for all jobs, every thread a range of rows. Jobs with many copies go through `packed_mlp.h`:
-// the copies fill the lanes of vector registers, and a block of rows is expanded once for all.
+// the copies fill the lanes of vector registers, and a block of rows is expanded once for all. Few
+// copies of quantised rows are multiplied in whole numbers: see `quantized_mlp.h`.
 
 #include <ATen/Functions.h>
 
@@ -27,15 +28,17 @@ constexpr int64_t kPackedRows = 256;
 // Copies packed at a time: most of it stays in the last-level cache.
 constexpr int64_t kPackedBytes = 32 << 20;
 
-// Adds the outputs of jobs with few copies to y [T, padded(H)].
-void add_mlp(const Mlp& work, int64_t rows, const Kernels& kernels, const Tensor& y) {
+// Adds the outputs of jobs with few copies to y [T, padded(H)]. run(begin, end, y): adds those of a
+// range of rows.
+template <class Run>
+void add_mlp(int64_t rows, const Tensor& y, const Run& run) {
   const int64_t parts = at::get_num_threads(), size = y.numel();
   const Tensor sums = at::empty({parts, size}, y.options());
   float* of_parts = sums.data_ptr<float>();
   share(rows, parts, [&](int64_t part, int64_t begin, int64_t end) {
     float* of_part = of_parts + part * size;
     std::fill(of_part, of_part + size, 0.0f);
-    kernels.mlp(work, begin, end, of_part);
+    run(begin, end, of_part);
   });
   float* total = y.data_ptr<float>();
   at::parallel_for(0, size, 1 << 14, [&](int64_t begin, int64_t end) {
@@ -45,6 +48,27 @@ void add_mlp(const Mlp& work, int64_t rows, const Kernels& kernels, const Tensor
     }
   });
 }
+
+// Rotated tokens as whole numbers, in one plane for bfloat16 and two for float32.
+struct TokenLevels {
+  Tensor planes;  // int16 [T, planes, columns]
+  std::vector<LevelVector> of_token;
+
+  TokenLevels(const Tensor& x_TH, const Layer& layer) : of_token(x_TH.size(0)) {
+    const int64_t tokens = x_TH.size(0), columns = round_up(layer.hidden, kLevelStep);
+    const int64_t count = layer.dtype == at::kFloat ? 2 : 1;
+    planes = at::empty({tokens, count, columns}, x_TH.options().dtype(at::kShort));
+    int16_t* first = planes.data_ptr<int16_t>();
+    for (int64_t t = 0; t < tokens; ++t) {
+      of_token[t].planes[0] = first + t * count * columns;
+      of_token[t].planes[1] = of_token[t].planes[0] + (count - 1) * columns;
+    }
+    const ToLevels work = {x_TH.const_data_ptr<float>(), layer.hidden, layer.hidden,
+                           of_token.data()};
+    const auto run = kernels_for(layer.dtype).to_levels;
+    at::parallel_for(0, tokens, 1, [&](int64_t begin, int64_t end) { run(work, begin, end); });
+  }
+};
 
 // Adds the outputs of jobs with many copies to y.
 void add_packed_mlp(std::vector<PackedJob> jobs, PackedMlp work, int64_t rows,
@@ -144,7 +168,11 @@ Tensor fused_mlp(const c10::intrusive_ptr<Layer>& layer, const Tensor& x_TH, con
         many_tokens || (!shared && jobs[k].copies >= kernels.lane_layout.min_copies);
     (packed ? many : few).push_back(jobs[k]);
   }
-  const Tensor x = with_padding(x_TH);
+  // Weights, tokens and outputs of quantised layers are rotated.
+  const Tensor x_rotated = layer->is_quantized() ? rotated(*layer, x_TH, false) : Tensor();
+  const auto padded_tokens = [&] {
+    return with_padding(layer->is_quantized() ? x_rotated.to(layer->dtype) : x_TH);
+  };
   const int64_t* token = token_N.const_data_ptr<int64_t>();
   const float* weight = weight_N.const_data_ptr<float>();
   if (!few.empty()) {
@@ -174,15 +202,27 @@ Tensor fused_mlp(const c10::intrusive_ptr<Layer>& layer, const Tensor& x_TH, con
       no_index.assign(token_N.size(0), -1);
       index_N = no_index.data();
     }
+    const Tensor x = layer->is_quantized() ? x_rotated : padded_tokens();
     const RoutedInput input = {few.data(),  static_cast<int64_t>(few.size()),
                                token,       x.data_ptr(),
                                x.stride(0), hidden,
                                layer->inputs};
-    add_mlp({input, weight, centers.data(), static_cast<int64_t>(centers.size()), token_C, num_C,
-             index_N, *layer->activation},
-            rows, kernels, y);
+    const Mlp work = {input,   weight, centers.data(), static_cast<int64_t>(centers.size()),
+                      token_C, num_C,  index_N,        *layer->activation};
+    if (layer->is_quantized()) {
+      const TokenLevels levels(x_rotated, *layer);
+      const QuantizedMlp quantized = {work, levels.of_token.data()};
+      add_mlp(rows, y, [&](int64_t begin, int64_t end, float* sums) {
+        kernels.quantized_mlp(quantized, begin, end, sums);
+      });
+    } else {
+      add_mlp(rows, y, [&](int64_t begin, int64_t end, float* sums) {
+        kernels.mlp(work, begin, end, sums);
+      });
+    }
   }
   if (!many.empty() && rows) {
+    const Tensor x = padded_tokens();
     PackedMlp packed = {};
     packed.hidden = hidden;
     packed.inputs = layer->inputs;
@@ -192,7 +232,8 @@ Tensor fused_mlp(const c10::intrusive_ptr<Layer>& layer, const Tensor& x_TH, con
     packed.y_TH = y.data_ptr<float>();
     add_packed_mlp_in_turn(many, packed, rows, token, weight, kernels, x.options());
   }
-  return y.narrow(1, 0, hidden).contiguous();
+  const Tensor out = y.narrow(1, 0, hidden);
+  return layer->is_quantized() ? rotated(*layer, out, true) : out.contiguous();
 }
 
 }  // namespace resmoe

@@ -9,9 +9,12 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "quantized.h"
+
 namespace resmoe {
 
-// Rows of a design matrix: a centre, a pruned residual, or their sum. Absent parts are null.
+// Rows of a design matrix: a centre, a residual, or their sum. Absent parts are null. A residual is
+// pruned and a centre dense, or both are quantised; then `first_row` is their first row.
 struct Rows {
   const void* center = nullptr;
   int64_t center_stride = 0;  // in entries
@@ -21,7 +24,11 @@ struct Rows {
   int64_t num_values = 0;
   const int32_t* offsets_32 = nullptr;
   const int64_t* offsets_64 = nullptr;
+  const QuantizedMatrix* quantized = nullptr;
+  const QuantizedMatrix* quantized_center = nullptr;
+  int64_t first_row = 0;
 
+  bool is_quantized() const { return quantized || quantized_center; }
   int64_t offset(int64_t row) const { return offsets_32 ? offsets_32[row] : offsets_64[row]; }
 };
 
@@ -45,6 +52,7 @@ constexpr int64_t padded(int64_t entries) { return round_up(entries, kPadding); 
 
 struct Restore {
   Rows rows;
+  Rotation rotation;  // of quantised rows, undone
   int64_t first_column;
   int64_t columns;
   void* out;
@@ -110,6 +118,28 @@ struct Mlp : RoutedInput {
   Activation activation;
 };
 
+// The same for quantised rows. levels_T: the tokens, rotated as the rows are.
+struct QuantizedMlp : Mlp {
+  const LevelVector* levels_T;
+};
+
+// Tokens that are rotated, or rotated back, in place.
+struct Rotate {
+  Rotation rotation;
+  bool back;
+  float* x_TH;
+  int64_t x_stride;
+  int64_t hidden;
+};
+
+// Tokens as whole numbers; see LevelVector.
+struct ToLevels {
+  const float* x_TH;
+  int64_t x_stride;
+  int64_t hidden;
+  LevelVector* levels_T;
+};
+
 // How a product takes copies as lanes of vectors.
 struct LaneLayout {
   int64_t vector_lanes;  // lanes of one vector
@@ -167,7 +197,8 @@ struct PackedMlp {
   int64_t rows;
 };
 
-// restore, project_in and mlp work on rows [begin, end) of the weights. mlp and project_out add to y.
+// restore, project_in, mlp and quantized_mlp work on rows [begin, end) of the weights; rotate and
+// to_levels on tokens [begin, end). mlp, quantized_mlp and project_out add to y.
 // The packed kernels run in this order, and divide columns of x, rows of the block, columns of y, and
 // columns of y; see packed_mlp.h.
 struct Kernels {
@@ -175,6 +206,9 @@ struct Kernels {
   void (*project_in)(const ProjectIn&, int64_t begin, int64_t end);
   void (*project_out)(const ProjectOut&, const OutShare&);
   void (*mlp)(const Mlp&, int64_t begin, int64_t end, float* y_TH);
+  void (*quantized_mlp)(const QuantizedMlp&, int64_t begin, int64_t end, float* y_TH);
+  void (*rotate)(const Rotate&, int64_t begin, int64_t end);
+  void (*to_levels)(const ToLevels&, int64_t begin, int64_t end);
   void (*pack)(const PackedMlp&, int64_t begin, int64_t end);
   void (*mlp_packed_in)(const PackedMlp&, int64_t begin, int64_t end);
   void (*mlp_packed_out)(const PackedMlp&, int64_t begin, int64_t end);

@@ -10,13 +10,6 @@ namespace {
 
 using at::Tensor;
 
-Activation as_activation(const std::string& name) {
-  if (name == "silu") return Activation::kSilu;
-  if (name == "gelu_tanh") return Activation::kGeluTanh;
-  TORCH_CHECK(name == "relu", "no activation ", name);
-  return Activation::kRelu;
-}
-
 // Whether the offsets ascend within the values.
 bool in_order(const Rows& rows, int64_t count) {
   bool right = rows.offset(0) >= 0 && rows.offset(count) <= rows.num_values;
@@ -67,6 +60,7 @@ Rows from_row(Rows rows, int64_t first_row, int64_t itemsize) {
   if (rows.bitmap) rows.bitmap += first_row * rows.bitmap_stride;
   if (rows.offsets_32) rows.offsets_32 += first_row;
   if (rows.offsets_64) rows.offsets_64 += first_row;
+  rows.first_row += first_row;
   return rows;
 }
 
@@ -77,6 +71,13 @@ Part as_part(const std::string& name) {
   if (name == "whole") return Part::kWhole;
   TORCH_CHECK(name == "center", "no part ", name);
   return Part::kCenter;
+}
+
+Activation as_activation(const std::string& name) {
+  if (name == "silu") return Activation::kSilu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  TORCH_CHECK(name == "relu", "no activation ", name);
+  return Activation::kRelu;
 }
 
 Layer::Layer(std::vector<Tensor> bitmaps, std::vector<Tensor> values,

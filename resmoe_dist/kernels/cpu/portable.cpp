@@ -2,6 +2,7 @@
 
 #include "target.h"
 
+#include "levels.h"
 #include "primitives.h"
 
 namespace {
@@ -10,6 +11,8 @@ template <class Scalar>
 struct Primitives : VectorPrimitives<Scalar, 4, 2> {};
 
 bool always() { return true; }
+
+using LevelPrimitives = VectorLevels<4>;
 
 }  // namespace
 

@@ -13,8 +13,9 @@ class RowBlock {
   // Starts at rows [first, first + rows) and at `column`. See RowReader for `prefetch_rows`.
   void start(const Rows& source, int64_t first, int64_t rows, int64_t column,
              int64_t prefetch_rows) {
-    dense_ = !source.bitmap;
-    residual_only_ = !source.center;
+    dense_ = !source.bitmap && !source.is_quantized();
+    pruned_ = source.bitmap;
+    residual_only_ = pruned_ && !source.center;
     center_stride_ = source.center_stride;
     readers_.resize(rows);
     for (int64_t r = 0; r < rows; ++r) {
@@ -55,7 +56,7 @@ class RowBlock {
     }
     const Tile<Scalar> tile(rows + row_multiple, width);
     int64_t r = 0;
-    for (; !dense_ && r + 4 <= rows; r += 4) {
+    for (; pruned_ && r + 4 <= rows; r += 4) {
       const int64_t taken = process_four_rows(first + r, [&](FourRows<Scalar>& four) {
         return Primitives<Scalar>::expand_four_rows(four, columns, tile.row(r), tile.stride());
       });
@@ -82,7 +83,7 @@ class RowBlock {
     for (int64_t r = 0; r < rows(); r += 4) {
       const int64_t count = std::min<int64_t>(4, rows() - r);
       int64_t taken = 0;
-      if (!dense_ && count == 4) {
+      if (pruned_ && count == 4) {
         taken = process_four_rows(r, [&](FourRows<Scalar>& four) {
           return P::expand_four_rows_to_pairs(four, columns, pairs.row(r / 2), pairs.stride());
         });
@@ -105,6 +106,7 @@ class RowBlock {
 
   std::vector<RowReader<Scalar>> readers_;
   bool dense_ = false;
+  bool pruned_ = false;
   bool residual_only_ = false;
   int64_t center_stride_ = 0;
 };

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "bitmap.h"
+#include "quantized_rows.h"
 #include "tile.h"
 
 namespace {
@@ -13,8 +14,8 @@ inline void prefetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(first + i, 0, 2);
 }
 
-// Reads one row from `first_column` on, a range of columns at a time: a centre's entries, a pruned
-// residual, or their sum.
+// Reads one row from `first_column` on, a range of columns at a time: a centre's entries, a
+// residual, or their sum. Quantised rows stay rotated.
 //
 // Along the way it prefetches the row `prefetch_rows` further down (0: none). A product reads only
 // some columns of each row, so memory is read with gaps, and the processor's own prefetching loses
@@ -25,6 +26,7 @@ class RowReader {
   RowReader() = default;
   RowReader(const Rows& rows, int64_t row, int64_t first_column, int64_t prefetch_rows)
       : pruned_(rows.bitmap != nullptr) {
+    if (rows.is_quantized()) quantized_ = QuantizedReader(rows, row, first_column, prefetch_rows);
     if (rows.center) {
       center_ = static_cast<const Scalar*>(rows.center) + row * rows.center_stride + first_column;
       center_ahead_ = prefetch_rows * rows.center_stride;
@@ -42,6 +44,11 @@ class RowReader {
 
   // Writes the next `columns` entries to `out`, then zeros up to `width`.
   void read(int64_t columns, int64_t width, Scalar* out) {
+    if (quantized_.has_rows()) {
+      quantized_.read(columns, out);
+      std::memset(static_cast<void*>(out + columns), 0, (width - columns) * sizeof(Scalar));
+      return;
+    }
     if (center_ && center_ahead_) prefetch(center_ + center_ahead_, columns * sizeof(Scalar));
     if (!pruned_) {
       std::memcpy(out, center_, columns * sizeof(Scalar));
@@ -90,6 +97,7 @@ class RowReader {
  private:
   // A flag, because a residual may have no values at all.
   bool pruned_ = false;
+  QuantizedReader quantized_;
   BitReader bits_;
   const uint8_t* bitmap_ = nullptr;  // follows bits_, for prefetching
   const Scalar* center_ = nullptr;
@@ -103,6 +111,7 @@ class RowReader {
 
 template <class Scalar>
 void restore_rows(const Restore& work, int64_t begin, int64_t end) {
+  if (work.rows.is_quantized()) return restore_quantized_rows<Scalar>(work, begin, end);
   for (int64_t row = begin; row < end; ++row) {
     Scalar* out = static_cast<Scalar*>(work.out) + row * work.out_stride;
     RowReader<Scalar> reader(work.rows, row, work.first_column, 0);

@@ -16,7 +16,18 @@ struct MatrixView {
 };
 
 // What a thread's tile is for. A thread has one buffer per use and type of entries.
-enum class Use { kWeights, kWeightPairs, kActivations, kProducts, kCenterProducts, kCenterSums };
+enum class Use {
+  kWeights,
+  kWeightPairs,
+  kActivations,
+  kProducts,
+  kCenterProducts,
+  kCenterSums,
+  kLevels,
+  kScales,
+  kFactors,
+  kDecoded,
+};
 
 // A matrix in memory that the thread keeps between calls: creating one costs nothing, and its
 // contents are undefined. The next tile of the same use and type takes the same memory.

@@ -45,6 +45,7 @@ struct VectorTypes;
   struct VectorTypes<kWidth> {                                        \
     typedef float Floats __attribute__((vector_size(4 * kWidth)));    \
     typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));  \
+    typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));    \
     typedef uint16_t Halves __attribute__((vector_size(2 * kWidth))); \
   };
 RESMOE_VECTOR_TYPES(4)
@@ -55,8 +56,10 @@ RESMOE_VECTOR_TYPES(16)
 // Loads, stores and sums of kWidth floats.
 template <int kWidth>
 struct Vector {
+  static constexpr int kEntries = kWidth;
   using Floats = typename VectorTypes<kWidth>::Floats;
   using Words = typename VectorTypes<kWidth>::Words;
+  using Ints = typename VectorTypes<kWidth>::Ints;
   using Halves = typename VectorTypes<kWidth>::Halves;
 
   static Floats load(const float* source) {

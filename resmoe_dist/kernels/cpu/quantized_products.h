@@ -1,0 +1,213 @@
+// Products of few copies with rows of a quantised matrix, in whole numbers.
+//
+// Levels are multiplied as they are decoded, in registers. Sums of products of whole numbers are
+// exact, and the scale of a group multiplies its sum once, not each of its entries.
+//
+// On the way in, the other factor is a token as a LevelVector. On the way out it is, for each group
+// of each row, the activation times the scale. A block of rows shares a scale per group for those:
+// see `OutFactors`.
+
+#pragma once
+
+#include "levels.h"
+#include "primitives.h"
+#include "tile.h"
+
+namespace {
+
+// Copies that are multiplied with levels in registers. Jobs with more copies keep the decoded
+// levels in the first-level cache.
+constexpr int64_t kLevelCopies = 4;
+
+// Calls visit(decoder) with the decoder of a matrix from entry `first` on.
+template <class Visit>
+inline void with_decoder(const QuantizedMatrix& matrix, int64_t first, const Visit& visit) {
+  using L = LevelPrimitives;
+  if (matrix.coder == Coder::kScalar) {
+    switch (matrix.bits) {
+      case 1: return visit(L::Decoder<Coder::kScalar, 1>(matrix, first));
+      case 2: return visit(L::Decoder<Coder::kScalar, 2>(matrix, first));
+      case 3: return visit(L::Decoder<Coder::kScalar, 3>(matrix, first));
+      case 4: return visit(L::Decoder<Coder::kScalar, 4>(matrix, first));
+      default: return visit(L::Decoder<Coder::kScalar, 8>(matrix, first));
+    }
+  }
+  switch (matrix.bits) {
+    case 1: return visit(L::Decoder<Coder::kTrellis, 1>(matrix, first));
+    case 2: return visit(L::Decoder<Coder::kTrellis, 2>(matrix, first));
+    case 3: return visit(L::Decoder<Coder::kTrellis, 3>(matrix, first));
+    default: return visit(L::Decoder<Coder::kTrellis, 4>(matrix, first));
+  }
+}
+
+// Levels that were decoded before: the "row" is their address.
+struct DecodedLevels {
+  LevelPrimitives::Levels read(const uint8_t* row, int64_t chunk) const {
+    return LevelPrimitives::load(reinterpret_cast<const int16_t*>(row) +
+                                 chunk * LevelPrimitives::kLevels);
+  }
+};
+
+// The sum of planes' sums, in units of the first plane.
+template <int kPlanes>
+inline LevelPrimitives::Floats join_planes(const LevelPrimitives::Floats* of_planes) {
+  if constexpr (kPlanes == 1) return of_planes[0];
+  return of_planes[0] + of_planes[1] * 0x1p-15f;
+}
+
+// The way in for kRows rows and kTokens copies: out[token · kRows + row].
+//
+// rows: the bytes of each. scales: of each row's groups. groups of group_size of the `columns`.
+template <int kRows, int kTokens, int kPlanes, class Decoder>
+void dot_levels(const Decoder& decoder, const uint8_t* const* rows, const float* const* scales,
+                const LevelVector* const* x, int64_t columns, int64_t group_size, float* out) {
+  using L = LevelPrimitives;
+  using Floats = L::Floats;
+  constexpr int64_t kMaxColumns = kMaxDots * L::kLevels;
+  Floats totals[kRows][kTokens][kPlanes] = {};
+  for (int64_t first = 0, g = 0; first < columns; ++g) {
+    const int64_t group_end = std::min(columns, first + group_size);
+    while (first < group_end) {
+      const int64_t end = std::min(group_end, first + kMaxColumns);
+      L::Sums sums[kRows][kTokens][kPlanes] = {};
+      for (int64_t c = first; c < end; c += L::kLevels) {
+        L::Levels levels[kRows];
+        RESMOE_UNROLL
+        for (int r = 0; r < kRows; ++r) levels[r] = decoder.read(rows[r], c / L::kLevels);
+        RESMOE_UNROLL
+        for (int t = 0; t < kTokens; ++t) {
+          RESMOE_UNROLL
+          for (int p = 0; p < kPlanes; ++p) {
+            const L::Levels token = L::load(x[t]->planes[p] + c);
+            RESMOE_UNROLL
+            for (int r = 0; r < kRows; ++r) sums[r][t][p] = L::dot(sums[r][t][p], levels[r], token);
+          }
+        }
+      }
+      RESMOE_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const Floats scale = Floats{} + scales[r][g];
+        RESMOE_UNROLL
+        for (int t = 0; t < kTokens; ++t) {
+          RESMOE_UNROLL
+          for (int p = 0; p < kPlanes; ++p) {
+            totals[r][t][p] += L::to_floats(sums[r][t][p]) * scale;
+          }
+        }
+      }
+      first = end;
+    }
+  }
+  RESMOE_UNROLL
+  for (int t = 0; t < kTokens; ++t) {
+    RESMOE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      out[t * kRows + r] = x[t]->scale * L::sum(join_planes<kPlanes>(totals[r][t]));
+    }
+  }
+}
+
+// dot_levels for `tokens` ≤ kLevelCopies and one or two rows, given as two.
+template <int kPlanes, int kTokens = kLevelCopies, class Decoder>
+void dot_two_rows(int64_t tokens, const Decoder& decoder, const uint8_t* const* rows,
+                  const float* const* scales, const LevelVector* const* x, int64_t columns,
+                  int64_t group_size, float* out) {
+  if constexpr (kTokens > 1) {
+    if (tokens < kTokens) {
+      return dot_two_rows<kPlanes, kTokens - 1>(tokens, decoder, rows, scales, x, columns,
+                                                group_size, out);
+    }
+  }
+  dot_levels<2, kTokens, kPlanes>(decoder, rows, scales, x, columns, group_size, out);
+}
+
+// Decodes `columns` entries, rounded up to whole chunks.
+template <class Decoder>
+void decode_levels(const Decoder& decoder, const uint8_t* row, int64_t columns, int16_t* out) {
+  using L = LevelPrimitives;
+  for (int64_t c = 0; c < columns; c += L::kLevels) {
+    L::store(decoder.read(row, c / L::kLevels), out + c);
+  }
+}
+
+// Asks for the bytes of a row to be brought into the second-level cache.
+inline void prefetch_row(const ByteRows& rows, int64_t row) {
+  const char* bytes = reinterpret_cast<const char*>(rows.row(row));
+  for (int64_t i = 0; i < rows.stride; i += 64) __builtin_prefetch(bytes + i, 0, 2);
+}
+
+// The way in: products.row(copy)[input · input_stride + i] = x of copy · row first + i, or plus the
+// old value. x: of each copy.
+template <int kPlanes>
+void levels_in(const QuantizedMatrix& matrix, int64_t first, int64_t rows, int64_t inputs,
+               const LevelVector* const* x, int64_t copies, int64_t input_stride,
+               MatrixView<float> products, bool add) {
+  using L = LevelPrimitives;
+  const int64_t hidden = matrix.hidden, groups = matrix.groups;
+  const Tile<float, Use::kScales> scales(2, round_up(groups, 16));
+  const Tile<int16_t, Use::kLevels> decoded(2, round_up(hidden, kLevelStep));
+  const float* const row_scales[2] = {scales.row(0), scales.row(1)};
+  for (int64_t input = 0; input < inputs; ++input) {
+    with_decoder(matrix, input * hidden, [&](const auto& decoder) {
+      for (int64_t r = 0; r < rows; r += 2) {
+        const uint8_t* bytes[2];
+        for (int i = 0; i < 2; ++i) {
+          // The last of an odd number of rows is multiplied twice.
+          const int64_t row = first + std::min(r + i, rows - 1);
+          bytes[i] = matrix.codes.row(row);
+          L::read_scales(matrix, matrix.scales.row(row) + input * groups, groups, scales.row(i));
+        }
+        const auto multiply = [&](const auto& source) {
+          for (int64_t t = 0; t < copies; t += kLevelCopies) {
+            const int64_t tokens = std::min(kLevelCopies, copies - t);
+            float sums[2 * kLevelCopies];
+            dot_two_rows<kPlanes>(tokens, source, bytes, row_scales, x + t, hidden,
+                                  matrix.group_size, sums);
+            for (int64_t i = 0; i < tokens; ++i) {
+              float* out = products.row(t + i) + input * input_stride + r;
+              for (int64_t k = 0; k < std::min<int64_t>(2, rows - r); ++k) {
+                out[k] = sums[2 * i + k] + (add ? out[k] : 0.0f);
+              }
+            }
+          }
+        };
+        if (copies <= kLevelCopies) {
+          multiply(decoder);
+        } else {
+          for (int i = 0; i < 2; ++i) {
+            decode_levels(decoder, bytes[i], hidden, decoded.row(i));
+            bytes[i] = reinterpret_cast<const uint8_t*>(decoded.row(i));
+          }
+          multiply(DecodedLevels());
+        }
+      }
+    });
+  }
+}
+
+// x as whole numbers. See LevelVector; out has space for planes of a multiple of kLevelStep.
+template <int kPlanes>
+void to_levels(const float* x, int64_t columns, LevelVector& out) {
+  float largest = 0, not_finite = 0;
+  for (int64_t i = 0; i < columns; ++i) {
+    const float magnitude = x[i] < 0 ? -x[i] : x[i];
+    largest = magnitude > largest ? magnitude : largest;
+    not_finite += x[i] * 0.0f;
+  }
+  // Below this, only zeros.
+  const float inverse = largest > 0x1p-112f ? 32767 / largest : 0.0f;
+  out.scale = largest / 32767 + not_finite;
+  const int64_t padded_columns = round_up(columns, kLevelStep);
+  const auto whole = [](float value) {
+    return static_cast<int32_t>(value + (value < 0 ? -0.5f : 0.5f));
+  };
+  const bool finite = not_finite == 0;
+  for (int64_t i = 0; i < padded_columns; ++i) {
+    const float value = i < columns && finite ? x[i] * inverse : 0.0f;
+    const int32_t level = whole(value);
+    out.planes[0][i] = level;
+    if constexpr (kPlanes == 2) out.planes[1][i] = whole((value - level) * 0x1p15f);
+  }
+}
+
+}  // namespace
