@@ -63,7 +63,7 @@ def train_tiny_model(
     The folder also gets `training.json`, the report, and `held-out.json`, the token ids that the
     held-out loss was measured on. It is written under a temporary name and renamed at the end.
     `dense_steps` and `moe_steps` default to the family's recipe. The same seed gives the same model
-    on the same machine. The caller's random state is not changed.
+    on the same machine. The caller's random state is not changed, and gradients need not be on.
 
     Raises UserError if the family is unknown, if `directory` exists and is not empty, or if
     this Python came without the source of its standard library.
@@ -132,6 +132,7 @@ def whole_or_nothing(directory: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@torch.enable_grad()
 def _train(
     model: PreTrainedModel, recipe: Recipe, corpus: Tensor, factors: list[float], bar: tqdm
 ) -> None:
