@@ -116,12 +116,19 @@ class RtnMatrix(EncodedMatrix):
         return rows * (integers + groups * itemsize + config.bits * bytes_per_row(groups))
 
     def decode(self) -> Tensor:
+        return self.decode_columns(0, self.columns)
+
+    def decode_columns(self, first: int, count: int) -> Tensor:
+        """Columns [first, first + count) of `decode`, from their groups alone."""
         group_size = self.integers.shape[3] * _PLANE_BITS
-        integers_RGS = unpack_planes(self.integers, group_size)
-        zero_points_RG = unpack_planes(self.zero_points, self.scales.shape[1])
+        groups = slice(first // group_size, -(-(first + count) // group_size))
+        integers_RGS = unpack_planes(self.integers[:, groups], group_size)
+        zero_points_RG = unpack_planes(self.zero_points, self.scales.shape[1])[:, groups]
         # Differences of 8-bit integers are exact in bfloat16 too.
         steps_RGS = integers_RGS.to(self.dtype) - zero_points_RG.to(self.dtype).unsqueeze(2)
-        return (steps_RGS * self.scales.unsqueeze(2)).flatten(1)[:, : self.columns]
+        found_RC = (steps_RGS * self.scales[:, groups].unsqueeze(2)).flatten(1)
+        offset = first - groups.start * group_size
+        return found_RC[:, offset : min(offset + count, self.columns - first + offset)]
 
 
 def round_to_nearest(groups_NS: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, ...]:

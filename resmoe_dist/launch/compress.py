@@ -119,7 +119,9 @@ def settings_of(
         name, given = parse_name_and_options(config.method)
         known = method_named(name).config.model_fields
         options = {key: getattr(config, key) for key in known if key in CompressConfig.model_fields}
-        method = method_of(MethodSpec(name=name, options=options | given)).spec
+        # None: the method's own default.
+        chosen = {key: value for key, value in options.items() if value is not None}
+        method = method_of(MethodSpec(name=name, options=chosen | given)).spec
     except ValueError as error:
         raise UserError(f"--method {config.method}: {error}") from error
     return CompressionSettings(
