@@ -36,7 +36,7 @@ def rotate(x: Tensor) -> Tensor:
     block = hadamard_block(x.shape[-1])
     if block == 1:
         return x.float()
-    return _hadamard(x.float() * _signs(x.shape[-1]).to(x.device), block)
+    return _hadamard(x.float() * signs(x.shape[-1]).to(x.device), block)
 
 
 def rotate_back(x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def rotate_back(x: Tensor) -> Tensor:
     block = hadamard_block(x.shape[-1])
     if block == 1:
         return x.float()
-    return _hadamard(x.float(), block) * _signs(x.shape[-1]).to(x.device)
+    return _hadamard(x.float(), block) * signs(x.shape[-1]).to(x.device)
 
 
 def _hadamard(x: Tensor, block: int) -> Tensor:
@@ -61,7 +61,7 @@ def _hadamard(x: Tensor, block: int) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _signs(hidden: int) -> Tensor:
+def signs(hidden: int) -> Tensor:
     """[H] of ±1, the same on every machine: a hash of the position (MurmurHash3's finaliser)."""
     mixed = torch.arange(1, hidden + 1, dtype=torch.int64) * 0x9E3779B9 & 0xFFFFFFFF
     for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
