@@ -76,11 +76,12 @@ class QuantizedCpuBackend(CpuBackend):
             return
         # Row biases are not coded.
         center = self.layer.center_of[expert]
-        biases = [self.layer.residuals[expert].biases]
-        biases += [self.layer.centers[center].biases] if center >= 0 else []
         first = max(first_column - coded, 0)
-        part = slice(first, first + columns - here)
-        out_RC[:, here:] = sum(b[first_row : first_row + rows, part].float() for b in biases)
+        part = (slice(first_row, first_row + rows), slice(first, first + columns - here))
+        biases_RC = self.layer.residuals[expert].tensors()["biases"][part].float()
+        if center >= 0:
+            biases_RC = biases_RC + self.layer.centers[center].tensors()["biases"][part]
+        out_RC[:, here:] = biases_RC
 
     def mlp(self, routed: RoutedTokens, *, share_center: bool) -> Tensor:
         if self.is_fused:
