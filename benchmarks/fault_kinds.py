@@ -77,7 +77,7 @@ KINDS = {
     ),
     "launcher": FaultKind(
         "SIGTERM for the `deepspeed` command",
-        r"the launcher of rank {other} ended \(process \d+\); all ranks end",
+        r"the launcher of rank {other} ended \((parent of )?process \d+\); all ranks end",
         strike=lambda launcher, _: launcher.terminate(),
     ),
     "raise": FaultKind(

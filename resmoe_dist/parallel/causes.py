@@ -70,6 +70,12 @@ def launcher_gone(rank: int, pid: int) -> Cause:
     return Cause(Kind.LAUNCHER, rank, 1, text)
 
 
+def command_gone(rank: int, launcher: int) -> Cause:
+    """The command that started a rank's launcher has ended."""
+    text = f"error: the launcher of rank {rank} ended (parent of process {launcher}); all ranks end"
+    return Cause(Kind.LAUNCHER, rank, 1, text)
+
+
 def interrupted(rank: int, code: int) -> Cause:
     """A rank that leaves with `code` because of a signal. Ctrl-C needs no explanation."""
     text = f"error: rank {rank} was ended by SIGTERM" if code == 143 else ""

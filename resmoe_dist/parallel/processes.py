@@ -103,11 +103,37 @@ def launchers_above() -> list[ProcessId]:
     return found
 
 
+def has_lost_its_command(launcher: ProcessId) -> bool:
+    """Whether the `deepspeed` command that started this host's launcher of ranks has ended.
+
+    The launcher goes on then, as a child of the system's first process. The command may end before
+    a rank can look for it, so the rank sees only that.
+    """
+    stat = _stat(launcher.pid)
+    words = _words(launcher.pid)
+    # The launchers that we start ourselves, without the command, have this option.
+    if stat is None or b"deepspeed.launcher.launch" not in words or b"--no_local_rank" in words:
+        return False
+    adopts = stat.parent == 1 or _name(stat.parent) in ("init", "systemd")
+    return adopts and not is_launcher(stat.parent)
+
+
 def is_launcher(pid: int) -> bool:
     """Whether a process runs a program that starts ranks."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
     # `python -u -m deepspeed.launcher.launch …`, `python /venv/bin/deepspeed …`, `mpirun …`.
-    return any(os.path.basename(os.fsdecode(word)) in _LAUNCHERS for word in words[:5])
+    return any(os.path.basename(os.fsdecode(word)) in _LAUNCHERS for word in _words(pid)[:5])
+
+
+def _words(pid: int) -> list[bytes]:
+    """A process's command line; empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""

@@ -25,7 +25,7 @@ from resmoe_dist.parallel.causes import Cause, Kind
 from resmoe_dist.parallel.launched import LaunchedRank, launch_key
 from resmoe_dist.parallel.links import Link
 from resmoe_dist.parallel.peers import Peer, Peers
-from resmoe_dist.parallel.processes import launchers_above
+from resmoe_dist.parallel.processes import has_lost_its_command, launchers_above
 
 DEFAULT_TIMEOUT = 30.0
 # Causes that arrive within this time belong together.
@@ -54,6 +54,7 @@ class Watch:
         self.place = place
         self._timeout = timeout
         self._launchers = launchers_above()
+        self._orphans = [each.pid for each in self._launchers if has_lost_its_command(each)]
         above = self._launchers[0].pid if self._launchers else 0
         self._peers = Peers(place, f"{above}/{launch_key()}")
         self.joined = self._finished = self._stopped = False
@@ -178,6 +179,8 @@ class Watch:
             self._leave(Cause.unpacked(message["printed"]), "")
 
     def _look_for_launchers(self) -> None:
+        if self._orphans and not self._causes:
+            self._notice(causes.command_gone(self.place.rank, self._orphans[0]))
         for launcher in self._launchers:
             if not self._causes and not launcher.is_running():
                 self._notice(causes.launcher_gone(self.place.rank, launcher.pid))
