@@ -20,7 +20,7 @@ SHAPE, EXPERT_BYTES = "64x48x4x2", 48 * 192 * 2
 TWO_SHAPES = ("--shapes", SHAPE, "32x24x6x3", "--tokens", 1, 100, "--repeats", 3)
 
 
-@pytest.mark.parametrize("codec", ["pruned", "low_rank"])
+@pytest.mark.parametrize("codec", ["pruned", "low_rank", "quantized"])
 def test_every_figure_follows_from_seconds_and_bytes(tmp_path, codec):
     results = results_of(kernels, tmp_path, *TWO_SHAPES, "--codec", codec)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import random
+import string
 from pathlib import Path
 
 import pytest
 
-from benchmarks.soak import Soaked, Traffic, soak
+from benchmarks.processes import memory_of
+from benchmarks.soak import Soaked, Traffic, keep_no_words, soak
 from resmoe_dist.evaluation.perplexity import load_tokenizer
 from resmoe_dist.parallel.topology import build_topology
 from resmoe_dist.runtime.loading import load_model
@@ -55,6 +59,24 @@ def test_traffic_reaches_its_bounds_and_is_the_same_for_all_ranks():
     assert {len(prompts) for prompts, _ in found} == set(range(6))
     assert {len(prompt) for prompts, _ in found for prompt in prompts} == set(range(1, 10))
     assert {new_tokens for _, new_tokens in found} == {1, 2, 3}
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["as loaded", "as soaked"])
+def test_a_soaked_tokenizer_keeps_no_prompts(embedded_source, keeps):
+    tokenizer, draw = load_tokenizer(embedded_source), random.Random(0)
+
+    def growth() -> int:
+        before = memory_of(os.getpid())["anonymous"]
+        for _ in range(3000):
+            tokenizer("".join(draw.choices(string.ascii_lowercase, k=250)))
+        return memory_of(os.getpid())["anonymous"] - before
+
+    if not keeps:
+        keep_no_words(tokenizer)
+    growth()
+
+    # Beyond what the allocator had left over: 3,000 prompts take 20 MiB.
+    assert (growth() > 4 * MIB) == keeps
 
 
 def test_drift_is_that_between_the_quarters_after_the_start():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,11 +20,16 @@ EXPERT_BYTES = 48 * 192 * 2
 
 def make_layer(codec="pruned", keep=0.25, seed=0):
     """A layer drawn in several blocks of rows, the last one shorter."""
-    spec = CodecSpec(name=codec, options={"keep": keep})
-    return RandomLayer(SHAPE, spec, CPU, seed, block_entries=3 * 64 * 20)
+    center = None
+    if codec == "quantized":
+        spec = CodecSpec(name=codec, options={"bits": 3, "coder": "trellis"})
+        center = CodecSpec(name=codec, options={"bits": 4, "coder": "scalar", "group_size": 32})
+    else:
+        spec = CodecSpec(name=codec, options={"keep": keep})
+    return RandomLayer(SHAPE, spec, CPU, seed, block_entries=3 * 64 * 20, center=center)
 
 
-@pytest.fixture(params=["pruned", "low_rank"])
+@pytest.fixture(params=["pruned", "low_rank", "quantized"])
 def layer(request):
     return make_layer(request.param)
 
@@ -34,13 +41,14 @@ def _dense_rows(layer, expert):
 
 
 def test_dense_weights_are_centre_and_residual_rounded_once(layer):
-    center_ID = layer.weights.centers[0].decode().float()
+    # Decoded in float32, so that nothing is rounded.
+    center_ID = deepcopy(layer.weights.centers[0]).float().decode()
     for expert, residual in enumerate(layer.weights.residuals):
         tensors = {name: tensor.float() for name, tensor in residual.tensors().items()}
         if "left" in tensors:
             decoded_ID = tensors["left"] @ tensors["right"]
         else:
-            decoded_ID = residual.decode().float()
+            decoded_ID = deepcopy(residual).float().decode()
         expected_ID = center_ID + decoded_ID
         # One rounding to 8 bits. A product in another order may round the other way.
         error_ID = (_dense_rows(layer, expert).float() - expected_ID).abs()
@@ -96,6 +104,22 @@ def test_bytes_read_of_a_low_rank_layer_are_its_factors():
     rank = int(0.25 * 48 * 192 / (48 + 192))
     found = make_layer("low_rank").bytes_read(torch.tensor([[3, 1]]))
     assert found["compressed"] == EXPERT_BYTES + 2 * rank * (48 + 192) * 2
+
+
+def test_bytes_read_of_a_quantised_layer_are_its_codes_and_scales():
+    found = make_layer("quantized").bytes_read(torch.tensor([[3, 1]]))
+    # Rows of 192 entries, of which the first has nine bits more; a scale per projection.
+    residual = 48 * (3 * 192 + 9 + 7) // 8 + 48 * 3
+    center = 48 * 192 // 2 + 48 * 6
+    # Each matrix has its largest scale and six numbers of its layout.
+    assert found["compressed"] == 2 * residual + center + 3 * 28
+
+
+def test_a_quantised_layer_has_entries_of_the_right_size_and_may_have_no_center():
+    spec = CodecSpec(name="quantized", options={"bits": 2, "coder": "scalar"})
+    layer = RandomLayer(SHAPE, spec, CPU)
+    assert layer.weights.centers == ()
+    assert float(layer.gate_up.float().std()) == pytest.approx(0.02, rel=0.2)
 
 
 def test_resident_bytes_are_close_to_the_stored_ones(layer):

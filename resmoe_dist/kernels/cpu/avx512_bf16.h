@@ -253,6 +253,17 @@ struct DotProductPrimitives : Avx512BFloat16<DotProductAdder, 6> {
     });
   }
 
+  // Treats denormal numbers as zeros.
+  static void round(const float* entries, int64_t columns, BFloat16* out) {
+    int64_t i = 0;
+    for (; i + 32 <= columns; i += 32) {
+      const __m512bh rounded =
+          _mm512_cvtne2ps_pbh(_mm512_loadu_ps(entries + i + 16), _mm512_loadu_ps(entries + i));
+      _mm512_storeu_si512(out + i, (__m512i)rounded);
+    }
+    for (; i < columns; ++i) out[i] = round_to<BFloat16>(entries[i]);
+  }
+
   static void interleave(const BFloat16* first, const BFloat16* second, int64_t width,
                          BFloat16* out) {
     for (int64_t k = 0; k < width; k += 32) {

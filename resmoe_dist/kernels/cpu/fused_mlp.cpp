@@ -25,6 +25,10 @@ constexpr int64_t kMaxSummedBytes = 64 << 20;
 // Rows per thread in a block of packed products.
 constexpr int64_t kPackedRows = 256;
 
+// Jobs of quantised rows with fewer copies are multiplied in whole numbers: decoding rows to the
+// layer's dtype pays only for more copies than expanding pruned rows does.
+constexpr int64_t kMinPackedQuantized = 24;
+
 // Copies packed at a time: most of it stays in the last-level cache.
 constexpr int64_t kPackedBytes = 32 << 20;
 
@@ -160,12 +164,13 @@ Tensor fused_mlp(const c10::intrusive_ptr<Layer>& layer, const Tensor& x_TH, con
   const bool shares = center_token_C.has_value() && !many_tokens;
   const std::vector<Job> jobs =
       layer->jobs(shares ? Part::kResidual : Part::kWhole, {token_N, offsets_L, tokens});
+  const int64_t min_packed =
+      layer->is_quantized() ? kMinPackedQuantized : kernels.lane_layout.min_copies;
   std::vector<Job> few, many;
   for (size_t k = 0; k < jobs.size(); ++k) {
     if (!jobs[k].copies) continue;
     const bool shared = shares && layer->center_of[k] >= 0;
-    const bool packed =
-        many_tokens || (!shared && jobs[k].copies >= kernels.lane_layout.min_copies);
+    const bool packed = many_tokens || (!shared && jobs[k].copies >= min_packed);
     (packed ? many : few).push_back(jobs[k]);
   }
   // Weights, tokens and outputs of quantised layers are rotated.

@@ -26,6 +26,12 @@ using namespace resmoe;
 // Rows that `dot` multiplies at a time. The functions named `…four_rows` need it to be 4.
 constexpr int64_t kDotRows = 4;
 
+// Asks for `bytes` bytes to be brought into the second-level cache.
+inline void prefetch(const void* from, int64_t bytes) {
+  const char* first = static_cast<const char*>(from);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(first + i, 0, 2);
+}
+
 // How far four rows of one job have been read.
 template <class Scalar>
 struct FourRows {
@@ -99,6 +105,13 @@ struct VectorPrimitives {
   static int64_t accumulate_four_rows(FourRows<Scalar>&, int64_t /*columns*/, const Scalar* /*h*/,
                                       float* /*y*/) {
     return 0;
+  }
+
+  // Rounds floats.
+  static void round(const float* entries, int64_t columns, Scalar* out) {
+    int64_t i = 0;
+    for (; i + kWidth <= columns; i += kWidth) Vec::store(Vec::load(entries + i), out + i);
+    for (; i < columns; ++i) out[i] = round_to<Scalar>(entries[i]);
   }
 
   // Copies a row to `out`, past the caches if the instruction set can.

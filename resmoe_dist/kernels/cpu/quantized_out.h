@@ -71,16 +71,18 @@ OutFactors out_factors(const QuantizedMatrix& matrix, int64_t first, int64_t row
   return {pairs, scale_of_copy, row_pairs};
 }
 
-// y += factors · levels for one chunk of columns in group g, and kTokens copies from `t` on.
-// read(pair, low, high): the interleaved levels of two rows.
+// y += factors · levels for one chunk of columns in group g, and `copies` ≤ kTokens copies from `t`
+// on. read(pair, low, high): the interleaved levels of two rows.
 template <int kTokens, int kPlanes, class Read>
-void add_chunk(const Read& read, const OutFactors& factors, int64_t t, int64_t g,
+void add_chunk(int64_t copies, const Read& read, const OutFactors& factors, int64_t t, int64_t g,
                float* const* y) {
   using L = LevelPrimitives;
   L::Sums low_sums[kTokens][kPlanes] = {}, high_sums[kTokens][kPlanes] = {};
   const int32_t* of_token[kTokens];
   for (int i = 0; i < kTokens; ++i) {
-    of_token[i] = factors.pairs.row((t + i) * factors.row_pairs * kPlanes) + g;
+    // The last copies may be the first one again.
+    const int64_t copy = t + (i < copies ? i : 0);
+    of_token[i] = factors.pairs.row(copy * factors.row_pairs * kPlanes) + g;
   }
   for (int64_t pair = 0; pair < factors.row_pairs; ++pair) {
     L::Levels low, high;
@@ -98,6 +100,7 @@ void add_chunk(const Read& read, const OutFactors& factors, int64_t t, int64_t g
   }
   RESMOE_UNROLL
   for (int i = 0; i < kTokens; ++i) {
+    if (i >= copies) break;
     L::Floats low[kPlanes], high[kPlanes];
     RESMOE_UNROLL
     for (int p = 0; p < kPlanes; ++p) {
@@ -109,16 +112,13 @@ void add_chunk(const Read& read, const OutFactors& factors, int64_t t, int64_t g
   }
 }
 
-// add_chunk for `tokens` ≤ kLevelCopies.
-template <int kPlanes, int kTokens = kLevelCopies, class Read>
-void add_chunk_of(int64_t tokens, const Read& read, const OutFactors& factors, int64_t t,
-                  int64_t g, float* const* y) {
-  if constexpr (kTokens > 1) {
-    if (tokens < kTokens) {
-      return add_chunk_of<kPlanes, kTokens - 1>(tokens, read, factors, t, g, y);
-    }
-  }
-  add_chunk<kTokens, kPlanes>(read, factors, t, g, y);
+// add_chunk for `copies` ≤ kLevelCopies.
+template <int kPlanes, class Read>
+void add_chunk_of(int64_t copies, const Read& read, const OutFactors& factors, int64_t t, int64_t g,
+                  float* const* y) {
+  with_copies<kPlanes>(copies, [&](auto count) {
+    add_chunk<decltype(count)::value, kPlanes>(copies, read, factors, t, g, y);
+  });
 }
 
 // The way out: adds h times rows [first, first + rows), at most 2 · kMaxDots, to the tokens'
@@ -130,7 +130,7 @@ void levels_out(const QuantizedMatrix& matrix, int64_t first, int64_t rows, int6
   using L = LevelPrimitives;
   const int64_t hidden = matrix.hidden;
   const OutFactors factors = out_factors<kPlanes>(matrix, first, rows, inputs, h, copies);
-  const int64_t max_tokens = distinct ? kLevelCopies : 1;
+  const int64_t max_tokens = distinct ? kLevelCopies<kPlanes> : 1;
   const Tile<const uint8_t*, Use::kFactors> bytes(1, 2 * factors.row_pairs);
   for (int64_t r = 0; r < 2 * factors.row_pairs; ++r) {
     bytes.row(0)[r] = matrix.codes.row(first + std::min(r, rows - 1));
@@ -159,7 +159,7 @@ void levels_out(const QuantizedMatrix& matrix, int64_t first, int64_t rows, int6
         }
         for (int64_t t = 0; t < copies; t += max_tokens) {
           const int64_t tokens = std::min(max_tokens, copies - t);
-          float* y[kLevelCopies];
+          float* y[kLevelCopies<1>];
           for (int64_t i = 0; i < tokens; ++i) y[i] = y_TH.row(token[t + i]) + column;
           if (in_registers) {
             add_chunk_of<kPlanes>(tokens, decode, factors, t, g, y);

@@ -17,7 +17,22 @@ namespace {
 
 // Copies that are multiplied with levels in registers. Jobs with more copies keep the decoded
 // levels in the first-level cache.
-constexpr int64_t kLevelCopies = 4;
+template <int kPlanes>
+constexpr int64_t kLevelCopies = kPlanes == 1 ? 8 : 4;
+
+// Calls visit with the number of copies that a product is compiled for, as a type: the least one
+// from `copies` on.
+template <int kPlanes, class Visit>
+inline void with_copies(int64_t copies, const Visit& visit) {
+  if (copies <= 1) return visit(std::integral_constant<int, 1>());
+  if (copies <= 2) return visit(std::integral_constant<int, 2>());
+  if constexpr (kPlanes == 1) {
+    if (copies <= 3) return visit(std::integral_constant<int, 3>());
+    if (copies > 6) return visit(std::integral_constant<int, 8>());
+    if (copies > 4) return visit(std::integral_constant<int, 6>());
+  }
+  visit(std::integral_constant<int, 4>());
+}
 
 // Calls visit(decoder) with the decoder of a matrix from entry `first` on.
 template <class Visit>
@@ -107,18 +122,30 @@ void dot_levels(const Decoder& decoder, const uint8_t* const* rows, const float*
   }
 }
 
-// dot_levels for `tokens` ≤ kLevelCopies and one or two rows, given as two.
-template <int kPlanes, int kTokens = kLevelCopies, class Decoder>
-void dot_two_rows(int64_t tokens, const Decoder& decoder, const uint8_t* const* rows,
+// dot_levels for two rows and `copies` ≤ kLevelCopies: sums[row][copy].
+template <int kPlanes, class Decoder>
+void dot_two_rows(int64_t copies, const Decoder& decoder, const uint8_t* const* rows,
                   const float* const* scales, const LevelVector* const* x, int64_t columns,
-                  int64_t group_size, float* out) {
-  if constexpr (kTokens > 1) {
-    if (tokens < kTokens) {
-      return dot_two_rows<kPlanes, kTokens - 1>(tokens, decoder, rows, scales, x, columns,
-                                                group_size, out);
+                  int64_t group_size, float (*sums)[kLevelCopies<1>]) {
+  with_copies<kPlanes>(copies, [&](auto count) {
+    constexpr int kTokens = decltype(count)::value;
+    // The last copies may be the first one again.
+    const LevelVector* tokens[kTokens];
+    for (int t = 0; t < kTokens; ++t) tokens[t] = x[t < copies ? t : 0];
+    if constexpr (kTokens <= 4) {
+      float out[kTokens][2];
+      dot_levels<2, kTokens, kPlanes>(decoder, rows, scales, tokens, columns, group_size, out[0]);
+      for (int t = 0; t < kTokens; ++t) {
+        for (int r = 0; r < 2; ++r) sums[r][t] = out[t][r];
+      }
+    } else {
+      // Two rows would need more registers than there are.
+      for (int r = 0; r < 2; ++r) {
+        dot_levels<1, kTokens, kPlanes>(decoder, rows + r, scales + r, tokens, columns, group_size,
+                                        sums[r]);
+      }
     }
-  }
-  dot_levels<2, kTokens, kPlanes>(decoder, rows, scales, x, columns, group_size, out);
+  });
 }
 
 // Decodes `columns` entries, rounded up to whole chunks.
@@ -130,11 +157,8 @@ void decode_levels(const Decoder& decoder, const uint8_t* row, int64_t columns, 
   }
 }
 
-// Asks for the bytes of a row to be brought into the second-level cache.
-inline void prefetch_row(const ByteRows& rows, int64_t row) {
-  const char* bytes = reinterpret_cast<const char*>(rows.row(row));
-  for (int64_t i = 0; i < rows.stride; i += 64) __builtin_prefetch(bytes + i, 0, 2);
-}
+// How many rows ahead the way in prefetches. Memory is read with gaps (see RowReader).
+constexpr int64_t kPrefetchLevelRows = 4;
 
 // The way in: products.row(copy)[input · input_stride + i] = x of copy · row first + i, or plus the
 // old value. x: of each copy.
@@ -144,6 +168,7 @@ void levels_in(const QuantizedMatrix& matrix, int64_t first, int64_t rows, int64
                MatrixView<float> products, bool add) {
   using L = LevelPrimitives;
   const int64_t hidden = matrix.hidden, groups = matrix.groups;
+  const int64_t block_bytes = hidden * matrix.bits / 8;
   const Tile<float, Use::kScales> scales(2, round_up(groups, 16));
   const Tile<int16_t, Use::kLevels> decoded(2, round_up(hidden, kLevelStep));
   const float* const row_scales[2] = {scales.row(0), scales.row(1)};
@@ -155,23 +180,27 @@ void levels_in(const QuantizedMatrix& matrix, int64_t first, int64_t rows, int64
           // The last of an odd number of rows is multiplied twice.
           const int64_t row = first + std::min(r + i, rows - 1);
           bytes[i] = matrix.codes.row(row);
+          const int64_t ahead = first + std::min(r + i + kPrefetchLevelRows, rows - 1);
+          prefetch(matrix.codes.row(ahead) + input * block_bytes, block_bytes);
+          // The way out reads a few columns of all rows at a time.
+          if (input + 1 == inputs) prefetch(bytes[i] + inputs * block_bytes, block_bytes);
           L::read_scales(matrix, matrix.scales.row(row) + input * groups, groups, scales.row(i));
         }
         const auto multiply = [&](const auto& source) {
-          for (int64_t t = 0; t < copies; t += kLevelCopies) {
-            const int64_t tokens = std::min(kLevelCopies, copies - t);
-            float sums[2 * kLevelCopies];
+          for (int64_t t = 0; t < copies; t += kLevelCopies<kPlanes>) {
+            const int64_t tokens = std::min(kLevelCopies<kPlanes>, copies - t);
+            float sums[2][kLevelCopies<1>];
             dot_two_rows<kPlanes>(tokens, source, bytes, row_scales, x + t, hidden,
                                   matrix.group_size, sums);
             for (int64_t i = 0; i < tokens; ++i) {
               float* out = products.row(t + i) + input * input_stride + r;
               for (int64_t k = 0; k < std::min<int64_t>(2, rows - r); ++k) {
-                out[k] = sums[2 * i + k] + (add ? out[k] : 0.0f);
+                out[k] = sums[k][i] + (add ? out[k] : 0.0f);
               }
             }
           }
         };
-        if (copies <= kLevelCopies) {
+        if (copies <= kLevelCopies<kPlanes>) {
           multiply(decoder);
         } else {
           for (int i = 0; i < 2; ++i) {

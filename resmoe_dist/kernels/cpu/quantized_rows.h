@@ -56,25 +56,12 @@ class QuantizedReader {
                    add);
       add = true;
       if (prefetch_rows_) {
-        const char* ahead = reinterpret_cast<const char*>(part->codes.row(row_ + prefetch_rows_));
-        const int64_t end = (column_ + columns) * part->bits / 8;
-        for (int64_t i = column_ * part->bits / 8; i < end; i += 64) {
-          __builtin_prefetch(ahead + i, 0, 2);
-        }
+        prefetch(part->codes.row(row_ + prefetch_rows_) + column_ * part->bits / 8,
+                 columns * part->bits / 8);
       }
     }
-    round_entries(entries.row(0), columns, out);
+    Primitives<Scalar>::round(entries.row(0), columns, out);
     column_ += columns;
-  }
-
-  template <class Scalar>
-  static void round_entries(const float* entries, int64_t columns, Scalar* out) {
-    using Vec = Vector<Primitives<Scalar>::Vec::kEntries>;
-    int64_t i = 0;
-    for (; i + Vec::kEntries <= columns; i += Vec::kEntries) {
-      Vec::store(Vec::load(entries + i), out + i);
-    }
-    for (; i < columns; ++i) out[i] = round_to<Scalar>(entries[i]);
   }
 
  private:
@@ -106,8 +93,8 @@ void restore_quantized_rows(const Restore& work, int64_t begin, int64_t end) {
         add = true;
       }
       rotate_vector(work.rotation, true, hidden, entries.row(0));
-      QuantizedReader::round_entries(entries.row(0) + first, columns,
-                                     target + column - work.first_column);
+      Primitives<Scalar>::round(entries.row(0) + first, columns,
+                                target + column - work.first_column);
       column += columns;
     }
     if (work.stream) Primitives<Scalar>::stream(target, work.columns, out);

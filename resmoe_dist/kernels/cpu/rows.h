@@ -8,12 +8,6 @@
 
 namespace {
 
-// Asks for `bytes` bytes to be brought into the second-level cache.
-inline void prefetch(const void* from, int64_t bytes) {
-  const char* first = static_cast<const char*>(from);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(first + i, 0, 2);
-}
-
 // Reads one row from `first_column` on, a range of columns at a time: a centre's entries, a
 // residual, or their sum. Quantised rows stay rotated.
 //

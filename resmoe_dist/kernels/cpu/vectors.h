@@ -56,7 +56,6 @@ RESMOE_VECTOR_TYPES(16)
 // Loads, stores and sums of kWidth floats.
 template <int kWidth>
 struct Vector {
-  static constexpr int kEntries = kWidth;
   using Floats = typename VectorTypes<kWidth>::Floats;
   using Words = typename VectorTypes<kWidth>::Words;
   using Ints = typename VectorTypes<kWidth>::Ints;
