@@ -25,7 +25,8 @@ class Stage:
     """What to train, and where to keep its state.
 
     path: of the checkpoint. made_from: all that decides the result; a checkpoint of something else
-    is refused. factors: of the recipe's learning rates, one per step.
+    is refused. factors: of the recipe's learning rates, one per step. muon_experts: as of
+    `optimizers_of`.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Stage:
     made_from: str
     recipe: Recipe
     factors: list[float]
+    muon_experts: bool = False
 
 
 def train_stage(
@@ -44,7 +46,7 @@ def train_stage(
     was not. It draws from the caller's random state. Raises UserError for another stage's
     checkpoint.
     """
-    optimizers = optimizers_of(model, stage.recipe)
+    optimizers = optimizers_of(model, stage.recipe, muon_experts=stage.muon_experts)
     done, seconds, loss = 0, 0.0, float("nan")
     if stage.path.exists():
         state = torch.load(stage.path, weights_only=True)

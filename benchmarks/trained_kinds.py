@@ -20,12 +20,14 @@ class Kind:
     text: what it stands for. family: of transformers, a key of `RECIPES`. recipe: without dense
     steps, all experts are initialised independently. counterpart: what to change in the recipe's
     config for the dense model: one expert, as large as all that a token of the MoE model uses.
+    muon_experts: train experts with Muon, those of both; independent ones learn faster with it.
     """
 
     text: str
     family: str
     recipe: Recipe
     counterpart: dict[str, Any]
+    muon_experts: bool = False
 
     @property
     def steps(self) -> int:
@@ -45,6 +47,7 @@ class Kind:
             "family": self.family,
             "recipe": asdict(self.recipe),
             "counterpart": self.counterpart,
+            "muon_experts": self.muon_experts,
         }
 
 
@@ -64,22 +67,34 @@ KINDS: dict[str, Kind] = {
         _MIXTRAL_DENSE,
     ),
     "fine": Kind(
-        "32 small unrelated experts and a shared one, like DeepSeek's",
+        "16 small unrelated experts and a shared one, like DeepSeek's",
         "deepseek_v3",
         _changed(
             "deepseek_v3",
-            dict(moe_intermediate_size=96, n_routed_experts=32, num_experts_per_tok=4),
+            dict(
+                moe_intermediate_size=64,
+                n_routed_experts=16,
+                num_experts_per_tok=4,
+                routed_scaling_factor=2.5,
+            ),
             top_k=4,
             dense_steps=0,
-            moe_steps=1200,
+            moe_steps=1500,
         ),
-        # Its shared expert is as large as the routed one: 240 + 240 rows for 4 × 96 + 96.
-        dict(n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=240),
+        # Its shared expert is as large as the routed one: 160 + 160 rows for 4 × 64 + 64. The
+        # factor makes up for weights that sum to 1 over four experts; here there is one.
+        dict(
+            n_routed_experts=2,
+            num_experts_per_tok=1,
+            moe_intermediate_size=160,
+            routed_scaling_factor=1.0,
+        ),
+        muon_experts=True,
     ),
     "related": Kind(
         "8 closely related experts",
         "mixtral",
-        _changed("mixtral", {}, dense_steps=300, moe_steps=500),
+        _changed("mixtral", {}, dense_steps=250, moe_steps=450),
         _MIXTRAL_DENSE,
     ),
     "switch": Kind(

@@ -185,6 +185,7 @@ class _Training:
             self._made_from(name),
             self.kind.recipe,
             factors,
+            self.kind.muon_experts,
         )
         return train_stage(stage, model, corpus)
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from resmoe_dist.errors import UserError
 from resmoe_dist.testing.corpus import BOS_ID, VOCABULARY_SIZE, byte_tokenizer, read_corpus
 from resmoe_dist.testing.recipes import FAMILIES, RECIPES, Recipe, build_model
+from resmoe_dist.testing.stacked_muon import StackedMuon
 from resmoe_dist.testing.upcycling import balance_by_bias, choose_first_expert, imbalance, upcycle
 
 logger = logging.getLogger(__name__)
@@ -199,11 +200,14 @@ _TABLES = re.compile(
 )
 
 
-def optimizers_of(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def optimizers_of(
+    model: PreTrainedModel, recipe: Recipe, *, muon_experts: bool = False
+) -> list[torch.optim.Optimizer]:
     """Muon for hidden-to-hidden matrices, AdamW for everything else, including experts.
 
-    Muon takes matrices only, and experts are stacked. AdamW also keeps them closer together. Each
-    parameter group has its peak learning rate as `peak_lr`, which `train_step` scales.
+    PyTorch's Muon takes matrices only, and experts are stacked. AdamW also keeps them closer
+    together; `muon_experts` takes Muon for them all the same. Each parameter group has its peak
+    learning rate as `peak_lr`, which `train_step` scales.
     """
     matrices, experts, others = [], [], []
     for name, parameter in model.named_parameters():
@@ -213,16 +217,17 @@ def optimizers_of(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Op
             matrices.append(parameter)
         else:
             others.append(parameter)
-    adamw: list[dict[str, Any]] = [
-        {"params": experts, "lr": recipe.expert_lr},
-        {"params": others},
-    ]
+    adamw: list[dict[str, Any]] = [{"params": others}]
+    if not muon_experts:
+        adamw.insert(0, {"params": experts, "lr": recipe.expert_lr})
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.Muon(
             matrices, lr=recipe.muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
         ),
         torch.optim.AdamW(adamw, lr=recipe.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
+    if muon_experts:
+        optimizers.append(StackedMuon(experts, recipe.muon_lr))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

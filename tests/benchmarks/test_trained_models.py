@@ -74,7 +74,7 @@ def work(tmp_path_factory):
     return folder, results_of(trained_models, folder, *options)
 
 
-@pytest.mark.parametrize(("kind", "experts", "layers"), [("mixtral", 8, 4), ("fine", 32, 3)])
+@pytest.mark.parametrize(("kind", "experts", "layers"), [("mixtral", 8, 4), ("fine", 16, 3)])
 def test_report_describes_the_saved_model(work, kind, experts, layers):
     folder, results = work
     row = next(row for row in results["rows"] if row["kind"] == kind)
