@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +23,8 @@ class StackedMuon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update from the parameters' gradients. closure: not supported."""
-        assert closure is None
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update from the parameters' gradients. Closures are not supported."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
