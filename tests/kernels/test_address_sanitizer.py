@@ -61,6 +61,7 @@ def run(compiler: str, tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # building with the sanitizer alone takes minutes
 def test_kernels_access_only_valid_memory(run):
     files = ("test_cpu_kernels.py", "test_cpu_mlp.py", "test_quantized_kernels.py")
     tests = [str(Path(__file__).with_name(name).relative_to(ROOT)) for name in files]
