@@ -13,6 +13,7 @@ Legend: I rows (intermediate neurons), H hidden size, D columns of the design ma
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,12 @@ def row_range(rows: int, rank: int, size: int) -> tuple[int, int]:
     The ranges of all `size` ranks tile [0, rows). If size ≤ rows, every rank has at least one row.
     """
     return rank * rows // size, (rank + 1) * rows // size
+
+
+def row_ranges(rows: int, step: int) -> Iterator[slice]:
+    """Ranges of at most `step` rows that tile [0, rows)."""
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
 
 
 def to_rows(shape: ExpertShape, projections: dict[str, Tensor]) -> Tensor:

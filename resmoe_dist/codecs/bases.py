@@ -16,7 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from resmoe_dist.codecs.base import BudgetConfig, EncodedMatrix, StoredTensor, TensorReader
+from resmoe_dist.codecs.base import BudgetConfig, StoredTensor, TensorReader
+from resmoe_dist.codecs.empty import EmptyMatrix
 from resmoe_dist.codecs.moments import Moments
 from resmoe_dist.codecs.registry import register_codec
 
@@ -35,7 +36,7 @@ class BasesConfig(BudgetConfig):
 
 
 @register_codec
-class BasesMatrix(EncodedMatrix):
+class BasesMatrix(EmptyMatrix):
     """bases [p, m, r, W]; zeros [R, D] as a matrix."""
 
     name = "bases"
@@ -80,15 +81,3 @@ class BasesMatrix(EncodedMatrix):
         width = -(-columns // config.blocks)
         per_rank = (config.blocks - 1) * config.bases * width
         return config.rank_of(rows, columns) * per_rank * itemsize
-
-    def decode(self) -> Tensor:
-        return self.bases.new_zeros(self.rows, self.columns)
-
-    def add_to(self, dense_RC: Tensor, first_column: int = 0) -> None:
-        pass
-
-    def multiply(self, x_NH: Tensor, first_column: int) -> Tensor:
-        return x_NH.new_zeros(len(x_NH), self.rows, dtype=torch.float32)
-
-    def multiply_back(self, h_NR: Tensor, first_column: int, hidden: int) -> Tensor:
-        return h_NR.new_zeros(len(h_NR), hidden, dtype=torch.float32)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from resmoe_dist.design_matrix import row_ranges
+
 # Entries of a matrix that are processed at a time.
 _CHUNK = 1 << 20
 
@@ -32,9 +34,7 @@ def pack_stream(prefix_R: Tensor, prefix_bits: int, symbols_RN: Tensor, bits: in
 
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:
     """Ranges of rows with about `_CHUNK` entries each, so that temporaries stay small."""
-    step = max(1, _CHUNK // max(columns, 1))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+    return row_ranges(rows, max(1, _CHUNK // max(columns, 1)))
 
 
 def _pack(prefix_R: Tensor, prefix_bits: int, symbols_RN: Tensor, bits: int) -> Tensor:

@@ -24,7 +24,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from resmoe_dist.codecs.trellis import FREE, TrellisPath, search_beam, search_path
+from resmoe_dist.codecs.trellis import FREE, TrellisPath, divisor_of, search_beam, search_path
 
 CoderName = Literal["scalar", "trellis"]
 BITS = (1, 2, 3, 4, 8)
@@ -154,7 +154,7 @@ class ScalarCoder(Coder):
     ) -> CodedRows:
         # One entry at a time: nothing is fed back in between.
         assert coded == 1
-        return self.encode(weights_RC / _divisor(scales_RC), before_R, coded)
+        return self.encode(weights_RC / divisor_of(scales_RC), before_R, coded)
 
 
 class TrellisCoder(Coder):
@@ -241,11 +241,6 @@ class TrellisCoder(Coder):
 def _before(before_R: Tensor | None, rows: int) -> Tensor:
     """int32 windows before the entries, FREE at the start of rows."""
     return torch.full((rows,), FREE, dtype=torch.int32) if before_R is None else before_R
-
-
-def _divisor(scales: Tensor) -> Tensor:
-    """Scales to divide by: groups of zeros have none."""
-    return torch.where(scales > 0, scales, torch.ones(()))
 
 
 def make_coder(name: CoderName, bits: int) -> Coder:

@@ -13,7 +13,6 @@ biases, P bytes of a row's stream, g entries that share a scale, G scales of a r
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -29,18 +28,15 @@ from resmoe_dist.codecs.bit_streams import (
     row_chunks,
     stream_bytes,
 )
-from resmoe_dist.codecs.coders import CodedRows, Coder, CoderName, make_coder
-from resmoe_dist.codecs.feedback import round_with_feedback
-from resmoe_dist.codecs.moments import Moments, inverse_root
+from resmoe_dist.codecs.coders import Coder, CoderName, make_coder
+from resmoe_dist.codecs.matrix_coding import MOMENT_ROWS, code_matrix
+from resmoe_dist.codecs.moments import Moments
 from resmoe_dist.codecs.registry import register_codec
 from resmoe_dist.codecs.rotation import rotate, rotate_back
 
 # Scales are powers of 2^(1/16): rounding one changes it by at most 2.2 %.
 _SCALES_PER_OCTAVE = 16
 _LARGEST_SCALE = 255
-_DAMPING = 1e-2
-# Rows whose second moment is inverted together: more would take gigabytes.
-_MOMENT_ROWS = 2048
 
 _CODERS: tuple[CoderName, ...] = ("scalar", "trellis")
 _LAYOUT = ("bits", "coder", "blocks", "hidden", "group", "rotated")
@@ -147,7 +143,9 @@ class QuantizedMatrix(EncodedMatrix):
         coder = config.make_coder()
         scales, top = _choose_scales(weights_IE, coder, hidden, group)
         scale_IE = _scale_entries(scales, top, hidden, group, blocks)
-        prefix_I, symbols_IE = _code(weights_IE, scale_IE, coder, hidden, config.rotate, moments)
+        prefix_I, symbols_IE = code_matrix(
+            weights_IE, scale_IE, coder, hidden, config.rotate, moments
+        )
         tensors = {
             "codes": pack_stream(prefix_I, coder.prefix_bits, symbols_IE, coder.bits),
             "scales": scales,
@@ -209,7 +207,7 @@ class QuantizedMatrix(EncodedMatrix):
     @classmethod
     def encoding_bytes(cls, rows: int, columns: int) -> int:
         # Weights, scales and divisors in float32, and symbols; moments and inverses in float64.
-        moments = 2 * (columns // 2) ** 2 + rows**2 + 3 * min(rows, _MOMENT_ROWS) ** 2
+        moments = 2 * (columns // 2) ** 2 + rows**2 + 3 * min(rows, MOMENT_ROWS) ** 2
         return 16 * rows * columns + 8 * moments
 
     def decode(self) -> Tensor:
@@ -288,99 +286,3 @@ def _scale_entries(scales: Tensor, top: Tensor, hidden: int, group: int, blocks:
     scale = torch.where(scales > 0, top * torch.exp2(exponent), torch.zeros_like(exponent))
     spread = scale.unflatten(1, (blocks, _groups(hidden, group))).repeat_interleave(group, dim=2)
     return spread[:, :, :hidden].flatten(1)
-
-
-def _code(
-    weights_IE: Tensor,
-    scale_IE: Tensor,
-    coder: Coder,
-    hidden: int,
-    rotated: bool,
-    moments: Moments | None,
-) -> tuple[Tensor, Tensor]:
-    """The prefix of each row [I] and the symbols [I, b·H] of its entries."""
-    divisor_IE = torch.where(scale_IE > 0, scale_IE, torch.ones(()))
-    if moments is None:
-        parts = [
-            coder.encode(weights_IE[rows] / divisor_IE[rows], None, weights_IE.shape[1])
-            for rows in row_chunks(*weights_IE.shape)
-        ]
-        prefixes = torch.cat([part.prefix_R for part in parts])
-        return prefixes, torch.cat([part.symbols_RC.to(torch.uint8) for part in parts])
-    rows = _Rows(weights_IE, divisor_IE, scale_IE, coder)
-    input_HH = moments.rotated() if rotated else moments.input_HH
-    root_HH = inverse_root(input_HH, _DAMPING)
-    # The search looks ahead into the next projection, whose errors have no cross terms with this.
-    ahead = root_HH[: coder.look_ahead, : coder.look_ahead]
-    seen_HH = torch.block_diag(root_HH, ahead)
-    output = weights_IE.shape[1] - hidden
-    for first in range(0, output, hidden):
-        round_with_feedback(
-            weights_IE[:, first : first + hidden],
-            root_HH,
-            rows.code_columns_from(first, seen_HH),
-            at_a_time=coder.at_a_time,
-            look_ahead=coder.look_ahead,
-        )
-    for chunk in torch.arange(len(weights_IE)).split(_MOMENT_ROWS):
-        start, stop = int(chunk[0]), int(chunk[-1]) + 1
-        round_with_feedback(
-            weights_IE[start:stop, output:].T,
-            inverse_root(moments.neuron_II[start:stop, start:stop], _DAMPING),
-            rows.code_output_rows_from(start, output),
-            at_a_time=1,
-        )
-    return rows.prefix_I, rows.symbols_IE
-
-
-class _Rows:
-    """The codes of a matrix, filled in block by block as errors are fed back."""
-
-    def __init__(
-        self, weights_IE: Tensor, divisor_IE: Tensor, scale_IE: Tensor, coder: Coder
-    ) -> None:
-        self._weights_IE, self._divisor_IE, self._scale_IE = weights_IE, divisor_IE, scale_IE
-        self._coder = coder
-        rows = len(weights_IE)
-        self.prefix_I = torch.zeros(rows, dtype=torch.int32)
-        self.symbols_IE = torch.zeros(weights_IE.shape, dtype=torch.uint8)
-        self._last_I = torch.zeros(rows, dtype=torch.int32)
-
-    def code_columns_from(self, first: int, root: Tensor) -> Callable[[int, int], Tensor]:
-        """Codes columns of all rows; returns what they are rounded to, [I, columns].
-
-        root: U of the columns from `first` on, and of those that are looked at after them.
-        """
-
-        def code(start: int, stop: int) -> Tensor:
-            weights = self._weights_IE[:, first + start : first + stop + self._coder.look_ahead]
-            end = start + weights.shape[1]
-            coded = self._coder.encode_with_feedback(
-                weights,
-                self._scale_IE[:, first + start : first + end],
-                root[start:end, start:end],
-                self._last_I if first + start else None,
-                stop - start,
-            )
-            return self._keep(slice(None), first + start, first + stop, coded)
-
-        return code
-
-    def code_output_rows_from(self, first: int, output: int) -> Callable[[int, int], Tensor]:
-        """Codes the output projection of some rows: [H, rows]."""
-
-        def code(start: int, stop: int) -> Tensor:
-            rows = slice(first + start, first + stop)
-            target = self._weights_IE[rows, output:] / self._divisor_IE[rows, output:]
-            coded = self._coder.encode(target, self._last_I[rows], target.shape[1])
-            return self._keep(rows, output, self._weights_IE.shape[1], coded).T
-
-        return code
-
-    def _keep(self, rows: slice, start: int, stop: int, coded: CodedRows) -> Tensor:
-        """Note codes of some entries; returns what these are rounded to."""
-        if start == 0:
-            self.prefix_I[rows] = coded.prefix_R
-        self.symbols_IE[rows, start:stop] = coded.symbols_RC.to(torch.uint8)
-        self._last_I[rows] = coded.last_R
-        return coded.integers_RC * self._scale_IE[rows, start:stop]

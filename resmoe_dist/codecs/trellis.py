@@ -65,8 +65,13 @@ def search_beam(
             weights_RC, scales_RC, root_CC, values_S, before_R, bits, coded, width
         )
         return TrellisPath(*found)
-    divisor_RC = torch.where(scales_RC > 0, scales_RC, torch.ones(()))
-    return search_path(weights_RC / divisor_RC, values_S, before_R, bits=bits, coded=coded)
+    target_RC = weights_RC / divisor_of(scales_RC)
+    return search_path(target_RC, values_S, before_R, bits=bits, coded=coded)
+
+
+def divisor_of(scales: Tensor) -> Tensor:
+    """Scales to divide by: 1 in place of the 0 that groups of zeros have."""
+    return torch.where(scales > 0, scales, torch.ones(()))
 
 
 def search_in_torch(

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from resmoe_dist.compression.blocks import CPU
 from resmoe_dist.compression.scaling import power_of_two_scale
-from resmoe_dist.compression.scores import is_permutation, row_ranges, score_blocks
+from resmoe_dist.compression.scores import is_permutation, score_blocks
 from resmoe_dist.compression.threads import in_parallel
+from resmoe_dist.design_matrix import row_ranges
 
 _INT8_MAX = 127
 # Rows that one thread rounds at a time.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from resmoe_dist.compression.scaling import power_of_two_scale
+from resmoe_dist.design_matrix import row_ranges
 
 
 def score_blocks(
@@ -24,12 +25,6 @@ def score_blocks(
     for rows in row_ranges(len(expert_ID), block_rows):
         expert_BD = expert_ID[rows].to(target_ID.device, torch.float32) / scale
         yield rows, target_ID @ expert_BD.T
-
-
-def row_ranges(rows: int, step: int) -> Iterator[slice]:
-    """Ranges of at most `step` rows that tile [0, rows)."""
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
 
 
 def is_permutation(partner_I: Tensor) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resmoe_dist.compression.scores import row_ranges
+from resmoe_dist.design_matrix import row_ranges
 
 # The entropy is in standard deviations of the costs. A higher entropy or more steps cost more time
 # than they save in the solver.

@@ -14,7 +14,7 @@ from resmoe_dist.families.storage import ExpertSite
 from resmoe_dist.jobs.group import GroupCompressor
 from resmoe_dist.methods import method_of
 
-# Of a centre whose bits nobody chose.
+# Bits of a centre, unless the user or a target chooses them.
 _CENTER_BITS = 4
 
 

@@ -24,7 +24,7 @@ def expert_moments(group: SourceGroup, permutations_EI: Tensor, expert: int) -> 
     """Of an expert of the group, its rows in the order of `permutations_EI`.
 
     The tokens that the router sends to it, by their squared weights, and the tokens of the whole
-    layer: these count more, the fewer tokens the expert has of its own.
+    layer, which weigh more if the expert has few.
     """
     assert group.samples is not None
     own_RH, weight_R = group.samples.of_expert(group.number(expert))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from resmoe_dist import load_model
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
@@ -133,9 +132,9 @@ def test_the_restored_model_computes_the_same(source, tmp_path):
     assert relative_difference(expected, logits_of(dense_model(source))) > 1e-2
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_an_interrupted_run_resumes_to_the_same_bytes(source, tmp_path, monkeypatch):
     options = {"target": 2.5 / 32, "calibrated": True}
-    torch.set_num_threads(1)
     _run(source, tmp_path / "whole", **options)
     tasks = []
 
