@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.harness import logger, main, positive, share
+from benchmarks.codec_arguments import add_codec_arguments, codec_name, compress_options
+from benchmarks.harness import logger, main, positive
 from benchmarks.processes import ROOT, run_watched
 from benchmarks.synthetic import add_model_arguments, model_of
 from benchmarks.tables import Row
@@ -76,8 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(hidden=1024, rows=3584, repeats=5, seconds=60)
     add, text = parser.add_argument, "holds the source, compressed and restored model"
     add("--work", type=Path, required=True, metavar="DIR", help=f"{text}; each is made once")
-    add("--keep", type=share, default=0.25)
-    add("--codec", choices=("pruned", "low_rank"), default="pruned")
+    add_codec_arguments(parser)
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="to compute in")
     add("--modes", nargs="+", choices=MODES, default=list(MODES))
     add("--batches", nargs="+", type=positive, default=[1, 16], metavar="B")
@@ -128,7 +128,7 @@ def make_folders(args: argparse.Namespace, ep: int = 1) -> tuple[Path, Path]:
 
 def make_compressed(args: argparse.Namespace, ep: int = 1) -> Path:
     """The compressed model, made unless it is there. See `make_folders`."""
-    name = f"{args.codec}-{args.keep:g}" + (f"-ep{ep}" if ep > 1 else "")
+    name = codec_name(args) + (f"-ep{ep}" if ep > 1 else "")
     source, made = args.work / "source", args.work / name
     compressed, model = made / "compressed", model_of(args)
     model.ensure_in(source)
@@ -140,7 +140,7 @@ def make_compressed(args: argparse.Namespace, ep: int = 1) -> Path:
         made.mkdir(exist_ok=True)
         for stale in made.glob("restored-*"):
             shutil.rmtree(stale)
-        options = {"ep": ep, "codec": args.codec, "keep": args.keep, "resume": True}
+        options = {"ep": ep, "resume": True} | compress_options(args)
         compress(CompressConfig(source=source, output=compressed, **options))
     config = read_json(compressed / "config.json")
     config.pop("quantization_config")

@@ -33,13 +33,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import logger, main, positive, share
+from benchmarks.codec_arguments import add_codec_arguments, codec_specs
+from benchmarks.harness import logger, main, positive
 from benchmarks.ratio_plot import check_plot, plot_ratios
 from benchmarks.tables import Row
 from benchmarks.timing import Clock, medians
 from benchmarks.ways import DENSE, MODES, against_dense, try_ways, workspace_bytes
-from resmoe_dist.codecs import CodecSpec
-from resmoe_dist.codecs.coders import BITS
 from resmoe_dist.runtime.execution import Auto
 from resmoe_dist.runtime.layer import ResMoE
 from resmoe_dist.testing.random_layer import DTYPE, SHAPES, LayerShape, RandomLayer, parse_shape
@@ -81,12 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shapes", nargs="+", type=_shape, default=shapes, metavar="SHAPE", help=text)
     add("--tokens", nargs="+", type=positive, default=[1, 4, 16, 64, 256, 1024])
     add("--modes", nargs="+", choices=MODES, default=list(MODES))
-    add("--codec", choices=("pruned", "low_rank", "quantized"), default="pruned")
-    add("--keep", type=share, default=0.25)
-    add("--bits", type=int, choices=BITS, default=3, help="of quantised residuals")
-    add("--center-bits", type=int, choices=BITS, help="of a quantised centre (default: none)")
-    add("--coder", choices=("scalar", "trellis"), default="trellis", help="up to 4 bits")
-    add("--group-size", type=positive, help="entries that share a scale (default: of a projection)")
+    add_codec_arguments(parser)
     add("--plot", type=Path, metavar="F", help="plot the ratios over tokens (.png, .svg, .pdf)")
     parser.set_defaults(repeats=9, seconds=6)
 
@@ -98,25 +92,10 @@ def _shape(text: str) -> LayerShape:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _codecs(args: argparse.Namespace) -> tuple[CodecSpec, CodecSpec | None]:
-    """Of the residuals, and of the centre if it is quantised."""
-    if args.codec != "quantized":
-        return CodecSpec(name=args.codec, options={"keep": args.keep}), None
-
-    def spec(bits: int) -> CodecSpec:
-        coder = args.coder if bits <= 4 else "scalar"
-        return CodecSpec(
-            name="quantized",
-            options={"bits": bits, "coder": coder, "group_size": args.group_size},
-        )
-
-    return spec(args.bits), spec(args.center_bits) if args.center_bits else None
-
-
 def measure(args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     """rows: per shape and number of tokens. resident, restoring: per shape. memory: its speed."""
     check_plot(args.plot)
-    codec, center = _codecs(args)
+    codec, center = codec_specs(args)
     rows: list[Row] = []
     skipped, resident, restoring, speeds = list[Row](), list[Row](), list[Row](), []
     for shape in args.shapes:

@@ -36,9 +36,10 @@ if not __package__:
 import numpy as np
 import torch
 
+from benchmarks.codec_arguments import add_codec_arguments
 from benchmarks.decode import make_compressed
 from benchmarks.generation import Generated, generate, slowest_steps
-from benchmarks.harness import logger, main, positive, share
+from benchmarks.harness import logger, main, positive
 from benchmarks.model_systems import ModelSystem
 from benchmarks.ranks import RanksClock, add_grid_arguments, barrier, join_grid, of_all_ranks, rank
 from benchmarks.stages import STAGES, stage_seconds
@@ -69,13 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the benchmark."""
     add_grid_arguments(parser, ep=4, tp=2)
     add_model_arguments(parser, layers=4)
-    parser.set_defaults(hidden=1024, rows=3584, repeats=5, seconds=300, codec="pruned")
+    add_codec_arguments(parser)
+    parser.set_defaults(hidden=1024, rows=3584, repeats=5, seconds=300)
     add = parser.add_argument
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("--work", type=Path, metavar="DIR", help="holds the model; made once")
     place.add_argument("--model", type=Path, metavar="DIR", help="a compressed folder instead")
     add("--lanes", nargs="+", type=positive, metavar="L", help="default: all that the grid has")
-    add("--keep", type=share, default=0.25)
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="to compute in")
     add("--batch-size", type=positive, default=1, metavar="B", help="sequences, of all lanes")
     add("--input-len", type=positive, default=64, metavar="S", help="prompt tokens")

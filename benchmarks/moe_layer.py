@@ -40,7 +40,8 @@ if not __package__:
 import torch
 from torch import Tensor
 
-from benchmarks.harness import logger, main, positive, share
+from benchmarks.codec_arguments import add_codec_arguments, codec_specs
+from benchmarks.harness import logger, main, positive
 from benchmarks.kernels import TOLERANCE
 from benchmarks.moe_systems import (
     Router,
@@ -65,7 +66,6 @@ from benchmarks.tables import Row
 from benchmarks.timing import Clock
 from benchmarks.ways import DENSE
 from benchmarks.wire import WireCount
-from resmoe_dist.codecs import CodecSpec
 from resmoe_dist.design_matrix import row_range
 from resmoe_dist.errors import first_line
 from resmoe_dist.evaluation.tables import human_bytes
@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", nargs="+", type=positive, default=[8, 32, 128, 2048], metavar="N")
     add("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="our forms of dispatch")
     add("--experts", nargs="+", choices=DENSE, default=list(DENSE), help="of transformers")
-    add("--keep", type=share, default=0.25)
+    add_codec_arguments(parser)
     parser.set_defaults(repeats=15, seconds=60)
 
 
@@ -111,9 +111,9 @@ def measure(args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     if place.replica_lanes > 1:
         topologies.append(build_topology(args.ep, args.tp, lanes=place.dp))
     results: dict[str, Any] = {"fastest": [], "rows": [], "skipped": []}
+    codec, center = codec_specs(args)
     for shape in args.shapes:
-        codec = CodecSpec(name="pruned", options={"keep": args.keep})
-        layer = RandomLayer(shape, codec, clock.device, args.seed)
+        layer = RandomLayer(shape, codec, clock.device, args.seed, center=center)
         weight_EH = torch.randn(shape.experts, shape.hidden, generator=layer.generator)
         router = Router(weight_EH / math.sqrt(shape.hidden), shape.top_k)
         systems = systems_of(args, layer, router, topologies)

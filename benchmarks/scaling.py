@@ -38,9 +38,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from benchmarks.codec_arguments import add_codec_arguments
 from benchmarks.decode import make_compressed
 from benchmarks.generation import generate
-from benchmarks.harness import logger, main, positive, share
+from benchmarks.harness import logger, main, positive
 from benchmarks.links import PRESETS, Link, Network, Timing, fit_link, time_collectives
 from benchmarks.model_systems import ModelSystem
 from benchmarks.synthetic import add_model_arguments
@@ -131,7 +132,8 @@ def parse_grid(text: str) -> Grid:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the benchmark."""
     add_model_arguments(parser, layers=4)
-    parser.set_defaults(hidden=1024, rows=3584, codec="pruned")
+    add_codec_arguments(parser)
+    parser.set_defaults(hidden=1024, rows=3584)
     add, grids = parser.add_argument, {"nargs": "*", "type": parse_grid, "metavar": "EPxTP"}
     add("--work", type=Path, required=True, metavar="DIR", help="holds the model; made once")
     add("--grids", **grids, default=[Grid(4, 2), Grid(8, 1), Grid(8, 8)], help="to predict")
@@ -141,7 +143,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--links", nargs="+", choices=links, default=links, help="between the ranks of a node")
     add("--between", choices=list(PRESETS), default="ib200", help="link between nodes")
     add("--per-node", type=positive, default=8, metavar="N", help="ranks of a node")
-    add("--keep", type=share, default=0.25)
     add("--groups", type=positive, default=1, help="centres per layer, over all ranks")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="to compute in")
     add("--input-len", type=positive, default=64, metavar="S", help="prompt tokens")

@@ -55,8 +55,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import decode
+from benchmarks.codec_arguments import add_codec_arguments
 from benchmarks.generation import Generated, generate, slowest_steps, tokens_of_all
-from benchmarks.harness import logger, main, positive, share
+from benchmarks.harness import logger, main, positive
 from benchmarks.model_systems import (
     ModelSystem,
     autoep_model_system,
@@ -119,10 +120,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the benchmark."""
     add_grid_arguments(parser, ep=4, tp=2)
     add_model_arguments(parser, layers=4)
-    parser.set_defaults(hidden=1024, rows=3584, repeats=3, seconds=300, codec="pruned")
+    add_codec_arguments(parser)
+    parser.set_defaults(hidden=1024, rows=3584, repeats=3, seconds=300)
     add, text = parser.add_argument, "holds the source, compressed, restored and dense model"
     add("--work", type=Path, required=True, metavar="DIR", help=f"{text}; each is made once")
-    add("--keep", type=share, default=0.25)
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="to compute in")
     add("--input-len", type=positive, default=64, metavar="S", help="prompt tokens")
     add("--output-len", type=positive, default=32, metavar="N", help="new tokens per sequence")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import struct
 
 import pytest
 import torch
@@ -193,8 +194,9 @@ def test_a_wide_beam_finds_the_best_path_under_cross_terms(before):
 def test_windows_of_the_trellis_stand_for_sums_of_the_bytes_of_a_hash():
     coder = TrellisCoder(2)
     for window in (0, 1, 4095):
-        mixed = (window * 34038481 + 76625530) % 2**32
-        assert coder.integers(torch.tensor(window)) == sum(mixed.to_bytes(4, "little")) - 510
+        products = [(window + 14 * 4096) * factor % 2**16 for factor in (59041, 5771)]
+        expected = sum(sum(struct.unpack("<2b", struct.pack("<H", each))) for each in products)
+        assert coder.integers(torch.tensor(window)) == expected
 
 
 def test_a_coder_with_wrong_bits_is_refused():

@@ -141,8 +141,12 @@ def decoded(matrix: QuantizedMatrix) -> np.ndarray:
     if CODERS[coder] == "scalar":
         integers_RE = 2 * windows_RE - (2**bits - 1)
     else:
-        hash_RE = (windows_RE * 34038481 + 76625530) % 2**32
-        integers_RE = sum(hash_RE >> shift & 255 for shift in (0, 8, 16, 24)) - 510
+        products = [(windows_RE + 14 * 4096) * factor % 2**16 for factor in (59041, 5771)]
+        integers_RE = sum(
+            (product >> shift).astype(np.int8).astype(np.int64)
+            for product in products
+            for shift in (0, 8)
+        )
     scales = matrix.scales.numpy().astype(np.float64)
     scales = np.where(scales > 0, float(matrix.top) * 2 ** ((scales - 255) / 16), 0)
     entry_E = np.arange(blocks * hidden)

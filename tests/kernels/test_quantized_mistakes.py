@@ -22,8 +22,9 @@ def matrix(**changed: object) -> object:
         "group_size": 32,
         "hidden": 40,
         "blocks": 3,
-        "multiplier": 5,
-        "increment": 7,
+        "first_factor": 5,
+        "second_factor": 7,
+        "mark": 0,
     }
     return torch.classes.resmoe.QuantizedMatrix(*(arguments | changed).values())
 

@@ -59,7 +59,7 @@ struct Avx2Levels {
     VectorLevels<8>::read_scales(matrix, from, groups, out);
   }
 
-  // Windows in words of 32 bits, in two registers, in the order that `vpackssdw` undoes: windows
+  // Windows in words of 32 bits, in two registers, in the order that `vpackusdw` undoes: windows
   // 0-3 and 8-11 in the first.
   template <Coder kCoder, int kBits>
   class Decoder {
@@ -67,8 +67,8 @@ struct Avx2Levels {
     Decoder(const QuantizedMatrix& matrix, int64_t first)
         : byte_(first * kBits / 8),
           mask_(_mm256_set1_epi32(window_mask(matrix))),
-          multiplier_(_mm256_set1_epi32(matrix.multiplier)),
-          increment_(_mm256_set1_epi32(matrix.increment)) {
+          mark_(_mm256_set1_epi16(matrix.mark)),
+          factors_{_mm256_set1_epi16(matrix.factors[0]), _mm256_set1_epi16(matrix.factors[1])} {
       // The bit of each window, of which the bytes are taken from the lower one on.
       const __m256i window = _mm256_set_epi32(11, 10, 9, 8, 3, 2, 1, 0);
       for (int half = 0; half < 2; ++half) {
@@ -87,8 +87,8 @@ struct Avx2Levels {
       const auto* from = reinterpret_cast<const __m128i*>(row + byte_ + chunk * 2 * kBits);
       if constexpr (kBits == 8) return scalar_levels(_mm256_cvtepu8_epi16(_mm_loadu_si128(from)));
       const __m256i stream = _mm256_broadcastsi128_si256(_mm_loadu_si128(from));
-      const __m256i packed = _mm256_packs_epi32(of_half(stream, 0), of_half(stream, 1));
-      return kCoder == Coder::kScalar ? scalar_levels(packed) : packed;
+      const __m256i windows = _mm256_packus_epi32(of_half(stream, 0), of_half(stream, 1));
+      return kCoder == Coder::kScalar ? scalar_levels(windows) : trellis_levels(windows);
     }
 
    private:
@@ -97,19 +97,22 @@ struct Avx2Levels {
                               _mm256_set1_epi16((1 << kBits) - 1));
     }
 
-    // Windows, or with `trellis` levels.
+    Levels trellis_levels(__m256i windows) const {
+      const __m256i marked = _mm256_or_si256(windows, mark_);
+      const auto byte_sums = [&](__m256i factor) {
+        return _mm256_maddubs_epi16(_mm256_set1_epi8(1), _mm256_mullo_epi16(marked, factor));
+      };
+      return _mm256_add_epi16(byte_sums(factors_[0]), byte_sums(factors_[1]));
+    }
+
+    // Eight windows.
     __m256i of_half(__m256i stream, int half) const {
       const __m256i words = _mm256_shuffle_epi8(stream, bytes_[half]);
-      const __m256i windows = _mm256_and_si256(_mm256_srlv_epi32(words, shifts_[half]), mask_);
-      if constexpr (kCoder == Coder::kScalar) return windows;
-      const __m256i hash = _mm256_add_epi32(_mm256_mullo_epi32(windows, multiplier_), increment_);
-      const __m256i pairs = _mm256_maddubs_epi16(hash, _mm256_set1_epi8(1));
-      return _mm256_sub_epi32(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)),
-                              _mm256_set1_epi32(510));
+      return _mm256_and_si256(_mm256_srlv_epi32(words, shifts_[half]), mask_);
     }
 
     int64_t byte_;
-    __m256i bytes_[2], shifts_[2], mask_, multiplier_, increment_;
+    __m256i bytes_[2], shifts_[2], mask_, mark_, factors_[2];
   };
 };
 

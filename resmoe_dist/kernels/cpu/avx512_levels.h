@@ -1,8 +1,9 @@
 // Operations on levels with AVX-512.
 //
-// Fast because of three instructions. `vpmultishiftqb` takes bytes from any bits of a word of 64
-// bits, so one of it finds the windows of 32 entries. `vpermw` looks up the level of a window in a
-// register. `vpdpwssd` multiplies 32 levels with 32 numbers. `vpdpbusd` adds up the bytes of a hash.
+// Fast because of these instructions, each for 32 entries. `vpmultishiftqb` takes bytes from any bits
+// of a word of 64 bits, so it finds windows. `vpermw` looks up the level of a window in a register.
+// `vpmullw` and `vpmaddubsw` multiply a window and add up the bytes of the product. `vpdpwssd`
+// multiplies levels with tokens.
 //
 // Included after the target was chosen.
 
@@ -79,6 +80,34 @@ struct Avx512Levels {
     }
   }
 
+  // 32 words of 16 bits that begin with the windows of 32 entries; what follows a window is above
+  // it.
+  template <int kBits>
+  class Windows {
+   public:
+    explicit Windows(int64_t first)
+        : byte_(first * kBits / 8),
+          bytes_(_mm512_load_si512(&kBytes)),
+          bits_(_mm512_add_epi8(_mm512_load_si512(&kFirstBits),
+                                _mm512_set1_epi8(first * kBits % 8))) {}
+
+    __m512i read(const uint8_t* row, int64_t chunk) const {
+      const auto* from = reinterpret_cast<const __m256i*>(row + byte_ + chunk * 4 * kBits);
+      const __m512i stream = _mm512_castsi256_si512(_mm256_loadu_si256(from));
+      return _mm512_multishift_epi64_epi8(bits_, _mm512_permutexvar_epi8(bytes_, stream));
+    }
+
+   private:
+    // Word 4q + m of 16 bits is in quadword q, which gets the bytes from bit 4q · kBits on.
+    static constexpr Bytes kBytes =
+        bytes_of([](int i) { return i / 8 * 4 * kBits / 8 + i % 8; });
+    static constexpr Bytes kFirstBits = bytes_of(
+        [](int i) { return i / 8 * 4 * kBits % 8 + i % 8 / 2 * kBits + i % 2 * 8; });
+
+    int64_t byte_;
+    __m512i bytes_, bits_;
+  };
+
   template <Coder kCoder, int kBits>
   class Decoder;
 
@@ -87,11 +116,7 @@ struct Avx512Levels {
     requires(kBits <= 4)
   class Decoder<Coder::kScalar, kBits> {
    public:
-    Decoder(const QuantizedMatrix&, int64_t first)
-        : byte_(first * kBits / 8),
-          bytes_(_mm512_load_si512(&kBytes)),
-          bits_(_mm512_add_epi8(_mm512_load_si512(&kFirstBits),
-                                _mm512_set1_epi8(first * kBits % 8))) {
+    Decoder(const QuantizedMatrix&, int64_t first) : windows_(first) {
       alignas(64) int16_t levels[32];
       constexpr int kHighest = (1 << kBits) - 1;
       for (int i = 0; i < 32; ++i) levels[i] = 2 * (i & kHighest) - kHighest;
@@ -99,23 +124,13 @@ struct Avx512Levels {
     }
 
     Levels read(const uint8_t* row, int64_t chunk) const {
-      const auto* from = reinterpret_cast<const __m256i*>(row + byte_ + chunk * 4 * kBits);
-      const __m512i stream = _mm512_castsi256_si512(_mm256_loadu_si256(from));
-      const __m512i windows =
-          _mm512_multishift_epi64_epi8(bits_, _mm512_permutexvar_epi8(bytes_, stream));
-      return _mm512_permutexvar_epi16(windows, levels_);
+      // Only the lowest bits of a word are looked at.
+      return _mm512_permutexvar_epi16(windows_.read(row, chunk), levels_);
     }
 
    private:
-    // Word 4q + m of 16 bits is in quadword q, which gets the bytes from bit 4q · kBits on. Only the
-    // lowest bits of a word are looked at.
-    static constexpr Bytes kBytes =
-        bytes_of([](int i) { return i / 8 * 4 * kBits / 8 + i % 8; });
-    static constexpr Bytes kFirstBits =
-        bytes_of([](int i) { return i / 8 * 4 * kBits % 8 + i % 8 / 2 * kBits; });
-
-    int64_t byte_;
-    __m512i bytes_, bits_, levels_;
+    Windows<kBits> windows_;
+    __m512i levels_;
   };
 
   template <int kBits>
@@ -134,45 +149,30 @@ struct Avx512Levels {
     int64_t first_;
   };
 
-  // Windows in words of 32 bits, in two registers, in the order that `vpackssdw` undoes: windows
-  // 0-3, 8-11, 16-19 and 24-27 in the first.
+  // Windows in words of 16 bits.
   template <int kBits>
   class Decoder<Coder::kTrellis, kBits> {
    public:
     Decoder(const QuantizedMatrix& matrix, int64_t first)
-        : byte_(first * kBits / 8),
-          mask_(_mm512_set1_epi32(window_mask(matrix))),
-          multiplier_(_mm512_set1_epi32(matrix.multiplier)),
-          increment_(_mm512_set1_epi32(matrix.increment)) {
-      const __m512i phase = _mm512_set1_epi8(first * kBits % 8);
-      bytes_ = _mm512_load_si512(&kBytes);
-      first_bits_ = _mm512_add_epi8(_mm512_load_si512(&kFirstBits), phase);
-      second_bits_ = _mm512_add_epi8(first_bits_, _mm512_set1_epi8(4 * kBits));
-    }
+        : windows_(first),
+          mask_(_mm512_set1_epi16(window_mask(matrix))),
+          mark_(_mm512_set1_epi16(matrix.mark)),
+          factors_{_mm512_set1_epi16(matrix.factors[0]), _mm512_set1_epi16(matrix.factors[1])} {}
 
     Levels read(const uint8_t* row, int64_t chunk) const {
-      const auto* from = reinterpret_cast<const __m256i*>(row + byte_ + chunk * 4 * kBits);
-      const __m512i stream = _mm512_castsi256_si512(_mm256_loadu_si256(from));
-      const __m512i bytes = _mm512_permutexvar_epi8(bytes_, stream);
-      return _mm512_packs_epi32(levels(_mm512_multishift_epi64_epi8(first_bits_, bytes)),
-                                levels(_mm512_multishift_epi64_epi8(second_bits_, bytes)));
+      constexpr int kAndOr = 0xEA;
+      const __m512i marked =
+          _mm512_ternarylogic_epi32(windows_.read(row, chunk), mask_, mark_, kAndOr);
+      return _mm512_add_epi16(byte_sums(marked, factors_[0]), byte_sums(marked, factors_[1]));
     }
 
    private:
-    // Both quadwords of 128 bits get the bytes from the first of their eight windows on.
-    static constexpr Bytes kBytes = bytes_of([](int i) { return i / 16 * kBits + i % 8; });
-    static constexpr Bytes kFirstBits =
-        bytes_of([](int i) { return i % 16 / 4 * kBits + i % 4 * 8; });
-
-    __m512i levels(__m512i windows) const {
-      const __m512i product =
-          _mm512_mullo_epi32(_mm512_and_si512(windows, mask_), multiplier_);
-      return _mm512_dpbusd_epi32(_mm512_set1_epi32(-510),
-                                 _mm512_add_epi32(product, increment_), _mm512_set1_epi8(1));
+    static __m512i byte_sums(__m512i marked, __m512i factor) {
+      return _mm512_maddubs_epi16(_mm512_set1_epi8(1), _mm512_mullo_epi16(marked, factor));
     }
 
-    int64_t byte_;
-    __m512i bytes_, first_bits_, second_bits_, mask_, multiplier_, increment_;
+    Windows<kBits> windows_;
+    __m512i mask_, mark_, factors_[2];
   };
 };
 

@@ -138,7 +138,7 @@ LayerPtr quantized_layer(Layer::QuantizedList residuals, Layer::QuantizedList ce
 TORCH_LIBRARY(resmoe, library) {
   library.class_<QuantizedWeights>("QuantizedMatrix")
       .def(torch::init<Tensor, Tensor, const Tensor&, const std::string&, int64_t, int64_t, int64_t,
-                       int64_t, int64_t, int64_t, int64_t>());
+                       int64_t, int64_t, int64_t, int64_t, int64_t>());
   library.class_<Layer>("Layer").def(
       torch::init<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
                   std::vector<Tensor>, std::vector<int64_t>, int64_t, int64_t,

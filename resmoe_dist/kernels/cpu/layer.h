@@ -35,11 +35,11 @@ struct Copies {
 // A quantised matrix, checked. Row biases are no part of it.
 struct QuantizedWeights : torch::CustomClassHolder {
   // codes: uint8 [S, P]. scales: uint8 [S, G]. top: float32 [1]. coder: "scalar" or "trellis".
-  // window_bits, multiplier, increment: see quantized.h.
+  // window_bits, factors, mark: see quantized.h.
   QuantizedWeights(at::Tensor codes, at::Tensor scales, const at::Tensor& top,
                    const std::string& coder, int64_t bits, int64_t window_bits,
-                   int64_t group_size, int64_t hidden, int64_t blocks, int64_t multiplier,
-                   int64_t increment);
+                   int64_t group_size, int64_t hidden, int64_t blocks,
+                   int64_t first_factor, int64_t second_factor, int64_t mark);
 
   int64_t rows() const { return tensors_[0].size(0); }
 

@@ -13,7 +13,7 @@ namespace {
 
 using namespace resmoe;
 
-// Products of pairs that may be added to a sum: 16 · 2 products of a level, at most 510 in
+// Products of pairs that may be added to a sum: 16 · 2 products of a level, at most 512 in
 // magnitude, with a number below 2^15 are less than 2^30.
 constexpr int64_t kMaxDots = 16;
 
@@ -89,8 +89,8 @@ struct VectorLevels {
         : byte_(first * kBits / 8),
           phase_(first * kBits % 8),
           mask_(window_mask(matrix)),
-          multiplier_(matrix.multiplier),
-          increment_(matrix.increment) {}
+          mark_(matrix.mark),
+          factors_{matrix.factors[0], matrix.factors[1]} {}
 
     Levels read(const uint8_t* row, int64_t chunk) const {
       int16_t levels[kLevels];
@@ -109,13 +109,17 @@ struct VectorLevels {
    private:
     int16_t level(uint32_t window) const {
       if constexpr (kCoder == Coder::kScalar) return 2 * window - ((1 << kBits) - 1);
-      const uint32_t hash = window * multiplier_ + increment_;
-      return (hash & 0xFF) + (hash >> 8 & 0xFF) + (hash >> 16 & 0xFF) + (hash >> 24) - 510;
+      int level = 0;
+      for (const uint32_t factor : factors_) {
+        const uint32_t product = (window | mark_) * factor;
+        level += static_cast<int8_t>(product) + static_cast<int8_t>(product >> 8);
+      }
+      return level;
     }
 
     int64_t byte_;
     int phase_;
-    uint32_t mask_, multiplier_, increment_;
+    uint32_t mask_, mark_, factors_[2];
   };
 };
 

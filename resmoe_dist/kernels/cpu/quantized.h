@@ -12,8 +12,8 @@
 
 namespace resmoe {
 
-// scalar: level = 2 · window − (2^bits − 1). trellis: the sum of the four bytes of
-// window · multiplier + increment, minus 510.
+// scalar: level = 2 · window − (2^bits − 1). trellis: the sum of the four bytes of two products of
+// 16 bits, (window | mark) · factors[0] and (window | mark) · factors[1], as signed numbers.
 enum class Coder { kScalar, kTrellis };
 
 // Kernels read up to this many bytes from any byte of a row on.
@@ -36,8 +36,8 @@ struct QuantizedMatrix {
   Coder coder;
   int bits;
   int window_bits;
-  uint32_t multiplier;
-  uint32_t increment;
+  uint16_t factors[2];
+  uint16_t mark;
   int64_t hidden;      // H
   int64_t group_size;  // a multiple of kLevelStep, or at least H
   int64_t groups;      // of one block: G = B · groups

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from resmoe_dist.codecs import QuantizedMatrix
-from resmoe_dist.codecs.coders import INCREMENT, MULTIPLIER
+from resmoe_dist.codecs.coders import FACTORS, MARK
 from resmoe_dist.codecs.rotation import hadamard_block, signs
 from resmoe_dist.kernels.cpu.backend import DTYPES, CpuBackend
 from resmoe_dist.kernels.cpu.build import load_kernels
@@ -120,6 +120,6 @@ def _prepared_matrix(matrix: Any) -> Any:
         matrix.group,
         matrix.hidden,
         matrix.blocks,
-        MULTIPLIER,
-        INCREMENT,
+        *FACTORS,
+        MARK,
     )

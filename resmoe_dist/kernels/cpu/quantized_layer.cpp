@@ -50,7 +50,7 @@ void check_window(Coder coder, int64_t bits, int64_t window_bits) {
 QuantizedWeights::QuantizedWeights(Tensor codes, Tensor scales, const Tensor& top,
                                    const std::string& coder, int64_t bits, int64_t window_bits,
                                    int64_t group_size, int64_t hidden, int64_t blocks,
-                                   int64_t multiplier, int64_t increment)
+                                   int64_t first_factor, int64_t second_factor, int64_t mark)
     : matrix{}, blocks(blocks) {
   matrix.coder = as_coder(coder);
   check_window(matrix.coder, bits, window_bits);
@@ -59,8 +59,9 @@ QuantizedWeights::QuantizedWeights(Tensor codes, Tensor scales, const Tensor& to
               "groups of ", group_size, " entries");
   matrix.bits = bits;
   matrix.window_bits = window_bits;
-  matrix.multiplier = static_cast<uint32_t>(multiplier);
-  matrix.increment = static_cast<uint32_t>(increment);
+  matrix.factors[0] = static_cast<uint16_t>(first_factor);
+  matrix.factors[1] = static_cast<uint16_t>(second_factor);
+  matrix.mark = static_cast<uint16_t>(mark);
   matrix.hidden = hidden;
   matrix.group_size = group_size;
   matrix.groups = (hidden + group_size - 1) / group_size;
