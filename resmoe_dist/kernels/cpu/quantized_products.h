@@ -80,20 +80,23 @@ void dot_levels(const Decoder& decoder, const uint8_t* const* rows, const float*
   using Floats = L::Floats;
   constexpr int64_t kMaxColumns = kMaxDots * L::kLevels;
   Floats totals[kRows][kTokens][kPlanes] = {};
+  const int16_t* planes[kTokens][kPlanes];
+  for (int t = 0; t < kTokens; ++t) std::copy_n(x[t]->planes, kPlanes, planes[t]);
   for (int64_t first = 0, g = 0; first < columns; ++g) {
     const int64_t group_end = std::min(columns, first + group_size);
     while (first < group_end) {
       const int64_t end = std::min(group_end, first + kMaxColumns);
       L::Sums sums[kRows][kTokens][kPlanes] = {};
-      for (int64_t c = first; c < end; c += L::kLevels) {
+      const int64_t end_chunk = (end + L::kLevels - 1) / L::kLevels;
+      for (int64_t chunk = first / L::kLevels; chunk < end_chunk; ++chunk) {
         L::Levels levels[kRows];
         RESMOE_UNROLL
-        for (int r = 0; r < kRows; ++r) levels[r] = decoder.read(rows[r], c / L::kLevels);
+        for (int r = 0; r < kRows; ++r) levels[r] = decoder.read(rows[r], chunk);
         RESMOE_UNROLL
         for (int t = 0; t < kTokens; ++t) {
           RESMOE_UNROLL
           for (int p = 0; p < kPlanes; ++p) {
-            const L::Levels token = L::load(x[t]->planes[p] + c);
+            const L::Levels token = L::load(planes[t][p] + chunk * L::kLevels);
             RESMOE_UNROLL
             for (int r = 0; r < kRows; ++r) sums[r][t][p] = L::dot(sums[r][t][p], levels[r], token);
           }
@@ -152,8 +155,8 @@ void dot_two_rows(int64_t copies, const Decoder& decoder, const uint8_t* const* 
 template <class Decoder>
 void decode_levels(const Decoder& decoder, const uint8_t* row, int64_t columns, int16_t* out) {
   using L = LevelPrimitives;
-  for (int64_t c = 0; c < columns; c += L::kLevels) {
-    L::store(decoder.read(row, c / L::kLevels), out + c);
+  for (int64_t chunk = 0; chunk * L::kLevels < columns; ++chunk) {
+    L::store(decoder.read(row, chunk), out + chunk * L::kLevels);
   }
 }
 
