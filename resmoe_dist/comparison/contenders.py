@@ -16,7 +16,8 @@ class Contender:
     calibrated: whether it needs `--calibration`. seeded: whether its method has an option `seed`.
     whole_layer: whether it needs all experts of a layer in one group, whatever `--ep` is.
     fixed_size: whether its bytes follow from its options alone, whatever the budget.
-    needs_target: whether its budget is bytes: it has no share to keep.
+    needs_target: whether its budget is bytes only. For a share to keep, it is `resmoe` again or has
+    nothing to keep.
     """
 
     kind: str
@@ -60,19 +61,22 @@ OURS, PRUNING, LOW_RANK, DROPPING = "ours", "pruning", "low rank", "dropping exp
 MERGING, WIDTH, ROUNDING = "merging experts", "fewer neurons", "fewer bits"
 
 CONTENDERS: dict[str, Contender] = {
-    "resmoe": Contender(OURS, "centre and kept entries chosen together, exactly"),
+    "resmoe": Contender(OURS, "the default: for a size few bits, for a share kept entries"),
     "resmoe-calibrated": Contender(
         OURS, "the same, errors weighted by activations", calibrated=True
     ),
-    "resmoe-bits": Contender(
+    "resmoe-pruned": Contender(
         OURS,
-        "a few bits per entry, centres and bits chosen for the size",
-        {"codec": "quantized"},
-        calibrated=True,
+        "centre and kept entries chosen together, exactly",
+        {"codec": "pruned"},
         needs_target=True,
     ),
-    "resmoe-bits-plain": Contender(
-        OURS, "the same without calibration", {"codec": "quantized"}, needs_target=True
+    "resmoe-pruned-calibrated": Contender(
+        OURS,
+        "the same, errors weighted by activations",
+        {"codec": "pruned"},
+        calibrated=True,
+        needs_target=True,
     ),
     "gptq": Contender(
         ROUNDING,
@@ -86,9 +90,9 @@ CONTENDERS: dict[str, Contender] = {
     ),
     "resmoe-svd": Contender(OURS, "low-rank residuals", {"codec": "low_rank"}),
     "resmoe-no-alignment": Contender(
-        OURS, "rows in stored order", {"align": "none", "center": "joint"}
+        OURS, "the default with rows in stored order", {"align": "none", "center": "joint"}
     ),
-    "resmoe-no-center": Contender(OURS, "no centre, one budget per group", {"center": "none"}),
+    "resmoe-no-center": Contender(OURS, "the default without a centre", {"center": "none"}),
     "resmoe-barycenter": Contender(
         OURS,
         "the papers' recipe: POT's barycentre, then pruning",

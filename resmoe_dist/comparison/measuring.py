@@ -120,7 +120,7 @@ def _measure(
     if contender.calibrated and config.calibration is None:
         raise UserError("needs --calibration TEXT")
     if contender.needs_target and budget.option != "target_bytes":
-        raise UserError("spends bits, not entries: give --target-bytes")
+        raise UserError("only for a size: give --target-bytes")
     options = contender.compress_options(seed, config.ep) | budget.options
     if contender.calibrated:
         options["calibration"] = config.calibration

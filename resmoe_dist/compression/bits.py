@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from resmoe_dist.codecs import CodecSpec
+
 # Residuals of an expert, and centres, may have so many bits; None: no centre.
 RESIDUAL_BITS = (1, 2, 3, 4, 8)
 CENTER_BITS = (None, 1, 2, 3, 4, 8)
@@ -75,6 +77,19 @@ class GroupBits:
     residual_E: tuple[int, ...]
 
 
+def errors_at(spec: CodecSpec) -> tuple[float, ...]:
+    """What the codec leaves of a matrix at each of RESIDUAL_BITS."""
+    return tuple(spec.codec.error_at(spec.config, bits) for bits in RESIDUAL_BITS)
+
+
+def sizes_at(spec: CodecSpec, rows: int, columns: int, itemsize: int) -> tuple[int, ...]:
+    """Bytes of a matrix at each of RESIDUAL_BITS."""
+    return tuple(
+        spec.codec.stored_bytes(rows, columns, spec.with_bits(bits).config, itemsize)
+        for bits in RESIDUAL_BITS
+    )
+
+
 def allocate_bits(groups: Sequence[GroupEnergies], target_bytes: float) -> list[GroupBits] | None:
     """The bits of each group that lose least and together take at most `target_bytes`.
 
@@ -101,6 +116,12 @@ def allocate_bits(groups: Sequence[GroupEnergies], target_bytes: float) -> list[
     found = chosen(high)
     _spend_rest(groups, found, target_bytes - total(found))
     return found
+
+
+def error_of(energies: GroupEnergies, bits: GroupBits) -> float:
+    """The weighted squared error that is expected of a group."""
+    coded = zip(energies.coded_E(bits.center), energies.weight_E, bits.residual_E, strict=True)
+    return sum(weight * energies.error(each) * left for left, weight, each in coded)
 
 
 def _best_bits(energies: GroupEnergies, price: float) -> GroupBits:

@@ -48,12 +48,16 @@ def with_option(codec: str, option: str) -> str:
 class StorageConfig(CommandConfig):
     """How compressed experts are stored."""
 
-    groups_per_rank: int = option(
-        1, "centres per EP rank; its experts are clustered by similarity", metavar="M"
+    groups_per_rank: int | None = option(
+        None,
+        "centres per EP rank; its experts are clustered by similarity (default: 1, or for bits and "
+        "a size one for all ranks where that loses less)",
+        metavar="M",
     )
-    codec: str = option(
-        "pruned",
-        "how residuals are stored: pruned, quantized, low_rank, or NAME:option=value,…",
+    codec: str | None = option(
+        None,
+        "how residuals are stored: pruned, quantized, low_rank, or NAME:option=value,… (default: "
+        "quantized for bits or a size, otherwise pruned)",
     )
     center_codec: str | None = option(
         None,
@@ -73,13 +77,14 @@ class StorageConfig(CommandConfig):
     )
     target_bytes: Share | None = option(
         None,
-        "keep as much as fits this share of the dense expert bytes, everything counted",
+        "size of the experts as a share of the dense ones, everything counted: chooses the bits of "
+        "every centre and residual, or how much to keep if --codec keeps entries",
         metavar="SHARE",
         exclusive="budget",
     )
     target_bits: float | None = option(
         None,
-        "bits per expert weight, everything counted: chooses the bits of every centre and residual",
+        "the same as bits per expert weight",
         metavar="BITS",
         exclusive="budget",
         gt=0,
@@ -90,10 +95,13 @@ class StorageConfig(CommandConfig):
     @property
     def residual_text(self) -> str:
         """The residuals' codec as `--codec` is written, with `--bits`."""
-        if self.bits is None and self.center_bits is None and self.target_bits is None:
-            return self.codec
-        codec = self.codec if "codec" in self.model_fields_set else "quantized"
+        codec = self.codec or self._default_codec
         return codec if self.bits is None else with_option(codec, f"bits={self.bits}")
+
+    @property
+    def _default_codec(self) -> str:
+        asks_bits = (self.bits, self.center_bits, self.target_bits, self.target_bytes)
+        return "pruned" if all(each is None for each in asks_bits) else "quantized"
 
     @property
     def center_text(self) -> str | None:
@@ -106,9 +114,9 @@ class StorageConfig(CommandConfig):
     def _check_budget(self) -> Self:
         given = {"--keep": self.keep, "--target-bytes": self.target_bytes}
         for name, value in given.items():
-            if value is not None and re.search("[:,]keep=", self.codec):
+            if value is not None and re.search("[:,]keep=", self.codec or ""):
                 raise ValueError(f"{name} and --codec {self.codec} both say how much to keep")
-        if self.bits is not None and re.search("[:,]bits=", self.codec):
+        if self.bits is not None and re.search("[:,]bits=", self.codec or ""):
             raise ValueError(f"--bits {self.bits} and --codec {self.codec} both say how many bits")
         return self
 
@@ -158,6 +166,14 @@ class CompressConfig(StorageConfig):
         "leave out tensors that transformers does not load, such as the experts of MTP layers",
     )
     resume: bool = option(False, "continue an interrupted run; finished files are kept")
+
+    @property
+    def _default_codec(self) -> str:
+        # What a size means for methods and budgets that keep entries.
+        keeps_entries = self.method.partition(":")[0] != "resmoe" or self.allocate != "group"
+        if self.target_bytes is not None and keeps_entries:
+            return "pruned"
+        return super()._default_codec
 
     @model_validator(mode="before")
     @classmethod

@@ -22,6 +22,7 @@ from resmoe_dist.errors import UserError
 from resmoe_dist.families.storage import ExpertSite
 from resmoe_dist.footprint.experts import ExpertBytes, PlannedGroup, PlannedLayer
 from resmoe_dist.footprint.structure import ModelStructure
+from resmoe_dist.jobs.bit_budget import sizes_for_target
 from resmoe_dist.jobs.group import wanted_codecs
 from resmoe_dist.jobs.settings import check_choices, keep_for_target
 from resmoe_dist.methods import Dense, Method, method_of
@@ -70,17 +71,39 @@ class SettingsLayout(Layout):
         check_choices(self.structure.sites, settings)
         if settings.target_bytes is not None:
             if settings.residual_codec.codec.spends_bits:
-                raise UserError(
-                    "--target-bits, --target-bytes: which matrices get how many bits depends on "
-                    "the weights; give --bits and --center-bits"
-                )
+                return self._stored(self._of_size(settings), settings)
             keep = keep_for_target(settings, self._sizes(settings))
             residual = settings.residual_codec.with_keep(keep)
             settings = settings.model_copy(update={"residual_codec": residual})
-        layers = tuple(
+        return self._stored(self._layers(settings), settings)
+
+    def _layers(self, settings: CompressionSettings) -> tuple[PlannedLayer, ...]:
+        return tuple(
             self._layer(site, settings, position)
             for position, site in enumerate(self.structure.sites)
         )
+
+    def _of_size(self, settings: CompressionSettings) -> tuple[PlannedLayer, ...]:
+        """Layers of the size that is asked for, with the bytes of centres among the residuals'."""
+        sizes = self._sizes(settings)
+        layers = list(self._layers(settings))
+        expert_bytes = sizes_for_target(settings, sizes)
+        for i in settings.layers:
+            bytes_of_expert = expert_bytes[i] + sizes[i].bias_bytes
+            groups = [
+                replace(
+                    group,
+                    center=None,
+                    measured=ExpertBytes(0, int(len(group.experts) * bytes_of_expert)),
+                )
+                for group in layers[i].groups
+            ]
+            layers[i] = replace(layers[i], groups=tuple(groups))
+        return tuple(layers)
+
+    def _stored(
+        self, layers: tuple[PlannedLayer, ...], settings: CompressionSettings
+    ) -> StoredExperts:
         experts = sum(layer.stored_bytes for layer in layers)
         return StoredExperts(layers, experts + self.structure.other_stored_bytes, settings)
 

@@ -141,7 +141,7 @@ def _fits(total: int, gpu_memory: int) -> str:
 def _codecs(stored: StoredExperts) -> str:
     """`dense centres and pruned (keep 0.25) residuals, 4 groups a layer`."""
     settings = stored.settings
-    groups = settings.groups * settings.groups_per_rank
+    groups = " or ".join(str(n) for n in sorted({len(layer.groups) for layer in stored.layers}))
     layers = f" in {len(settings.layers)} of {len(stored.layers)} layers"
     return (
         f"{_codec(settings.center_codec)} + {_codec(settings.residual_codec)}, groups per layer "

@@ -208,6 +208,7 @@ class GroupCompressor:
             biases_EH=torch.stack(biases) if biases else None,
             max_stored=self._max_stored(layer),
             numbers=tuple(experts),
+            of_layer=self.source.sites[layer].num_experts,
         )
 
     def _max_stored(self, layer: int) -> int | None:

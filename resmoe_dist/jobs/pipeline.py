@@ -1,8 +1,7 @@
 """Source checkpoint to compressed checkpoint: one (layer, group) at a time, one file each.
 
     calibrate   measure activations, if errors are weighted
-    cluster     if a rank has several groups: which of its experts share one
-    plan        if the whole model shares one budget: align, and price each group's entries
+    plan        which experts share a centre, and what budget each group gets (`group_planning`)
     compress    read a group, compress it by the layer's method, write it
 
 Each phase hands its tasks to the ranks as they become free. The run works in `OUTPUT.partial` (see
@@ -38,13 +37,12 @@ from resmoe_dist.compression.activations import (
     load_activations,
     save_activations,
 )
-from resmoe_dist.compression.bits import allocate_bits
 from resmoe_dist.compression.blocks import CPU
-from resmoe_dist.compression.budget import allocate_over_model
 from resmoe_dist.compression.samples import SampleFiles
 from resmoe_dist.errors import UserError
 from resmoe_dist.jobs.claims import Claims
 from resmoe_dist.jobs.group import EXPERT_MAP, GroupCompressor
+from resmoe_dist.jobs.group_planning import GroupPlanning
 from resmoe_dist.jobs.memory_budget import ExpertStore
 from resmoe_dist.jobs.model_files import (
     PRODUCER,
@@ -80,6 +78,7 @@ class Compression:
 
     device: where to compute. max_memory: bytes of anonymous memory that each rank may take.
     measure: returns the activations of each MoE layer, to weigh errors by; called on one rank.
+    may_join: see `GroupPlanning`.
 
     Raises UserError for a source that cannot be compressed (see `SourceCheckpoint`), settings that
     do not fit the model or each other, and an output folder that exists; ValueError for an unknown
@@ -96,8 +95,10 @@ class Compression:
         device: torch.device = CPU,
         max_memory: int | None = None,
         measure: Measure | None = None,
+        may_join: bool = False,
     ) -> None:
         self.source, self.output, self._measure = source, output, measure
+        self._may_join = may_join
         source.serve_as(STORED_DTYPES[settings.dtype] if settings.dtype else None)
         self.workers = workers or SingleWorker()
         self._staging = StagingFolder(output)
@@ -180,6 +181,7 @@ class Compression:
         return self.settings.model_dump() | {
             "source": self.source.fingerprint(),
             "drop_unused": self.source.drop_unused,
+            "may_join": self._may_join,
             "producer": f"{PRODUCER}, format {FORMAT_VERSION}",
         }
 
@@ -200,8 +202,10 @@ class Compression:
         try:
             if self._measure is not None:
                 self._compressor.activations = self._calibrate(schedule, self._measure)
-            tasks = self._group_tasks(schedule)
-            planned = self._share_budget(schedule, tasks)
+            planning = GroupPlanning(
+                self.source, self.settings, self._compressor, self._files, self._may_join
+            )
+            tasks, planned = planning.run(schedule)
 
             def compress(task: GroupTask | Shard) -> FinishedGroup | FileEntry:
                 if isinstance(task, Shard):
@@ -253,87 +257,6 @@ class Compression:
         schedule.run_phase("calibrating", ["calibration"], calibrate, lambda _: is_whole(path))
         return load_activations(path, sites)
 
-    def _group_tasks(self, schedule: Schedule) -> list[GroupTask]:
-        """All groups, those with the most work first."""
-        owned = [
-            GroupTask(layer, rank, tuple(range(rank * size, (rank + 1) * size)))
-            for layer, site in enumerate(self.source.sites)
-            for size in (site.num_experts // self.settings.groups,)
-            for rank in range(self.settings.groups)
-        ]
-        clusters = self.settings.groups_per_rank
-        split = [task for task in owned if clusters > 1 and task.layer in self.settings.layers]
-
-        def cluster(task: GroupTask) -> list[list[int]]:
-            return self._compressor.cluster(task.layer, task.experts, clusters)
-
-        found = schedule.run_phase("clustering", split, cluster) if split else {}
-        tasks = [
-            GroupTask(task.layer, task.group * len(parts) + i, tuple(experts))
-            for task in owned
-            for parts in (found.get(task, [task.experts]),)
-            for i, experts in enumerate(parts)
-        ]
-        return sorted(tasks, key=self._work, reverse=True)
-
-    def _work(self, task: GroupTask) -> tuple[bool, int]:
-        """Sorts groups by the time they take. Dense ones are only copied."""
-        entries = len(task.experts) * self.source.sites[task.layer].shape.entries
-        return task.layer in self.settings.layers, entries
-
-    def _share_budget(
-        self, schedule: Schedule, tasks: list[GroupTask]
-    ) -> dict[GroupTask, GroupPlan]:
-        """Plans, with budgets, of all groups that share one budget with the whole model."""
-        chooses_bits = self._chooses_bits
-        planned = [
-            task
-            for task in tasks
-            if self._compressor.method(task.layer).shares_budget
-            or (chooses_bits and task.layer in self.settings.layers)
-        ]
-        if not planned:
-            return {}
-
-        def plan(task: GroupTask) -> GroupPlan:
-            found = self._files.plan(task)
-            if found is None:
-                found = self._compressor.plan(task.layer, task.experts)
-                self._files.write_plan(task, found)
-            # The rank that compresses the group reads the permutations from the file.
-            return found.without_permutations()
-
-        plans = schedule.run_phase(
-            "planning", planned, plan, lambda task: self._files.plan(task) is not None
-        )
-        allocate = self._with_bits if chooses_bits else with_shared_keep
-        return dict(zip(planned, allocate([plans[task] for task in planned]), strict=True))
-
-    @property
-    def _chooses_bits(self) -> bool:
-        """Whether a target of bytes is met by the bits of each matrix."""
-        settings = self.settings
-        return settings.target_bytes is not None and settings.residual_codec.codec.spends_bits
-
-    def _with_bits(self, plans: list[GroupPlan]) -> list[GroupPlan]:
-        """Plans with the bits that fit `target_bytes`, layers that stay dense included."""
-        assert self.settings.target_bytes is not None
-        sizes = [
-            self._compressor.size(i, site.num_experts) for i, site in enumerate(self.source.sites)
-        ]
-        left = self.settings.target_bytes * sum(size.dense_bytes for size in sizes)
-        for layer, size in enumerate(sizes):
-            biases = size.count * size.bias_bytes
-            left -= biases if layer in self.settings.layers else size.dense_bytes
-        energies = [plan.energies for plan in plans]
-        found = allocate_bits([each for each in energies if each is not None], left)
-        if found is None:
-            raise UserError(
-                f"--target-bytes {self.settings.target_bytes}: one bit per entry takes more; allow "
-                "more"
-            )
-        return [replace(plan, bits=bits) for plan, bits in zip(plans, found, strict=True)]
-
     def _finish(self, entries: dict[GroupTask | Shard, FinishedGroup | FileEntry]) -> None:
         """Write index, config and companions; then give the folder its name."""
         groups: dict[int, list[tuple[int, FinishedGroup]]] = defaultdict(list)
@@ -379,14 +302,3 @@ class Compression:
 def _in_order(groups: list[tuple[int, FinishedGroup]]) -> list[FinishedGroup]:
     """A layer's groups, sorted by their number."""
     return [entry for _, entry in sorted(groups, key=lambda numbered: numbered[0])]
-
-
-def with_shared_keep(plans: Sequence[GroupPlan]) -> list[GroupPlan]:
-    """Plans with the shares to keep at which the whole model's kept entries save most."""
-    curves, budgets = [], []
-    for plan in plans:
-        assert plan.curve is not None and plan.keep is not None
-        curves.append(plan.curve)
-        budgets.append(plan.keep * plan.curve.values)
-    keeps = allocate_over_model(curves, budgets)
-    return [replace(plan, keep=keep) for plan, keep in zip(plans, keeps, strict=True)]

@@ -67,7 +67,9 @@ class TaskFiles:
         plan.save(self._plan_path(task))
 
     def _plan_path(self, task: GroupTask) -> Path:
-        return self._staging.scratch / f"plan-{task.layer:05d}-{task.group:05d}.safetensors"
+        # Groups of different partitions of a layer differ in how many experts they have.
+        name = f"plan-{task.layer:05d}-{task.group:05d}-of-{len(task.experts)}.safetensors"
+        return self._staging.scratch / name
 
 
 def is_whole(path: Path) -> bool:

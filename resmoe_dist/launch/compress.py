@@ -58,12 +58,12 @@ def run_compress(config: CompressConfig) -> int:
     """Compress on every rank that was started; rank 0 prints the table. Exit code 0."""
     quiet_libraries()
     workers = find_workers()
-    compress(config, workers)
+    settings = compress(config, workers).settings
     if workers.rank == 0:
         description = describe(CompressedCheckpoint(config.output))
         print(layer_table(description))
-        if config.target_bytes is not None:
-            print(_TARGET_REMARK.format(groups=config.ep * config.groups_per_rank))
+        if settings.target_bytes is not None and settings.residual_codec.keep is not None:
+            print(_TARGET_REMARK.format(groups=settings.groups * settings.groups_per_rank))
     return 0
 
 
@@ -95,6 +95,8 @@ def compress(config: CompressConfig, workers: Workers | None = None) -> Checkpoi
         device=device,
         max_memory=config.max_memory,
         measure=measure,
+        # One group for all ranks takes more memory.
+        may_join=config.groups_per_rank is None and config.max_memory is None,
     )
     return run.run(resume=config.resume)
 
@@ -126,7 +128,7 @@ def settings_of(
         raise UserError(f"--method {config.method}: {error}") from error
     return CompressionSettings(
         groups=config.ep,
-        groups_per_rank=config.groups_per_rank,
+        groups_per_rank=1 if config.groups_per_rank is None else config.groups_per_rank,
         method=method,
         center_codec=center,
         residual_codec=residual,

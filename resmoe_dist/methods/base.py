@@ -48,8 +48,8 @@ class SourceGroup:
     entries alike. device: where to compute. samples: the layer's, and activation: between an
     expert's projections, for methods that need samples. biases_EH: output biases, if the family has
     any. max_stored: how many experts a method that merges or drops experts may store. numbers: of
-    the group's experts in the model, as samples number them; None if the group holds the whole
-    layer.
+    the group's experts in the model, as samples number them, and of_layer: how many experts the
+    layer has; None if the group holds the whole layer.
     """
 
     experts_EID: Tensor
@@ -61,6 +61,12 @@ class SourceGroup:
     biases_EH: Tensor | None = None
     max_stored: int | None = None
     numbers: tuple[int, ...] | None = None
+    of_layer: int | None = None
+
+    @property
+    def layer_experts(self) -> int:
+        """Experts of the layer."""
+        return len(self.experts_EID) if self.of_layer is None else self.of_layer
 
     def projections(self, expert: int) -> dict[str, Tensor]:
         """Weights (and row biases) of an expert, float32, oriented as in `torch.nn.Linear`."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from resmoe_dist.codecs import Moments
 from resmoe_dist.methods.base import SourceGroup
 from resmoe_dist.methods.stored import neuron_activations
+from resmoe_dist.routing import NO_EXPERT
 
 # An expert with so many tokens per input weighs its own tokens and all tokens alike.
 _TOKENS_PER_INPUT = 0.25
@@ -46,7 +47,7 @@ def expert_moments(group: SourceGroup, permutations_EI: Tensor, expert: int) -> 
 
 
 def use_weights(group: SourceGroup) -> tuple[float, ...]:
-    """How much the error of each expert counts: Σ weight² of its tokens, with a mean of 1.
+    """How much the error of each expert counts: Σ weight² of its tokens, 1 for the layer's mean.
 
     The output of an expert is multiplied by the token's routing weight. Experts that are hardly
     used count a little all the same, because other texts may use them. All alike without samples.
@@ -58,7 +59,9 @@ def use_weights(group: SourceGroup) -> tuple[float, ...]:
         float(group.samples.of_expert(group.number(k))[1].float().square().sum())
         for k in range(count)
     ]
-    mean = sum(used) / count
+    was_sent_TK = group.samples.index_TK != NO_EXPERT
+    all_used = float(group.samples.weights_TK[was_sent_TK].float().square().sum())
+    mean = all_used / group.layer_experts
     return tuple(max(each / mean, _LEAST_USE) if mean else 1.0 for each in used)
 
 

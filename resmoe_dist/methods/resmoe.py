@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from resmoe_dist.compression.alignment import Alignment, align
-from resmoe_dist.compression.bits import RESIDUAL_BITS, GroupEnergies
+from resmoe_dist.compression.bits import GroupEnergies, errors_at, sizes_at
 from resmoe_dist.compression.blocks import AlignedExperts
 from resmoe_dist.compression.budget import PriceCurve, center_pays, centerless_keep
 from resmoe_dist.compression.center import mean_center
@@ -153,19 +153,13 @@ class ResMoE(Method):
         spec, shape = codecs.residual, group.shape
         center_ID = mean_center(aligned, torch.float32)
         experts = [aligned.expert_rows(k, slice(None)).cpu() for k in range(aligned.count)]
-        sizes = [
-            spec.codec.stored_bytes(
-                shape.rows, shape.columns, spec.with_bits(bits).config, codecs.dtype.itemsize
-            )
-            for bits in RESIDUAL_BITS
-        ]
         return GroupEnergies(
             residual_E=tuple(_energy(each - center_ID) for each in experts),
             whole_E=tuple(_energy(each) for each in experts),
             center=None if codecs.center is None else _energy(center_ID),
             weight_E=use_weights(group),
-            errors=tuple(spec.codec.error_at(spec.config, bits) for bits in RESIDUAL_BITS),
-            sizes=tuple(sizes),
+            errors=errors_at(spec),
+            sizes=sizes_at(spec, shape.rows, shape.columns, codecs.dtype.itemsize),
         )
 
     @stage("center")
