@@ -30,10 +30,11 @@ def sizes_for_target(settings: CompressionSettings, sizes: Sequence[StoredSize])
     Raises UserError if one bit per entry takes more.
     """
     least, most = [], []
+    centers = settings.groups * settings.groups_per_rank
     for size in sizes:
         at_bits = sizes_at(size.residual_codec, size.rows, size.columns, size.itemsize)
         least.append(at_bits[0])
-        most.append(at_bits[-1])
+        most.append(at_bits[-1] * (1 + centers / size.count))
 
     def total(of_layer: Sequence[float]) -> float:
         return sum(sizes[i].count * of_layer[i] for i in settings.layers)

@@ -94,6 +94,8 @@ class GroupPlanning:
     def _with_shared_keeps(self, schedule: Schedule, tasks: list[GroupTask]) -> Plans:
         """Plans of the groups whose kept entries come from one budget of the whole model."""
         planned = [task for task in tasks if self.compressor.method(task.layer).shares_budget]
+        if not planned:
+            return {}
         plans = self._plans(schedule, planned)
         return dict(zip(plans, with_shared_keep(list(plans.values())), strict=True))
 
@@ -109,9 +111,6 @@ class GroupPlanning:
         return {task: replace(plan, bits=each) for (task, plan), each in chosen}, error
 
     def _plans(self, schedule: Schedule, tasks: list[GroupTask]) -> Plans:
-        if not tasks:
-            return {}
-
         def plan(task: GroupTask) -> GroupPlan:
             found = self.files.plan(task)
             if found is None:

@@ -40,7 +40,8 @@ def test_a_mistake_in_the_installed_command_is_one_line(family_folder, tmp_path)
 def test_a_target_says_that_it_does_not_choose_the_groups(family_folder, run, tmp_path):
     source = family_folder("mixtral")
 
-    code, out, _ = run("compress", source, tmp_path / "c", "--ep", 2, "--target-bytes", "80%")
+    target = ("--target-bytes", "80%", "--codec", "pruned")
+    code, out, _ = run("compress", source, tmp_path / "c", "--ep", 2, *target)
 
     assert code == 0
     assert out.splitlines()[-1].startswith(
@@ -92,6 +93,28 @@ def test_options_become_settings(family_folder, run, tmp_path, arguments, expect
     assert settings | expected == settings
 
 
+@pytest.mark.parametrize(
+    ("arguments", "codec"),
+    [
+        ((), "pruned"),
+        (("--keep", 0.5), "pruned"),
+        (("--bits", 2), "quantized"),
+        (("--target-bits", 3), "quantized"),
+        (("--target-bytes", "60%"), "quantized"),
+        (("--target-bytes", "60%", "--codec", "low_rank"), "low_rank"),
+        # Methods and budgets that keep entries.
+        (("--target-bytes", "60%", "--method", "up"), "pruned"),
+        (("--target-bytes", "60%", "--allocate", "model"), "pruned"),
+    ],
+)
+def test_the_codec_follows_from_the_budget(family_folder, run, tmp_path, arguments, codec):
+    source = family_folder("mixtral")
+    assert run("compress", source, tmp_path / "c", "--ep", 1, *arguments)[0] == 0
+
+    settings = json.loads((tmp_path / "c" / "resmoe.json").read_text())["settings"]
+    assert settings["residual_codec"]["name"] == codec
+
+
 @pytest.mark.slow
 def test_calibration_weights_errors_by_activations(embedded_source, run, tmp_path):
     text = tmp_path / "text.py"
@@ -118,7 +141,11 @@ def test_calibration_weights_errors_by_activations(embedded_source, run, tmp_pat
         (("--ep", 3), "--ep 3: model.layers.0.mlp.experts has 4 experts"),
         (("--ep", 2, "--keep", 0), "--keep 0.0: must lie in (0, 1]"),
         (("--ep", 2, "--groups-per-rank", 3), "--groups-per-rank 3: a rank has 2 experts"),
-        (("--ep", 2, "--target-bytes", "0.3"), "--target-bytes 0.3: centres, indices"),
+        (
+            ("--ep", 2, "--target-bytes", "0.3", "--codec", "pruned"),
+            "--target-bytes 0.3: centres, indices",
+        ),
+        (("--ep", 2, "--target-bytes", "0.01"), "--target-bytes 0.01: one bit per entry"),
         (("--ep", 2, "--max-memory", "much"), "--max-memory much: not a size"),
         (("--ep", 2, "--max-memory", "1MB"), "--max-memory: a group of 2 experts takes"),
         (("--ep", 2, "--codec", "low_rank", "--allocate", "model"), "--allocate model: needs"),

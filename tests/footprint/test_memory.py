@@ -215,6 +215,21 @@ def test_a_target_gives_the_keep_of_compress(family_folder, tmp_path):
     assert sum(layer.stored_bytes for layer in planned.stored.layers) >= stored
 
 
+@pytest.mark.parametrize("target", [0.1, 0.19, 0.6])
+def test_a_target_for_bits_gives_the_size_of_compress(family_folder, tmp_path, target):
+    source = family_folder("mixtral")
+    options = {"target_bytes": target, "codec": "quantized", "center_codec": "quantized"}
+    index = compress(source, tmp_path / "c", **options)
+
+    planned = predicted(source, settings_for("mixtral", **options), 2, 1)
+
+    stored = sum(group.stored_bytes for layer in index.layers for group in layer.groups)
+    found = sum(layer.stored_bytes for layer in planned.stored.layers)
+    # `compress` stays below by less than an expert's step from 4 to 8 bits.
+    assert stored <= found <= target * 2 * 4 * 27 * 60 * 4
+    assert found - stored <= 27 * 60 * 4 / 8
+
+
 def test_a_narrower_dtype_is_stored_where_layers_are_compressed(family_folder, tmp_path):
     source, options = family_folder("mixtral"), {"layers": [1], "dtype": "bfloat16"}
     compress(source, tmp_path / "c", groups=2, **options)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from resmoe_dist import load_model
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
@@ -20,7 +23,9 @@ from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.report import describe
 from resmoe_dist.jobs.calibration import measure_activations
 from resmoe_dist.jobs.pipeline import Compression
-from resmoe_dist.jobs.workers import Workers
+from resmoe_dist.jobs.workers import Workers, find_workers
+from resmoe_dist.parallel.topology import build_topology
+from tests.checkpoints.damage import copy_of, edit_tensors
 from tests.jobs.runs import before_each_task, contents
 from tests.models import (
     FAMILIES,
@@ -30,6 +35,7 @@ from tests.models import (
     relative_difference,
     save_family,
 )
+from tests.ranks import run_on_ranks
 
 EXPERTS = 24
 
@@ -61,6 +67,8 @@ def _run(
     calibrated: bool = False,
     resume: bool = False,
     groups: int = 2,
+    may_join: bool = False,
+    workers: Workers | None = None,
 ) -> Any:
     residual = CodecSpec.parse(codec)
     settings = CompressionSettings(
@@ -77,7 +85,14 @@ def _run(
     def measure(samples: SampleFiles | None) -> Any:
         return measure_activations(checkpoint, random_sequences(50, 70), samples=samples)
 
-    run = Compression(checkpoint, output, settings, measure=measure if calibrated else None)
+    run = Compression(
+        checkpoint,
+        output,
+        settings,
+        workers,
+        measure=measure if calibrated else None,
+        may_join=may_join,
+    )
     return run.run(resume=resume)
 
 
@@ -151,3 +166,67 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(source, tmp_path, monkeypa
     _run(source, tmp_path / "resumed", resume=True, **options)
 
     assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
+
+
+def _compress_on_rank(source: Path, output: Path) -> None:
+    torch.set_num_threads(1)
+    _run(source, output, target=2.5 / 32, calibrated=True, may_join=True, workers=find_workers())
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_ranks_write_the_bytes_of_one_process(source, tmp_path):
+    _run(source, tmp_path / "one", target=2.5 / 32, calibrated=True, may_join=True)
+
+    run_on_ranks(3, _compress_on_rank, source, tmp_path / "three")
+
+    assert contents(tmp_path / "three") == contents(tmp_path / "one")
+
+
+def _with_bases(source: Path, folder: Path, bases: int) -> Path:
+    """The same model with experts that are near one of so many matrices, in consecutive runs."""
+    copy_of(source, folder)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if match := re.search(r"experts\.(\d+)\.", name):
+                first = int(match[1]) * bases // EXPERTS * (EXPERTS // bases)
+                base = tensors[name.replace(match[0], f"experts.{first}.")]
+                if first != int(match[1]):
+                    tensor.mul_(0.2).add_(base)
+
+    edit_tensors(folder / "model.safetensors", change)
+    return folder
+
+
+@pytest.mark.parametrize("bases", [1, 2])
+def test_the_groups_are_those_that_lose_less(source, tmp_path, bases):
+    """Two ranks: their experts are near one matrix, or near one each."""
+    related = _with_bases(source, tmp_path / "source", bases)
+
+    index = _run(related, tmp_path / "c", target=2.1 / 32, groups=2, may_join=True)
+
+    assert [len(layer.groups) for layer in index.layers] == [bases, bases]
+    for layer in index.layers:
+        assert all(group.has_center for group in layer.groups)
+
+
+def test_groups_of_ranks_stay_if_they_are_asked_for(source, tmp_path):
+    related = _with_bases(source, tmp_path / "source", 1)
+
+    index = _run(related, tmp_path / "c", target=2.1 / 32, groups=2)
+
+    assert [len(layer.groups) for layer in index.layers] == [2, 2]
+
+
+def test_one_group_for_all_ranks_is_served_on_a_grid(source, tmp_path):
+    related = _with_bases(source, tmp_path / "source", 1)
+    _run(related, tmp_path / "c", target=2.1 / 32, groups=2, may_join=True)
+
+    found = run_on_ranks(4, _logits_on_grid, tmp_path / "c")
+
+    expected = logits_of(load_model(tmp_path / "c"))
+    assert all(relative_difference(each, expected) <= 1e-4 for each in found)
+
+
+def _logits_on_grid(folder: Path) -> Tensor:
+    return logits_of(load_model(folder, topology=build_topology(2, 2)))
