@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.comparison.contenders import Contender
@@ -19,6 +19,7 @@ from resmoe_dist.config.commands import CompareConfig, CompressConfig
 from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import evaluate, likeness
 from resmoe_dist.evaluation.report import describe
+from resmoe_dist.evaluation.tasks import Tasks
 from resmoe_dist.launch.compress import compress
 from resmoe_dist.runtime.loading import load_model
 from resmoe_dist.runtime.rank_memory import resident_bytes
@@ -57,13 +58,28 @@ class Budget:
         return f"{self.option.replace('_', '-')} {self.value:g}" if self.option else "fixed size"
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """What every model is scored on.
+
+    sequences: of token ids, and the source's predictions to compare with. tasks: with their
+    tokenizer; None for no tasks.
+    """
+
+    sequences: list[list[int]]
+    reference: PreTrainedModel
+    tasks: Tasks | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    def task_scores(self, model: PreTrainedModel) -> Row:
+        """`{"tasks": {"piqa acc": 0.79}}`, or nothing without tasks."""
+        if self.tasks is None or self.tokenizer is None:
+            return {}
+        return {"tasks": self.tasks.score(model, self.tokenizer)}
+
+
 def measure_row(
-    config: CompareConfig,
-    contender: Contender,
-    budget: Budget,
-    sequences: list[list[int]],
-    reference: PreTrainedModel,
-    folder: Path,
+    config: CompareConfig, contender: Contender, budget: Budget, scoring: Scoring, folder: Path
 ) -> Row:
     """The figures of a contender: the mean over seeds, and `_sd` where there are several.
 
@@ -75,13 +91,16 @@ def measure_row(
     try:
         for seed in seeds:
             _remove(folder)
-            found.append(_measure(config, contender, budget, seed, sequences, reference, folder))
+            found.append(_measure(config, contender, budget, seed, scoring, folder))
     except UserError as error:
         return {"reason": str(error)}
     finally:
         if not config.keep_models:
             _remove(folder)
     row: Row = {name: statistics.fmean(each[name] for each in found) for name in FIGURES}
+    if scoring.tasks is not None:
+        names = found[0]["tasks"]
+        row["tasks"] = {n: statistics.fmean(each["tasks"][n] for each in found) for n in names}
     if len(found) > 1:
         row |= {f"{name}_sd": statistics.stdev(each[name] for each in found) for name in FIGURES}
     return row
@@ -93,8 +112,9 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(each, ignore_errors=True)
 
 
-def source_row(reference: PreTrainedModel, sequences: list[list[int]]) -> Row:
+def source_row(scoring: Scoring) -> Row:
     """The figures of the model that is compressed."""
+    reference, sequences = scoring.reference, scoring.sequences
     began = time.perf_counter()
     quality = evaluate(reference, sequences)
     row = {
@@ -105,7 +125,7 @@ def source_row(reference: PreTrainedModel, sequences: list[list[int]]) -> Row:
         "nll": quality.nll,
     }
     _check_finite(row)
-    return row
+    return row | scoring.task_scores(reference)
 
 
 def _measure(
@@ -113,8 +133,7 @@ def _measure(
     contender: Contender,
     budget: Budget,
     seed: int,
-    sequences: list[list[int]],
-    reference: PreTrainedModel,
+    scoring: Scoring,
     folder: Path,
 ) -> Row:
     if contender.calibrated and config.calibration is None:
@@ -140,7 +159,7 @@ def _measure(
     compressed = [layer for layer in described["layers"] if layer["compressed"]]
     # As it is served: in the source's dtype, --dtype would show neither in bytes nor in quality.
     model = load_model(folder)
-    scored = likeness(model, reference, sequences)
+    scored = likeness(model, scoring.reference, scoring.sequences)
     row = {
         "error": statistics.fmean(layer["error"] for layer in compressed),
         "relative_error": experts["relative_error"],
@@ -149,7 +168,7 @@ def _measure(
         "expert_share": experts["stored_bytes"] / experts["dense_bytes"],
         "checkpoint_bytes": _file_bytes(folder),
         "resident_bytes": resident_bytes(model),
-        "flops_per_token": flops_per_token(model, sequences),
+        "flops_per_token": flops_per_token(model, scoring.sequences),
         "compress_seconds": seconds,
         "score_seconds": scored.seconds,
         "perplexity": scored.evaluation.perplexity,
@@ -157,7 +176,7 @@ def _measure(
         "divergence": scored.divergence,
     }
     _check_finite(row)
-    return row
+    return row | scoring.task_scores(model)
 
 
 def _check_finite(row: Row) -> None:

@@ -39,6 +39,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], str], str], ...] = (
     ("compress s", "compress_seconds", _plain(".1f"), "seconds to compress, calibration included"),
     ("score s", "score_seconds", _plain(".1f"), "seconds to score the text"),
 )  # fmt: skip
+_TASK_SCORE = _plain(".4f")
 # Figures whose standard deviation over seeds is shown.
 _SPREAD = ("error", "relative_error", "perplexity", "divergence")
 _PLOTTED = (
@@ -67,8 +68,8 @@ def can_plot() -> bool:
 def table(source: Row, rows: list[Row]) -> list[str]:
     """Markdown lines: the source, then a row per contender and budget, smallest divergence first
     within a budget."""
-    header = ["method", "budget", *(name for name, *_ in _COLUMNS)]
-    lines = ["| " + " | ".join(header) + " |", "|---|---|" + "---:|" * len(_COLUMNS)]
+    header = ["method", "budget", *(name for name, *_ in _COLUMNS), *source.get("tasks", {})]
+    lines = ["| " + " | ".join(header) + " |", "|---|---|" + "---:|" * (len(header) - 2)]
     lines.append(_line("(source)", "", source))
     order = {budget: i for i, budget in enumerate(dict.fromkeys(row["budget"] for row in rows))}
     measured = [row for row in rows if "reason" not in row]
@@ -81,7 +82,8 @@ def table(source: Row, rows: list[Row]) -> list[str]:
 
 def _line(name: str, budget: str, row: Row, no_spread: str = "") -> str:
     cells = [_cell(row, key, written, no_spread) for _, key, written, _ in _COLUMNS]
-    return "| " + " | ".join([name, budget, *cells]) + " |"
+    scores = [_TASK_SCORE(score) for score in row.get("tasks", {}).values()]
+    return "| " + " | ".join([name, budget, *cells, *scores]) + " |"
 
 
 def _cell(row: Row, key: str, written: Callable[[float], str], no_spread: str) -> str:
@@ -114,6 +116,7 @@ def _markdown(facts: dict[str, Any], source: Row, rows: list[Row], *, plotted: b
         "",
     ]
     lines += [f"- {name}: {meaning}" for name, _, _, meaning in _COLUMNS]
+    lines += [f"- {name}: of lm-eval's task" for name in source.get("tasks", {})]
     return lines
 
 

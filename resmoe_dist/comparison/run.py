@@ -19,15 +19,17 @@ from resmoe_dist.comparison.measuring import (
     SOURCE_FIGURES,
     Budget,
     Row,
+    Scoring,
     measure_row,
     source_row,
 )
 from resmoe_dist.comparison.report import NO_PLOT, can_plot, table, write_report
 from resmoe_dist.config.commands import CompareConfig, EvaluateConfig
+from resmoe_dist.evaluation.perplexity import load_tokenizer
 from resmoe_dist.evaluation.tables import human_bytes
 from resmoe_dist.jobs.settings import check_groups, parse_layers
 from resmoe_dist.launch.compress import calibration_of
-from resmoe_dist.launch.evaluate import read_model, read_sequences
+from resmoe_dist.launch.evaluate import read_model, read_sequences, read_tasks
 from resmoe_dist.parallel.entry_point import quiet_libraries
 from resmoe_dist.runtime.loading import load_model
 from resmoe_dist.version import __version__
@@ -40,7 +42,7 @@ def run_compare(config: CompareConfig) -> int:
     scored = EvaluateConfig(
         model=config.source, text=config.text, token_ids=config.token_ids, context=config.context
     )
-    sequences = read_sequences(scored, read_model(scored))
+    sequences, tasks = read_sequences(scored, read_model(scored)), read_tasks(config)
     source = SourceCheckpoint(config.source)
     parse_layers(config.layers, len(source.sites))
     if config.calibration is None:
@@ -58,13 +60,20 @@ def run_compare(config: CompareConfig) -> int:
         "dtype": config.dtype,
         "version": __version__,
     }
+    if tasks is not None:
+        common |= {"tasks": list(tasks.names), "task_limit": tasks.limit}
     with FinishedRows(config.report, common, resume=config.resume) as rows:
-        reference = load_model(config.source)
+        scoring = Scoring(
+            sequences,
+            load_model(config.source),
+            tasks,
+            load_tokenizer(config.source) if tasks else None,
+        )
         baseline = {
             "expert_bytes": _expert_bytes(source),
             "checkpoint_bytes": _weight_bytes(source),
         }
-        baseline |= rows.get("source", lambda: source_row(reference, sequences), SOURCE_FIGURES)
+        baseline |= rows.get("source", lambda: source_row(scoring), SOURCE_FIGURES)
         facts = _facts(config, source, sequences)
         done: list[Row] = []
         work = config.report / "work"
@@ -75,7 +84,7 @@ def run_compare(config: CompareConfig) -> int:
                 name: str = name, contender: Contender = contender, budget: Budget = budget
             ) -> Row:
                 folder = work / f"{name}-{budget.folder_name}"
-                return measure_row(config, contender, budget, sequences, reference, folder)
+                return measure_row(config, contender, budget, scoring, folder)
 
             seeds = config.seeds if contender.seeded else 1
             used = calibration if contender.calibrated else None

@@ -14,30 +14,8 @@ from pydantic import ValidationInfo, model_validator
 from typing_extensions import Self
 
 from resmoe_dist.config.options import CommandConfig, option
-from resmoe_dist.config.values import Dtype, Layers, Prompts, Share, Shares, Size
-
-
-class ScoredTextConfig(CommandConfig):
-    """What a model is scored on."""
-
-    text: Path | None = option(
-        None, "UTF-8 text file to score", metavar="F", exclusive="data", required_set=True
-    )
-    token_ids: Path | None = option(
-        None,
-        "JSON list of sequences of token ids to score",
-        metavar="F.json",
-        exclusive="data",
-        required_set=True,
-    )
-    context: int = option(512, "tokens per window of --text", ge=2)
-
-    @property
-    def data(self) -> Path:
-        """The file to score: of --text or --token-ids."""
-        data = self.text or self.token_ids
-        assert data is not None
-        return data
+from resmoe_dist.config.scoring import ScoredTextConfig, TasksConfig
+from resmoe_dist.config.values import Dtype, Layers, Names, Prompts, Share, Shares, Size
 
 
 def with_option(codec: str, option: str) -> str:
@@ -190,7 +168,7 @@ class CompressConfig(StorageConfig):
         return self
 
 
-class CompareConfig(ScoredTextConfig):
+class CompareConfig(ScoredTextConfig, TasksConfig):
     """compare compression methods on a model: bytes, errors, quality, in one table"""
 
     source: Path = option(help="Hugging Face model folder (safetensors)", positional=True)
@@ -297,15 +275,22 @@ class GridConfig(CommandConfig):
         return self
 
 
-class EvaluateConfig(ExecutionConfig, ScoredTextConfig):
-    """perplexity of a source, dense or compressed model"""
+class EvaluateConfig(ExecutionConfig, ScoredTextConfig, TasksConfig):
+    """perplexity, or accuracy on tasks, of a source, dense or compressed model"""
 
+    tasks: Names | None = option(
+        None,
+        "lm-eval tasks to score instead, with commas: piqa,winogrande",
+        metavar="NAMES",
+        exclusive="data",
+        required_set=True,
+    )
     model: Path = option(help="model folder", positional=True)
     json_file: Path | None = option(None, "write the result here too", name="json", metavar="F")
 
 
 class GridEvaluateConfig(EvaluateConfig, GridConfig):
-    """perplexity of a model on an expert x tensor parallel grid"""
+    """perplexity, or accuracy on tasks, on an expert x tensor parallel grid"""
 
 
 class InferConfig(ExecutionConfig, GridConfig):

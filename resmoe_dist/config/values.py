@@ -28,11 +28,18 @@ def _positive(shares: list[float]) -> list[float]:
     return shares
 
 
+def _names(value: Any) -> Any:
+    """From `piqa,winogrande`, or a list of a file."""
+    return value if isinstance(value, list) else [part.strip() for part in str(value).split(",")]
+
+
 Dtype = Literal["float32", "float16", "bfloat16"]
 # 0.35 or 35%.
 Share = Annotated[float, BeforeValidator(parse_share)]
 # 25%,50%; a file may give a list.
 Shares = Annotated[list[float], BeforeValidator(_shares), AfterValidator(_positive)]
+# piqa,winogrande; a file may give a list.
+Names = Annotated[list[str], BeforeValidator(_names)]
 # Bytes, written 8GB or 7500MiB.
 Size = Annotated[int, BeforeValidator(parse_size)]
 # all, last:24, 8-31 or 0,2.

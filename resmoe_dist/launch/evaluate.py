@@ -1,6 +1,6 @@
-"""Perplexity of a model, in one process or on an expert x tensor parallel grid.
+"""Perplexity of a model or its accuracy on tasks, in one process or on an EP x TP grid.
 
-deepspeed launch/evaluate.py MODEL --ep 4 --tp 2 (--text F | --token-ids F.json) [--json F]
+deepspeed launch/evaluate.py MODEL --ep 4 --tp 2 (--text F | --token-ids F.json | --tasks NAMES)
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from resmoe_dist.checkpoints.format import STORED_DTYPES
 from resmoe_dist.checkpoints.tensor_files import check_writable, write_json
 from resmoe_dist.config.arguments import parse
 from resmoe_dist.config.commands import EvaluateConfig, GridEvaluateConfig
+from resmoe_dist.config.scoring import TasksConfig
 from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import (
     Evaluation,
@@ -20,6 +21,7 @@ from resmoe_dist.evaluation.perplexity import (
     sequences_from_json,
     sequences_from_text,
 )
+from resmoe_dist.evaluation.tasks import Tasks, TaskScores
 from resmoe_dist.launch.execution import execution_of
 from resmoe_dist.launch.facts import facts_of
 from resmoe_dist.parallel.entry_point import launched_rank, quiet_libraries, run_entry_point
@@ -44,24 +46,39 @@ def run() -> None:
     # Mistakes are found here, before ranks are started.
     execution_of(config)
     served = read_model(config, config.ep, config.tp)
-    sequences = read_sequences(config, served)
+    tasks = read_tasks(config)
+    if tasks is not None and config.lanes not in (None, 1):
+        raise UserError(
+            f"--tasks: all ranks work on the same examples; leave --lanes {config.lanes} out"
+        )
+    sequences = [] if tasks else read_sequences(config, served)
     topology = start_grid(
         config.ep,
         config.tp,
-        lanes=config.lanes,
+        lanes=1 if tasks else config.lanes,
         rank_timeout=config.rank_timeout,
         facts=facts_of(config, served, sequences),
     )
-    result = run_evaluate(config, served, sequences, topology, config.dispatch)
+    result = _run(config, served, tasks, sequences, topology, config.dispatch)
     if topology.rank == 0:
         report(result, config)
+
+
+def read_tasks(config: TasksConfig) -> Tasks | None:
+    """The tasks that are asked for, if any. Raises UserError for those that cannot be scored."""
+    if config.tasks is None:
+        return None
+    tasks = Tasks(tuple(dict.fromkeys(config.tasks)), config.task_folder, config.task_limit)
+    tasks.check()
+    return tasks
 
 
 def run_alone(config: EvaluateConfig) -> int:
     """`resmoe-dist evaluate`, in one process; exit code 0."""
     quiet_libraries()
-    served = read_model(config)
-    report(run_evaluate(config, served, read_sequences(config, served)), config)
+    served, tasks = read_model(config), read_tasks(config)
+    sequences = [] if tasks else read_sequences(config, served)
+    report(_run(config, served, tasks, sequences), config)
     return 0
 
 
@@ -90,14 +107,16 @@ def read_sequences(config: EvaluateConfig, served: ServedFolder) -> list[list[in
     return sequences
 
 
-def run_evaluate(
+def _run(
     config: EvaluateConfig,
     served: ServedFolder,
+    tasks: Tasks | None,
     sequences: list[list[int]],
     topology: Topology = SINGLE_PROCESS,
     dispatch: str = "auto",
-) -> Evaluation:
-    """Score sequences on a grid; the result is the same on every rank."""
+) -> Evaluation | TaskScores:
+    """Score tasks, or sequences, on a grid; the result is the same on every rank."""
+    tokenizer = load_tokenizer(config.model) if tasks else None
     execution = execution_of(config)
     dtype = STORED_DTYPES[config.dtype] if config.dtype else None
     model = load_model(
@@ -111,6 +130,8 @@ def run_evaluate(
     check_runs(config.model, model)
     if config.check:
         check_steps(model, topology)
+    if tasks is not None and tokenizer is not None:
+        return tasks.score(model, tokenizer)
     check_vocabulary(config.data, sequences, vocabulary_of(model))
     result = evaluate(model, sequences, topology)
     if not math.isfinite(result.nll):
@@ -121,11 +142,15 @@ def run_evaluate(
     return result
 
 
-def report(result: Evaluation, config: EvaluateConfig) -> None:
-    """Print an evaluation, and write it as JSON if asked to."""
-    print(f"perplexity {result.perplexity:.6g}  nll {result.nll:.6g}  tokens {result.tokens}")
+def report(result: Evaluation | TaskScores, config: EvaluateConfig) -> None:
+    """Print a result, and write it as JSON if asked to."""
+    if isinstance(result, Evaluation):
+        print(f"perplexity {result.perplexity:.6g}  nll {result.nll:.6g}  tokens {result.tokens}")
+    else:
+        print("\n".join(f"{name}  {score:.4f}" for name, score in result.items()))
     if config.json_file:
-        write_json(config.json_file, result.as_dict())
+        as_dict = result.as_dict() if isinstance(result, Evaluation) else {"tasks": result}
+        write_json(config.json_file, as_dict)
 
 
 if __name__ == "__main__":

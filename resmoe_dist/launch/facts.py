@@ -10,7 +10,7 @@ from resmoe_dist.config.commands import GridConfig
 from resmoe_dist.runtime.served_folder import ServedFolder
 
 # Paths may differ from host to host. Of files, the content counts.
-_MAY_DIFFER = {"json_file", "model", "prompts", "rank_timeout", "text", "token_ids"}
+_MAY_DIFFER = {"json_file", "model", "prompts", "rank_timeout", "task_folder", "text", "token_ids"}
 
 
 def facts_of(config: GridConfig, served: ServedFolder | None, data: object) -> dict[str, str]:
