@@ -110,32 +110,45 @@ def errors_per_row(index: CheckpointIndex) -> list[float]:
     ]
 
 
+_PERPLEXITY = "WikiText perplexity"
+# lm-eval's names, and the paper's.
+_TASKS = {"lambada_openai acc": "LAMBADA", "piqa acc": "PIQA", "winogrande acc": "WinoGrande"}
+
+
 def quality_rows(report: Path, config: Any) -> list[Row]:
-    """Perplexities that `resmoe-dist compare` measured, beside 001's table 3.
+    """Perplexities and accuracies that `resmoe-dist compare` measured, beside 001's table 3.
 
     report: its report.json. Raises UserError if it is something else.
     """
-    found = read_json_object(report)
+    found, model = read_json_object(report), papers_model(config)
+    names = {id(contender): name for name, contender in METHODS.items()}
+    rows: list[Row] = []
     try:
-        source, measured = found["source"]["perplexity"], found["rows"]
-        names = {id(contender): name for name, contender in METHODS.items()}
-        rows = [{"method": "Full", "budget": "-", "perplexity": source}]
-        rows += [
-            {
-                "method": names.get(id(CONTENDERS.get(row["contender"])), row["contender"]),
-                "budget": row["budget"],
-                "perplexity": row["perplexity"],
-            }
-            for row in measured
-            if "reason" not in row
-        ]
+        for row in [found["source"] | {"contender": "Full", "budget": "-"}, *found["rows"]]:
+            if "reason" in row:
+                continue
+            name = row["contender"]
+            method = names.get(id(CONTENDERS.get(name)), name)
+            for measure, figure in _qualities(row).items():
+                shown = model and published("001 table 3", model, method, measure)
+                rows.append(
+                    {
+                        "method": method,
+                        "budget": row["budget"],
+                        "measure": measure,
+                        "published": shown,
+                        "measured": figure,
+                    }
+                )
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{report}: not the report.json of resmoe-dist compare (no {error})"
         ) from error
-    model = papers_model(config)
-    for row in rows:
-        row["published"] = model and published(
-            "001 table 3", model, row["method"], "WikiText perplexity"
-        )
     return rows
+
+
+def _qualities(row: Row) -> dict[str, float]:
+    """Of one row of a report, by the names of the paper; accuracies in percent."""
+    scores = row.get("tasks", {})
+    accuracies = {name: 100 * scores[task] for task, name in _TASKS.items() if task in scores}
+    return {_PERPLEXITY: row["perplexity"], **accuracies}

@@ -9,7 +9,8 @@ publishes. Beside it is what we store in bfloat16, indices and centre included, 
 multiply.
 
 MODEL: approximation error of each method (001, tables 1 and 5), and what `resmoe-dist compare` has
-measured beside 001's table 3. Published figures are shown if the model is theirs.
+measured beside 001's table 3: perplexity of its text, and accuracy on its tasks with `--tasks
+lambada_openai,piqa,winogrande`. Published figures are shown if the model is theirs.
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ TABLES = (
         *("errors", "method", "layers", "published=published:,.2f", "mean=mean:.4g"),
         *("sum=sum:.4g", "relative=relative_error:.4f", "of dense bytes=dense_share:.1%", "reason"),
     ),
-    ("quality", "method", "budget", "published=published:,.2f", "perplexity=perplexity:.4f"),
+    (
+        *("quality", "method", "budget", "measure", "published=published:,.2f"),
+        "measured=measured:.4f",
+    ),
     ("remarks", "about", "remark"),
 )
 

@@ -87,9 +87,9 @@ def test_published_figures_belong_to_the_papers_models():
     assert published("001 table 2", "Switch", "UP (sep)", "CoLA") == 79.33
 
 
-def test_measured_perplexities_stand_beside_published_ones(tmp_path):
+def test_measured_qualities_stand_beside_published_ones(tmp_path):
     report = {
-        "source": {"perplexity": 4.0},
+        "source": {"perplexity": 4.0, "tasks": {"piqa acc": 0.8, "sums acc": 0.5}},
         "rows": [
             {"contender": "resmoe-barycenter", "budget": "keep 0.25", "perplexity": 5.5},
             {"contender": "reap", "budget": "keep 0.25", "perplexity": 9.0},
@@ -99,10 +99,12 @@ def test_measured_perplexities_stand_beside_published_ones(tmp_path):
     path = tmp_path / "report.json"
     path.write_text(json.dumps(report))
     rows = quality_rows(path, AutoConfig.for_model("mixtral"))
-    assert [(row["method"], row["perplexity"], row["published"]) for row in rows] == [
-        ("Full", 4.0, 3.87),
-        ("ResMoE (UP)", 5.5, 5.38),
-        ("reap", 9.0, None),
+    keys = ("method", "measure", "measured", "published")
+    assert [tuple(row[key] for key in keys) for row in rows] == [
+        ("Full", "WikiText perplexity", 4.0, 3.87),
+        ("Full", "PIQA", 80.0, 82.37),
+        ("ResMoE (UP)", "WikiText perplexity", 5.5, 5.38),
+        ("reap", "WikiText perplexity", 9.0, None),
     ]
     path.write_text("{}")
     with mistake("not the report.json"):
