@@ -61,7 +61,11 @@ def _truncated(model: Path, copy: Path, rank: int) -> Path:
     return copy
 
 
-_KILLED = r"rank {rank} (was killed by SIGKILL .*|ended without a message)"
+# A rank that dies at once was never met.
+_KILLED = (
+    r"rank {rank} (was killed by SIGKILL .*|ended without a message)"
+    r"|rank \d+ was ended by SIGTERM before rank {rank} had started"
+)
 _SILENT = r"rank {rank} stopped responding for \S+ s .*"
 _NO_MEMORY = r"rank {rank}: out of memory \(.*\); use more ranks .*"
 _DISAGREES = r"rank {accused} disagrees with rank {other}: %s; start all ranks alike"
@@ -73,7 +77,10 @@ KINDS = {
     "kill": FaultKind("SIGKILL", _KILLED, strike=_signal(signal.SIGKILL)),
     "stop": FaultKind("SIGSTOP", _SILENT, strike=_signal(signal.SIGSTOP)),
     "term": FaultKind(
-        "SIGTERM", "rank {rank} was ended by SIGTERM", 143, strike=_signal(signal.SIGTERM)
+        "SIGTERM",
+        r"rank {rank} was ended by SIGTERM( before rank .*)?",
+        143,
+        strike=_signal(signal.SIGTERM),
     ),
     "launcher": FaultKind(
         "SIGTERM for the `deepspeed` command",

@@ -15,6 +15,7 @@ import argparse
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -145,10 +146,15 @@ def inject(
             process.kill()
         error = process.communicate()[1].splitlines()
         left += [str(path) for path in folder.iterdir()]
-        left += sorted(set(os.listdir("/dev/shm")) - shared)
+        left += sorted(n for n in set(os.listdir("/dev/shm")) - shared if not _is_of_others(n))
         lines = [line for line in error if line.startswith("error: ")]
         code = process.returncode
         return Outcome(kind, rank, ranks, delay, ended, code, lines, left, error[-_KEPT_LINES:])
+
+
+def _is_of_others(name: str) -> bool:
+    """Whether a file of shared memory names a process that still runs: none of ours does."""
+    return any(_runs(int(number)) for number in re.findall(r"\d+", name) if len(number) < 10)
 
 
 def _runs(pid: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from enum import IntEnum
 
@@ -76,7 +77,12 @@ def command_gone(rank: int, launcher: int) -> Cause:
     return Cause(Kind.LAUNCHER, rank, 1, text)
 
 
-def interrupted(rank: int, code: int) -> Cause:
-    """A rank that leaves with `code` because of a signal. Ctrl-C needs no explanation."""
+def interrupted(rank: int, code: int, missing: Sequence[int] = ()) -> Cause:
+    """A rank that leaves with `code` because of a signal. Ctrl-C needs no explanation.
+
+    missing: ranks that have not started: a launcher ends the others if one dies at once.
+    """
     text = f"error: rank {rank} was ended by SIGTERM" if code == 143 else ""
+    if text and missing:
+        text += f" before rank {', '.join(map(str, missing))} had started"
     return Cause(Kind.INTERRUPTED, rank, code, text)

@@ -34,7 +34,7 @@ _SETTLE_SECONDS = 0.3
 _ENDING_SECONDS = 0.2
 # How long a rank waits for another one to print.
 _PRINT_SECONDS = 2.0
-# A rank other than 0 that fails before all have met: rank 0 usually fails alike, and reports.
+# How long a rank that fails waits until all have met: they usually fail alike, and one reports.
 _GRACE_SECONDS = 10.0
 _TICK_SECONDS = 0.1
 # A longer pause of the thread is not held against the peers.
@@ -57,7 +57,7 @@ class Watch:
         self._orphans = [each.pid for each in self._launchers if has_lost_its_command(each)]
         above = self._launchers[0].pid if self._launchers else 0
         self._peers = Peers(place, f"{above}/{launch_key()}")
-        self.joined = self._finished = self._stopped = False
+        self.joined = self._finished = self._stopped = self._has_met = False
         self._all_finished, self._may_leave = threading.Event(), threading.Event()
         # What the thread knows about the end.
         self._causes: set[Cause] = set()
@@ -153,6 +153,9 @@ class Watch:
             with suppress(OSError):
                 self._woken.recv(4096)
             now = time.monotonic()
+            if self._peers.all_met and not self._has_met:
+                self._has_met = True
+                self._settle(now)
             if now - last > _OWN_PAUSE_SECONDS:
                 for peer in self._peers.all.values():
                     peer.heard += now - last
@@ -162,8 +165,7 @@ class Watch:
             if now - told > min(1.0, self._timeout / 5):
                 told = now
                 self._peers.tell({"joined": self.joined})
-                for cause in self._causes:  # for ranks that came later
-                    self._peers.tell({"cause": cause.packed()})
+                self._tell_causes()
                 self._look_for_launchers()
             self._look_for_peers(now)
             if now >= self._decide_at:
@@ -211,18 +213,35 @@ class Watch:
 
     def _learn(self, cause: Cause) -> None:
         self._causes.add(cause)
-        # Before all have met, rank 0 fails alike as a rule, and the launcher ends the others.
-        waits = cause.rank == self.place.rank > 0 and not self._peers.all_met
-        settled = time.monotonic() + (_GRACE_SECONDS if waits else _SETTLE_SECONDS)
-        self._decide_at = min(self._decide_at, settled)
+        wait = _SETTLE_SECONDS
+        if cause.rank == self.place.rank and not self._peers.all_met:
+            wait = _PRINT_SECONDS if cause.kind is Kind.INTERRUPTED else _GRACE_SECONDS
+        self._decide_at = min(self._decide_at, time.monotonic() + wait)
+
+    def _settle(self, now: float) -> None:
+        """All have met: those that failed before can now agree on who reports."""
+        if self._causes:
+            self._decide_at = min(self._decide_at, now + _SETTLE_SECONDS)
+            self._tell_causes()
+
+    def _tell_causes(self) -> None:
+        for cause in self._causes:  # for ranks that came later
+            self._peers.tell({"cause": cause.packed()})
 
     def _get_signal(self, code: int) -> None:
         if self._signalled:
             return
         self._signalled = True
-        if self._decide_at - time.monotonic() > _SETTLE_SECONDS and self._causes:
-            leave(code, "")
-        self._notice(causes.interrupted(self.place.rank, code))
+        self._notice(causes.interrupted(self.place.rank, code, self._missing()))
+
+    def _missing(self) -> list[int]:
+        """The ranks of this host that have not been met."""
+        first = self.place.rank - self.place.local_rank
+        return [
+            rank
+            for rank in range(first, first + self.place.local_size)
+            if rank != self.place.rank and rank not in self._peers.all
+        ]
 
     def _decide(self, now: float) -> None:
         """End this process: for the first of the causes, printed by the first rank that can."""
@@ -233,7 +252,7 @@ class Watch:
             if not self._signalled:
                 self._signalled = True
                 os.kill(os.getpid(), signal.Signals(cause.code - 128))
-            elif cause.rank == self.place.rank and self._peers.all_met:
+            elif cause.rank == self.place.rank:
                 self._signal_line = cause.text
             self._may_leave.set()
             return

@@ -31,10 +31,10 @@ LOST_PEER = "open(fifo).read(); raise RuntimeError('[gloo] Connection closed by 
 class Ranks:
     """Processes that run one body each, after all have met. timeout: of silent ranks, seconds.
 
-    absent: ranks that do not join the others first.
+    absent: ranks that do not join the others first. missing: ranks that are not even started.
     """
 
-    def __init__(self, *bodies, timeout=30, absent=()):
+    def __init__(self, *bodies, timeout=30, absent=(), missing=()):
         script = (
             "import ctypes, signal, sys, time\n"
             "from resmoe_dist.errors import UserError\n"
@@ -64,6 +64,7 @@ class Ranks:
                 | {"LOCAL_SIZE": str(len(bodies)), "MASTER_PORT": port},
             )
             for rank, body in enumerate(bodies)
+            if rank not in missing
         ]
         for process in self.processes:
             assert process.stdout.readline() == "begun\n"
@@ -189,6 +190,22 @@ def test_sigterm_for_one_rank_ends_all_and_names_it():
     ranks.signal(1, signal.SIGTERM)
 
     assert ranks.end(within=6) == ([143] * 3, "error: rank 1 was ended by SIGTERM\n")
+
+
+def test_sigterm_before_all_have_started_is_one_line_that_names_who_is_missing():
+    """What launchers do when a rank dies at once."""
+    ranks = Ranks(WAITS, STUCK, WAITS, absent=(1, 2), missing=(0,))
+    for process in ranks.processes:
+        process.send_signal(signal.SIGTERM)
+
+    line = "error: rank 1 was ended by SIGTERM before rank 0 had started\n"
+    assert ranks.end(within=8) == ([143, 143], line)
+
+
+def test_an_error_before_all_have_started_is_printed_by_its_rank():
+    ranks = Ranks("raise UserError('a mistake')", WAITS, absent=(0,), missing=(1,))
+
+    assert ranks.end(within=14) == ([2], "error: a mistake\n")
 
 
 def test_ctrl_c_ends_all_ranks_silently():
