@@ -10,10 +10,18 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from resmoe_dist.checkpoints.tensor_files import read_json, write_json
 from resmoe_dist.checkpoints.upgrade import FORMAT_VERSION, upgrade
@@ -57,6 +65,14 @@ Squares = list[Annotated[FiniteFloat, Field(ge=0)]]
 
 class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    # Fields that are written only if they are set: older programs refuse fields they do not know.
+    only_if_set: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _serialize(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written = serialize(self).items()
+        return {key: value for key, value in written if value or key not in self.only_if_set}
 
 
 class FileEntry(_Entry):
@@ -112,6 +128,17 @@ class GroupEntry(_Entry):
         return self.center_bytes + sum(self.residual_bytes.values())
 
 
+class RouterEntry(_Entry):
+    """A refitted router, by the calibration tokens.
+
+    agreement_before: share of the source's choices (token, expert) that this layer also made
+    before any router was refitted. agreement_after: the same with all routers refitted.
+    """
+
+    agreement_before: Annotated[float, Field(ge=0, le=1)]
+    agreement_after: Annotated[float, Field(ge=0, le=1)]
+
+
 class LayerEntry(_Entry):
     """One experts module: its name in the model, its shape, how it is stored, and its groups.
 
@@ -119,10 +146,13 @@ class LayerEntry(_Entry):
     the layer has none. residual_codec: how residuals are stored. dtype: of stored values. storage:
     the source's tensor names, which `restore` writes back. expert_map: the stored expert of each of
     the model's experts, or DROPPED; None if every expert is stored under its own number.
-    source_rows: rows of the model's experts, if the stored ones have fewer. groups: a partition of
+    source_rows: rows of the model's experts, if the stored ones have fewer. router: None if it is
+    the source's. groups: a partition of
     the stored experts, in any order. A group's errors and norms are of its experts; of all the
     model's experts if a method merged or dropped some, which takes a single group.
     """
+
+    only_if_set = frozenset({"router"})
 
     module: str
     num_experts: Count
@@ -138,6 +168,7 @@ class LayerEntry(_Entry):
     storage: ExpertStorage
     expert_map: list[Annotated[int, Field(ge=DROPPED)]] | None = None
     source_rows: Count | None = None
+    router: RouterEntry | None = None
     groups: Annotated[list[GroupEntry], Field(min_length=1)]
 
     @property
@@ -230,9 +261,11 @@ class CompressionSettings(_Entry):
     method: of the layers listed in `layers`, positions among the model's MoE layers; the others are
     stored dense. center_codec, residual_codec: of these layers. target_bytes: share of the dense
     expert bytes that everything stored was to take; the residual codec's `keep` is then the share
-    that fits. calibration: SHA-256 of the calibration token ids. dtype: of stored values; None
-    keeps the source's.
+    that fits. calibration: SHA-256 of the calibration token ids. recalibrate_router: whether the
+    routers were refitted. dtype: of stored values; None keeps the source's.
     """
+
+    only_if_set = frozenset({"recalibrate_router"})
 
     groups: int
     groups_per_rank: int = 1
@@ -241,6 +274,7 @@ class CompressionSettings(_Entry):
     residual_codec: CodecSpec
     target_bytes: FiniteFloat | None = None
     calibration: str | None = None
+    recalibrate_router: bool = False
     layers: list[int]
     dtype: DtypeName | None = None
 

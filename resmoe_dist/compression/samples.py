@@ -67,15 +67,19 @@ class SampleFiles:
 
     def read(self, layer: int) -> LayerSamples:
         """All tokens of a layer. Raises UserError if it received none, or a file is damaged."""
-        if not self._path(layer, 0).exists():
+        if not (parts := self.parts(layer)):
             raise UserError(
                 f"MoE layer {layer}: receives no token of the calibration text; leave it out with "
                 "--layers"
             )
-        parts = [_read(self._path(layer, 0))]
-        while (path := self._path(layer, len(parts))).exists():
-            parts.append(_read(path))
-        return LayerSamples.join(parts)
+        return LayerSamples.join([_read(self._path(layer, part)) for part in range(parts)])
+
+    def parts(self, layer: int) -> int:
+        """In how many parts a layer's tokens came."""
+        count = 0
+        while self._path(layer, count).exists():
+            count += 1
+        return count
 
     def _path(self, layer: int, part: int) -> Path:
         return self._folder / f"samples-{layer:05d}-{part:05d}.safetensors"

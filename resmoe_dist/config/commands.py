@@ -131,6 +131,11 @@ class CompressConfig(StorageConfig):
         "weight errors by the activations that this UTF-8 text causes",
         metavar="TEXT",
     )
+    recalibrate_router: bool = option(
+        False,
+        "refit the routers so that they choose on the compressed model's hidden states as the "
+        "source's do on its own, by the text of --calibration",
+    )
     max_memory: Size | None = option(
         None,
         "bound on each process's memory, page cache aside: 8GB, 7500MiB (default: none)",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
@@ -21,7 +22,8 @@ def describe(checkpoint: CompressedCheckpoint) -> dict[str, Any]:
     `error` is (1/E) Σ_k ‖T_k W_k − restored_k‖² over the E experts of the layer (paper 001,
     appendix A.6), `relative_error` its share of (1/E) Σ_k ‖W_k‖², `weighted_relative_error` the
     same in the activation-weighted norm. `keep` is the share of residual entries kept. The last two
-    are None if the index does not have them. `groups_without_center` does not count layers that the
+    are None if the index does not have them. `router` is the agreement of a refitted router with
+    the source's, None if it is the source's. `groups_without_center` does not count layers that the
     settings left out. Bytes are those in the files' headers, `residual_bytes` by kind.
     `dense_bytes` is what the experts would take dense in the stored dtype, `source_bytes` what they
     took in the source.
@@ -39,6 +41,7 @@ def describe(checkpoint: CompressedCheckpoint) -> dict[str, Any]:
     total["residual_bytes"] = _sum_by_kind(layer["residual_bytes"] for layer in layers)
     total["ratio"] = total["stored_bytes"] / total["source_bytes"]
     total |= _accuracy([layer for i, layer in enumerate(index.layers) if i in chosen])
+    total["router"] = _mean_agreement([layer["router"] for layer in layers])
     total["groups_without_center"] = sum(layer["groups_without_center"] for layer in layers)
     other = sum(
         sum(tensor_bytes(checkpoint.folder / entry.file).values())
@@ -79,6 +82,7 @@ def _describe_layer(
         "stored_experts": layer.stored_experts,
         "groups": len(layer.groups),
         "groups_without_center": without_center if is_compressed else 0,
+        "router": None if layer.router is None else layer.router.model_dump(),
         "rows": layer.rows,
         "columns": layer.shape.columns,
         "bits": _counted(bits for group in layer.groups for bits in group.residual_bits or []),
@@ -94,6 +98,14 @@ def _describe_layer(
         "ratio": stored / source,
         "bits_per_entry": 8 * stored / (layer.num_experts * layer.source_shape.entries),
     }
+
+
+def _mean_agreement(routers: Sequence[dict[str, float] | None]) -> dict[str, float] | None:
+    """The mean over the refitted routers; None if there are none."""
+    refitted = [router for router in routers if router is not None]
+    if not refitted:
+        return None
+    return {key: statistics.fmean(router[key] for router in refitted) for key in refitted[0]}
 
 
 def _counted(bits: Iterable[int | None]) -> dict[int, int]:
@@ -207,6 +219,13 @@ def _shown_bits(counts: Mapping[int, int]) -> str:
     return " ".join(f"{bits}×{count}" for bits, count in counts.items())
 
 
+def _shown_router(agreement: Mapping[str, float] | None) -> str:
+    """`96.1% → 97.2%`: the share of the source's choices that a router makes too."""
+    if agreement is None:
+        return ""
+    return f"{agreement['agreement_before']:.1%} → {agreement['agreement_after']:.1%}"
+
+
 def _row(name: str, codecs: str, values: dict[str, Any]) -> dict[str, str]:
     """Cells by column."""
 
@@ -224,6 +243,7 @@ def _row(name: str, codecs: str, values: dict[str, Any]) -> dict[str, str]:
         "error": cell(values["error"], ".4g"),
         "relative": cell(values["relative_error"], ".4f"),
         "weighted": cell(values["weighted_relative_error"], ".4f"),
+        "routing": _shown_router(values["router"]),
         "before": human_bytes(values["source_bytes"]),
         "centre": human_bytes(values["center_bytes"]),
         **{kind: human_bytes(residual_bytes[kind]) for kind in BYTE_KINDS},

@@ -1,19 +1,26 @@
 """Where a model computes its routers' logits: transformers records them for its auxiliary losses.
 
-Legend: T tokens, E experts.
+Legend: T tokens, E experts, H hidden.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
 from resmoe_dist.families.storage import ExpertSite
+
+# Tokens of a router's trial, and how far its logits may be from a product, relative to the largest.
+_TRIAL_TOKENS = 7
+_TRIAL_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,43 @@ class RouterOutput:
         """
         found = output[self.position] if isinstance(output, tuple) else output
         return found.detach().flatten(0, -2)[:, :num_experts].float()
+
+    @torch.no_grad()
+    def linear_weight(self, num_experts: int) -> str | None:
+        """The name, in `module`, of a weight [E, H] whose product with the input is the logits.
+
+        A bias may be added to them. None if there is no such weight, which a trial with random
+        values finds out. `module` may be on the meta device.
+        """
+        names = [
+            name
+            for name, weight in self.module.named_parameters()
+            if weight.dim() == 2 and len(weight) == num_experts
+        ]
+        if len(names) != 1:
+            return None
+        router = copy.deepcopy(self.module).to_empty(device="cpu").float().eval()
+        generator = torch.Generator().manual_seed(0)
+        for tensor in (*router.parameters(), *router.buffers()):
+            if tensor.is_floating_point():
+                tensor.normal_(generator=generator)
+            else:
+                tensor.zero_()
+        weight_EH = router.get_parameter(names[0])
+        x_TH = torch.randn(_TRIAL_TOKENS, weight_EH.shape[1], generator=generator)
+        expected_TE = x_TH @ weight_EH.T
+        # Some routers get the bias of their choice from their block.
+        _, *others = inspect.signature(router.forward).parameters
+        for biases in ([], [torch.zeros(num_experts)] * len(others)):
+            try:
+                logits_TE = self.logits(router(x_TH.unsqueeze(0), *biases), num_experts)
+                bias_TE = logits_TE - expected_TE
+            except Exception:  # other arguments are needed, or something else is returned
+                continue
+            difference = (bias_TE - bias_TE[:1]).abs().max()
+            if difference <= _TRIAL_TOLERANCE * logits_TE.abs().max():
+                return names[0]
+        return None
 
 
 def router_outputs(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,12 +46,18 @@ class Shard:
         return shard_name(self.number, self.count)
 
 
-def shards_of(source: SourceCheckpoint) -> list[Shard]:
-    """Return the shards to copy: one for each file of the source that has such tensors."""
+def shards_of(source: SourceCheckpoint, apart: Collection[str] = ()) -> list[Shard]:
+    """Return the shards to copy: one for each file of the source that has such tensors.
+
+    apart: tensors that make up another shard, the last one.
+    """
     by_file: dict[str, list[str]] = {}
     for name in source.other_names:
-        by_file.setdefault(source.files.locations[name], []).append(name)
+        if name not in apart:
+            by_file.setdefault(source.files.locations[name], []).append(name)
     contents = [tuple(sorted(names)) for _, names in sorted(by_file.items())]
+    if apart:
+        contents.append(tuple(sorted(apart)))
     return [Shard(names, i, len(contents)) for i, names in enumerate(contents)]
 
 

@@ -3,6 +3,7 @@
     calibrate   measure activations, if errors are weighted
     plan        which experts share a centre, and what budget each group gets (`group_planning`)
     compress    read a group, compress it by the layer's method, write it
+    refit       run the compressed model and write its routers, if they are to be refitted
 
 Each phase hands its tasks to the ranks as they become free. The run works in `OUTPUT.partial` (see
 `staging`). Each file appears there atomically, under its final name and with the same bytes
@@ -11,9 +12,8 @@ whichever rank makes it. A resumed run keeps finished files.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from resmoe_dist.checkpoints.format import (
     FileEntry,
     GroupEntry,
     LayerEntry,
-    dtype_name,
+    RouterEntry,
     read_index,
 )
 from resmoe_dist.checkpoints.source import SourceCheckpoint
@@ -43,6 +43,7 @@ from resmoe_dist.errors import UserError
 from resmoe_dist.jobs.claims import Claims
 from resmoe_dist.jobs.group import EXPERT_MAP, GroupCompressor
 from resmoe_dist.jobs.group_planning import GroupPlanning
+from resmoe_dist.jobs.layer_entries import FinishedGroup, layer_entries
 from resmoe_dist.jobs.memory_budget import ExpertStore
 from resmoe_dist.jobs.model_files import (
     PRODUCER,
@@ -51,6 +52,7 @@ from resmoe_dist.jobs.model_files import (
     shards_of,
     write_model_files,
 )
+from resmoe_dist.jobs.router_refit import RouterRefit
 from resmoe_dist.jobs.scheduling import Schedule
 from resmoe_dist.jobs.settings import check_settings, keep_for_target
 from resmoe_dist.jobs.staging import StagingFolder
@@ -65,20 +67,13 @@ _ACTIVATIONS = "activations.safetensors"
 Measure = Callable[[SampleFiles | None], Sequence[LayerActivations]]
 
 
-@dataclass(frozen=True)
-class FinishedGroup:
-    """A group's entry in the index, and its layer's expert map if experts were merged."""
-
-    entry: GroupEntry
-    expert_map: list[int] | None
-
-
 class Compression:
     """One run of `resmoe-dist compress`.
 
     device: where to compute. max_memory: bytes of anonymous memory that each rank may take.
     measure: returns the activations of each MoE layer, to weigh errors by; called on one rank.
     may_join: see `GroupPlanning`.
+    routers: to refit, if the settings say so.
 
     Raises UserError for a source that cannot be compressed (see `SourceCheckpoint`), settings that
     do not fit the model or each other, and an output folder that exists; ValueError for an unknown
@@ -96,13 +91,15 @@ class Compression:
         max_memory: int | None = None,
         measure: Measure | None = None,
         may_join: bool = False,
+        routers: RouterRefit | None = None,
     ) -> None:
-        self.source, self.output, self._measure = source, output, measure
-        self._may_join = may_join
+        self.source, self.output = source, output
+        self._measure, self._routers, self._may_join = measure, routers, may_join
         source.serve_as(STORED_DTYPES[settings.dtype] if settings.dtype else None)
         self.workers = workers or SingleWorker()
         self._staging = StagingFolder(output)
         self._files = TaskFiles(self._staging, len(source.sites))
+        self._samples = SampleFiles(self._staging.scratch)
         # Defaults are written out, so that the checkpoint records all options that made it.
         settings = settings.model_copy(update={"method": method_of(settings.method).spec})
         store = ExpertStore(self._staging.scratch, max_memory)
@@ -117,6 +114,7 @@ class Compression:
             compressor = GroupCompressor(source, settings, store, device=device)
             check_settings(source, settings, compressor)
         self.settings, self._compressor = settings, compressor
+        assert settings.recalibrate_router == (routers is not None)
 
     def run(self, *, resume: bool = False) -> CheckpointIndex:
         """Compress everything and return the index, on every rank.
@@ -214,7 +212,8 @@ class Compression:
 
             # Copies are short, so they come last: ranks then finish at about the same time. But
             # what they may refuse is refused before the work.
-            shards = shards_of(self.source)
+            shards = shards_of(self.source, self._routers.names if self._routers else ())
+            routers = shards.pop() if self._routers else None
             everything: list[GroupTask | Shard] = [*tasks, *shards]
             if self.source.may_overflow:
                 everything = [*shards, *tasks]
@@ -222,9 +221,24 @@ class Compression:
                 "compressing", everything, compress, self._files.is_finished
             )
 
+            groups: dict[GroupTask, FinishedGroup] = {}
+            files: dict[Shard, FileEntry] = {}
+            for task, entry in entries.items():
+                if isinstance(task, GroupTask):
+                    assert isinstance(entry, FinishedGroup)
+                    groups[task] = entry
+                else:
+                    assert isinstance(entry, FileEntry)
+                    files[task] = entry
+            layers = layer_entries(self._compressor, groups)
+            if routers is not None:
+                files[routers], layers = self._refit_routers(schedule, routers, layers)
+
             def finish() -> None:
                 if self._is_first:
-                    self._finish(entries)
+                    folder = self._staging.model
+                    write_model_files(folder, self.source, self.settings, layers, files)
+                    self._staging.finish()
 
             gather_or_raise(self.workers, finish)
         except UserError as error:
@@ -243,62 +257,48 @@ class Compression:
     def _calibrate(self, schedule: Schedule, measure: Measure) -> list[LayerActivations]:
         """Activations of all MoE layers, measured by one rank or by an earlier run.
 
-        Also the samples, if the method needs them.
+        Also the samples, if the method or the routers need them.
         """
         path, sites = self._staging.scratch / _ACTIVATIONS, self.source.sites
         uses_moments = self.settings.residual_codec.codec.uses_moments
         if uses_moments or method_of(self.settings.method).needs_samples:
-            self._compressor.samples = SampleFiles(self._staging.scratch)
+            self._compressor.samples = self._samples
+        samples = self._samples if self._routers else self._compressor.samples
 
         def calibrate(_: str) -> None:
             if not is_whole(path):
-                save_activations(path, sites, measure(self._compressor.samples))
+                save_activations(path, sites, measure(samples))
+            if self._routers:
+                self._routers.check(self._samples)
 
         schedule.run_phase("calibrating", ["calibration"], calibrate, lambda _: is_whole(path))
         return load_activations(path, sites)
 
-    def _finish(self, entries: dict[GroupTask | Shard, FinishedGroup | FileEntry]) -> None:
-        """Write index, config and companions; then give the folder its name."""
-        groups: dict[int, list[tuple[int, FinishedGroup]]] = defaultdict(list)
-        shards: dict[Shard, FileEntry] = {}
-        for task, entry in entries.items():
-            if isinstance(task, GroupTask):
-                assert isinstance(entry, FinishedGroup)
-                groups[task.layer].append((task.group, entry))
-            else:
-                assert isinstance(entry, FileEntry)
-                shards[task] = entry
-        layers = [
-            self._layer_entry(layer, _in_order(groups[layer]))
-            for layer in range(len(self.source.sites))
-        ]
-        write_model_files(self._staging.model, self.source, self.settings, layers, shards)
-        self._staging.finish()
+    def _refit_routers(
+        self, schedule: Schedule, shard: Shard, layers: list[LayerEntry]
+    ) -> tuple[FileEntry, list[LayerEntry]]:
+        """The file of all routers, and the layers' entries with what was measured.
 
-    def _layer_entry(self, layer: int, groups: list[FinishedGroup]) -> LayerEntry:
-        site, codecs = self.source.sites[layer], self._compressor.codecs(layer)
-        method = self._compressor.method(layer)
-        rows = method.stored_rows(site.shape, codecs.budget)
-        return LayerEntry(
-            module=site.module,
-            num_experts=site.num_experts,
-            rows=rows,
-            source_rows=None if rows == site.shape.rows else site.shape.rows,
-            hidden=site.shape.hidden,
-            gated=site.shape.gated,
-            row_bias=site.shape.row_bias,
-            output_bias=site.shape.output_bias,
-            method=method.name,
-            center_codec=None if codecs.center is None else codecs.center.name,
-            residual_codec=codecs.residual.name,
-            dtype=dtype_name(codecs.dtype),
-            storage=self.source.storages[layer],
-            # Experts are merged or dropped only if one group holds the whole layer.
-            expert_map=groups[0].expert_map,
-            groups=[group.entry for group in groups],
+        One rank makes it: each router's inputs depend on all routers before it.
+        """
+
+        def refit(shard: Shard) -> tuple[FileEntry, list[RouterEntry | None]]:
+            entries = self._files.router_entries(shard)
+            if entries is None:
+                assert self._routers is not None
+                dtype = STORED_DTYPES[self.settings.dtype] if self.settings.dtype else None
+                tensors, entries = self._routers.run(
+                    self._staging.model, layers, self.settings.layers, self._samples, dtype
+                )
+                self._files.write_routers(shard, tensors, entries)
+            path = self._files.path(shard)
+            return file_entry(path.parent, path.name), entries
+
+        found = schedule.run_phase(
+            "refitting", [shard], refit, lambda s: self._files.router_entries(s) is not None
         )
-
-
-def _in_order(groups: list[tuple[int, FinishedGroup]]) -> list[FinishedGroup]:
-    """A layer's groups, sorted by their number."""
-    return [entry for _, entry in sorted(groups, key=lambda numbered: numbered[0])]
+        entry, entries = found[shard]
+        return entry, [
+            layer.model_copy(update={"router": router})
+            for layer, router in zip(layers, entries, strict=True)
+        ]

@@ -90,6 +90,14 @@ def check_settings(
     method = method_of(settings.method)
     if method.needs_samples and settings.calibration is None:
         raise UserError(f"--method {method.name}: needs --calibration TEXT")
+    if settings.recalibrate_router:
+        if settings.calibration is None:
+            raise UserError("--recalibrate-router: needs --calibration TEXT")
+        if method.reduces == "experts":
+            raise UserError(
+                f"--recalibrate-router: --method {method.name} stores other experts than the "
+                "source's router chooses among; leave one of them out"
+            )
     if method.reduces != "entries" and settings.residual_codec.keep is None:
         raise UserError(
             f"--method {method.name}: stores fewer {method.reduces}, so it needs a budget, which "

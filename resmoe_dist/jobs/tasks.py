@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resmoe_dist.checkpoints.format import group_file_name
-from resmoe_dist.checkpoints.tensor_files import TensorFile, write_tensors
+from torch import Tensor
+
+from resmoe_dist.checkpoints.format import RouterEntry, group_file_name
+from resmoe_dist.checkpoints.tensor_files import TensorFile, read_json, write_json, write_tensors
 from resmoe_dist.compression.stages import stage
 from resmoe_dist.errors import UserError
 from resmoe_dist.jobs.group import CompressedGroup
@@ -65,6 +68,26 @@ class TaskFiles:
     def write_plan(self, task: GroupTask, plan: GroupPlan) -> None:
         """Keep the plan of a group for the other ranks and a resumed run."""
         plan.save(self._plan_path(task))
+
+    def router_entries(self, shard: Shard) -> list[RouterEntry | None] | None:
+        """Each layer's entry of its refitted router; None if their file is not finished."""
+        try:
+            found = read_json(self._routers_path)
+            entries = [None if entry is None else RouterEntry(**entry) for entry in found]
+        except (UserError, TypeError, ValueError):
+            return None
+        return entries if is_whole(self.path(shard)) else None
+
+    def write_routers(
+        self, shard: Shard, tensors: dict[str, Tensor], entries: Sequence[RouterEntry | None]
+    ) -> None:
+        """Write the file of all routers, then each layer's entry: both are then finished."""
+        write_tensors(self.path(shard), tensors, {})
+        write_json(self._routers_path, [entry and entry.model_dump() for entry in entries])
+
+    @property
+    def _routers_path(self) -> Path:
+        return self._staging.scratch / "routers.json"
 
     def _plan_path(self, task: GroupTask) -> Path:
         # Groups of different partitions of a layer differ in how many experts they have.

@@ -30,6 +30,7 @@ from resmoe_dist.evaluation.perplexity import check_vocabulary, load_tokenizer
 from resmoe_dist.evaluation.report import describe, layer_table
 from resmoe_dist.jobs.calibration import calibration_sequences, measure_activations
 from resmoe_dist.jobs.pipeline import Compression, Measure
+from resmoe_dist.jobs.router_refit import RouterRefit
 from resmoe_dist.jobs.settings import parse_codecs, parse_layers, with_budget
 from resmoe_dist.jobs.workers import SingleWorker, Workers, find_workers
 from resmoe_dist.methods import method_named, method_of
@@ -79,9 +80,12 @@ def compress(config: CompressConfig, workers: Workers | None = None) -> Checkpoi
     source = SourceCheckpoint(config.source, drop_unused=config.drop_unused)
     if workers.rank == 0 and (line := source.unused_line()):
         logger.warning(line)
-    digest, measure = None, None
+    digest, measure, routers = None, None, None
     if config.calibration is not None:
-        digest, measure = calibration_of(source, config.calibration)
+        digest, sequences = calibration_of(source, config.calibration)
+        measure = _measuring(source, sequences)
+        if config.recalibrate_router:
+            routers = RouterRefit(source, sequences)
     run = Compression(
         source,
         config.output,
@@ -97,6 +101,7 @@ def compress(config: CompressConfig, workers: Workers | None = None) -> Checkpoi
         measure=measure,
         # One group for all ranks takes more memory.
         may_join=config.groups_per_rank is None and config.max_memory is None,
+        routers=routers,
     )
     return run.run(resume=config.resume)
 
@@ -134,6 +139,7 @@ def settings_of(
         residual_codec=residual,
         target_bytes=target_share(config, itemsize),
         calibration=calibration,
+        recalibrate_router=config.recalibrate_router,
         layers=layers,
         dtype=config.dtype,
     )
@@ -158,15 +164,18 @@ def _device(name: str, workers: Workers) -> torch.device:
     return torch.device(name, number % torch.cuda.device_count())
 
 
-def calibration_of(source: SourceCheckpoint, text: Path) -> tuple[str, Measure]:
-    """SHA-256 of a text's token ids, and a function that measures the activations they cause.
+def calibration_of(source: SourceCheckpoint, text: Path) -> tuple[str, list[list[int]]]:
+    """SHA-256 of a text's token ids, and the ids, in sequences of the same length.
 
     Raises UserError for a text that cannot be used, or a source without a tokenizer.
     """
     sequences = calibration_sequences(text, load_tokenizer(source.folder))
     check_vocabulary(text, sequences, source.config.get_text_config().vocab_size)
-    digest = hashlib.sha256(json.dumps(sequences).encode()).hexdigest()
-    return digest, lambda samples: measure_activations(source, sequences, samples=samples)
+    return hashlib.sha256(json.dumps(sequences).encode()).hexdigest(), sequences
+
+
+def _measuring(source: SourceCheckpoint, sequences: list[list[int]]) -> Measure:
+    return lambda samples: measure_activations(source, sequences, samples=samples)
 
 
 if __name__ == "__main__":

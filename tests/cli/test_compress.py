@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from tests.checkpoints.damage import copy_of, edit_tensors, names_in
 from tests.cli.commands import assert_mistake, start
+from tests.models import FAMILIES, save_family
 
 EXPERT = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
 
@@ -132,6 +134,66 @@ def test_calibration_weights_errors_by_activations(embedded_source, run, tmp_pat
         for group in layer["groups"]:
             errors, norms = group["weighted_squared_errors"], group["weighted_squared_norms"]
             assert all(0 < e < 0.1 * n for e, n in zip(errors, norms, strict=True))
+
+
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory):
+    """readers(family): a random model with a tokenizer."""
+    from resmoe_dist.testing.corpus import VOCABULARY_SIZE, byte_tokenizer
+
+    def make(family: str) -> Path:
+        folder = tmp_path_factory.mktemp(family)
+        save_family(FAMILIES[family], folder, vocab_size=VOCABULARY_SIZE, num_hidden_layers=3)
+        byte_tokenizer("left").save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_refitted_routers_are_shown_with_their_agreement(readers, run, tmp_path, family):
+    source, text = readers(family), tmp_path / "text.py"
+    text.write_text("def compress(source, output):\n    return source.read()\n" * 20)
+    options = ("--ep", 2, "--calibration", text, "--recalibrate-router")
+
+    code, out, err = run("compress", source, tmp_path / "c", *options)
+
+    assert (code, err) == (0, "")
+    index = json.loads((tmp_path / "c" / "resmoe.json").read_text())
+    header, _, first, *others, total = out.splitlines()[:6]
+    assert "  routing  " in header and "→" not in first
+    routers = [layer["router"] for layer in index["layers"][1:]]
+    for line, router in zip(others, routers, strict=True):
+        before, after = router["agreement_before"], router["agreement_after"]
+        assert f"{before:.1%} → {after:.1%}" in line
+    means = [
+        sum(router[f"agreement_{when}"] for router in routers) / 2 for when in ("before", "after")
+    ]
+    assert f"{means[0]:.1%} → {means[1]:.1%}" in total
+    assert run("inspect", tmp_path / "c", "--json", tmp_path / "i.json")[1].endswith(out)
+    described = json.loads((tmp_path / "i.json").read_text())
+    assert [layer["router"] for layer in described["layers"]] == [None, *routers]
+    assert run("verify", tmp_path / "c")[0] == 0
+    assert run("compress", source, tmp_path / "c", *options, "--resume") == (0, out, "")
+
+
+def test_routers_are_refitted_with_a_calibration_alone(family_folder, run, tmp_path):
+    outcome = run(
+        "compress", family_folder("mixtral"), tmp_path / "c", "--ep", 2, "--recalibrate-router"
+    )
+    assert_mistake(outcome, "--recalibrate-router: needs --calibration TEXT")
+    assert names_in(tmp_path) == set()
+
+
+def test_routers_of_fewer_experts_are_not_refitted(readers, run, tmp_path):
+    text = tmp_path / "text.py"
+    text.write_text("import os\n" * 20)
+    outcome = run(
+        *("compress", readers("mixtral"), tmp_path / "c", "--ep", 1, "--method", "reap"),
+        *("--keep", 0.5, "--calibration", text, "--recalibrate-router"),
+    )
+    assert_mistake(outcome, "--recalibrate-router: --method reap stores other experts")
+    assert names_in(tmp_path) == {"text.py"}
 
 
 @pytest.mark.parametrize(
