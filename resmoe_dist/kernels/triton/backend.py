@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resmoe_dist.codecs import DenseMatrix, PrunedMatrix
+from resmoe_dist.codecs import DenseMatrix, EncodedMatrix, PrunedMatrix
 from resmoe_dist.kernels.half_products import PRODUCT_BYTES, HalfProductBackend, Part
 from resmoe_dist.kernels.layer import LayerWeights
 from resmoe_dist.kernels.sharing import CenterCopies
 from resmoe_dist.kernels.triton import kernels
+from resmoe_dist.kernels.triton.bitmaps import bitmap_fields
 from resmoe_dist.kernels.triton.plan import (
     ENTRY_TYPES,
     FEW,
@@ -28,9 +29,10 @@ from resmoe_dist.kernels.triton.plan import (
     SPAN_ROWS,
     Plan,
     plan_for_copies,
-    plan_for_layer,
+    plan_for_pruned,
 )
-from resmoe_dist.kernels.triton.tiles import BITS, job_fields
+from resmoe_dist.kernels.triton.tiles import center_fields
+from resmoe_dist.kernels.triton.words import BITS
 from resmoe_dist.routing import Copies
 
 
@@ -45,8 +47,8 @@ class TritonBackend(HalfProductBackend):
 
     def __init__(self, layer: LayerWeights, product_bytes: int = PRODUCT_BYTES) -> None:
         super().__init__(layer, product_bytes)
-        self._plan = plan_for_layer(layer)
-        self._tables = job_tables(layer)
+        self._plan = self._plan_for_layer()
+        self._tables = self._job_tables()
 
     @classmethod
     def supports(cls, layer: LayerWeights) -> bool:
@@ -55,6 +57,16 @@ class TritonBackend(HalfProductBackend):
             and layer.dtype in ENTRY_TYPES
             and layer.is_stored_as(residual=PrunedMatrix, center=DenseMatrix)
         )
+
+    def _plan_for_layer(self) -> Plan:
+        return plan_for_pruned(self.layer)
+
+    def _job_fields(
+        self, center: EncodedMatrix | None, residual: EncodedMatrix | None
+    ) -> list[int]:
+        """A row of a job table. None for what the job lacks."""
+        assert residual is None or isinstance(residual, PrunedMatrix)
+        return [*center_fields(center), *bitmap_fields(residual)]
 
     @torch.no_grad()
     def restore(
@@ -112,30 +124,25 @@ class TritonBackend(HalfProductBackend):
     def sum_for_centers(self, h_NS: Tensor, shared: CenterCopies, copies: Copies) -> Tensor:
         return _combine(h_NS.unsqueeze(1), shared.index_N, copies, len(shared.copies))
 
+    def _job_tables(self) -> dict[Part, Tensor]:
+        """For each part [J, fields]: where the matrices of its jobs are."""
+        layer, fields = self.layer, self._job_fields
+        centers = [layer.centers[i] if i >= 0 else None for i in layer.center_of]
+        parts: dict[Part, list[list[int]]] = {
+            "whole": [fields(*job) for job in zip(centers, layer.residuals, strict=True)],
+            "residual": [fields(None, residual) for residual in layer.residuals],
+            "center": [fields(center, None) for center in layer.centers],
+        }
+        return {
+            part: torch.tensor(rows, dtype=torch.int64).to(layer.device)
+            for part, rows in parts.items()
+        }
+
     def _operand(self, dtype: torch.dtype) -> tl.dtype:
         """What `tl.dot` multiplies, for tokens of a dtype."""
         # Triton's interpreter would multiply the bits of bfloat16 as integers.
         compiled = isinstance(kernels.project_in_kernel, triton.JITFunction)
         return ENTRY_TYPES[dtype] if compiled and dtype == self.layer.dtype else tl.float32
-
-
-def job_tables(layer: LayerWeights) -> dict[Part, Tensor]:
-    """For each part [J, FIELDS]: `job_fields` of its jobs."""
-    centers = [center.decode() for center in layer.centers]
-    whole, residual = [], []
-    for center, matrix in zip(layer.center_of, layer.residuals, strict=True):
-        assert isinstance(matrix, PrunedMatrix)
-        whole.append(job_fields(centers[center] if center >= 0 else None, matrix))
-        residual.append(job_fields(None, matrix))
-    parts: dict[Part, list[list[int]]] = {
-        "whole": whole,
-        "residual": residual,
-        "center": [job_fields(center, None) for center in centers],
-    }
-    return {
-        part: torch.tensor(fields, dtype=torch.int64).to(layer.device)
-        for part, fields in parts.items()
-    }
 
 
 def _num_blocks(plan: Plan, copies: Copies) -> int:

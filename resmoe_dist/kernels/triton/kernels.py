@@ -13,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from resmoe_dist.kernels.triton.tiles import BITS, FIELDS, load_weights, open_rows, word_columns
+from resmoe_dist.kernels.triton.tiles import load_weights, open_rows
+from resmoe_dist.kernels.triton.words import BITS, word_columns, word_range
 
 # Columns that one program restores: finding where their values begin is then a small share.
 RESTORED_COLUMNS = tl.constexpr(1024)
@@ -45,17 +46,17 @@ def restore_kernel(
     table, job, out, first_row, S, low, high, row_stride, column_stride, plan: tl.constexpr
 ):
     """Program (i, c): rows [R·i, R·(i+1)) of S, counted from `first_row`, at the c-th 1024 of
-    columns [low, high)."""
+    columns [low, high). For residuals of codec `pruned`."""
     row_R = tl.program_id(0) * plan.R + tl.arange(0, plan.R)
     held_R = row_R < S
     out_R = out + row_R.to(tl.int64) * row_stride
     begin = low // BITS + tl.program_id(1) * (RESTORED_COLUMNS // BITS)
     end = tl.minimum(begin + RESTORED_COLUMNS // BITS, tl.cdiv(high, BITS))
-    rows, ahead_R = open_rows(table + job * FIELDS, first_row + row_R, held_R, begin, plan)
+    rows, ahead_R = open_rows(table + job * plan.fields, first_row + row_R, held_R, begin, plan)
     for word in range(begin, end, plan.W):
         word_W = word + tl.arange(0, plan.W)
         weights_RWB, ahead_R = load_weights(rows, ahead_R, word_W, low, high, plan)
-        column_WB, inside_WB = word_columns(word_W, low, high)
+        column_WB, inside_WB = word_columns(word_W, low, high, plan)
         out_RWB = out_R[:, None, None] + (column_WB * column_stride)[None, :, :]
         mask_RWB = held_R[:, None, None] & inside_WB[None, :, :]
         tl.store(out_RWB, weights_RWB.to(out.dtype.element_ty), mask=mask_RWB)
@@ -78,15 +79,16 @@ def project_in_kernel(
     x_M = x + tl.load(token + copy_M, mask=held_M, other=0).to(tl.int64) * H
     row_R = tl.program_id(1) * R + tl.arange(0, R)
     held_R = row_R < S
-    rows, ahead_R = open_rows(table + job * FIELDS, first_row + row_R, held_R, 0, plan)
+    rows, ahead_R = open_rows(table + job * plan.fields, first_row + row_R, held_R, 0, plan)
     for i in range(inputs):
         low = i * H
         high = low + H
         sums = tl.zeros([M, R, W, BITS] if plan.operand is None else [M, R], tl.float32)
-        for word in range(low // BITS, tl.cdiv(high, BITS), W):
+        begin, end = word_range(low, high, plan)
+        for word in range(begin, end, W):
             word_W = word + tl.arange(0, W)
             weights_RWB, ahead_R = load_weights(rows, ahead_R, word_W, low, high, plan)
-            column_WB, inside_WB = word_columns(word_W, low, high)
+            column_WB, inside_WB = word_columns(word_W, low, high, plan)
             mask_MWB = held_M[:, None, None] & inside_WB[None, :, :]
             x_MWB = tl.load(x_M[:, None, None] + column_WB[None, :, :], mask=mask_MWB, other=0.0)
             if plan.operand is None:
@@ -124,7 +126,8 @@ def project_out_kernel(
     held_M = tl.arange(0, M) < copies
     low = inputs * H
     high = low + H
-    word = low // BITS + tl.program_id(1) * W
+    first_word, _ = word_range(low, high, plan)
+    word = first_word + tl.program_id(1) * W
     word_W = word + tl.arange(0, W)
     begin = tl.program_id(2) * span_rows
     # No rows for a block without copies: it stores nothing.
@@ -133,7 +136,9 @@ def project_out_kernel(
     for row in range(begin, end, R):
         row_R = row + tl.arange(0, R)
         held_R = row_R < end
-        rows, ahead_R = open_rows(table + job * FIELDS, first_row + row_R, held_R, word, plan)
+        rows, ahead_R = open_rows(
+            table + job * plan.fields, first_row + row_R, held_R, word, plan
+        )
         weights_RWB, _ = load_weights(rows, ahead_R, word_W, low, high, plan)
         mask_MR = held_M[:, None] & held_R[None, :]
         h_MR = tl.load(
@@ -145,7 +150,7 @@ def project_out_kernel(
             weights_RC = tl.reshape(weights_RWB, [R, W * BITS]).to(plan.operand)
             sums = tl.dot(h_MR.to(plan.operand), weights_RC, sums, input_precision="ieee")
     sums_MWB = tl.sum(sums, 1) if plan.operand is None else tl.reshape(sums, [M, W, BITS])
-    column_WB, inside_WB = word_columns(word_W, low, high)
+    column_WB, inside_WB = word_columns(word_W, low, high, plan)
     product_M = products + (copy_M.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * H
     mask_MWB = held_M[:, None, None] & inside_WB[None, :, :]
     tl.store(product_M[:, None, None] + column_WB[None, :, :], sums_MWB, mask=mask_MWB)
