@@ -9,6 +9,8 @@ copies of a block; R rows and C columns of an output.
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 import triton
 import triton.language as tl
@@ -32,7 +34,7 @@ from resmoe_dist.kernels.triton.plan import (
     plan_for_pruned,
 )
 from resmoe_dist.kernels.triton.tiles import center_fields
-from resmoe_dist.kernels.triton.words import BITS
+from resmoe_dist.kernels.triton.columns import BITS
 from resmoe_dist.routing import Copies
 
 
@@ -47,8 +49,8 @@ class TritonBackend(HalfProductBackend):
 
     def __init__(self, layer: LayerWeights, product_bytes: int = PRODUCT_BYTES) -> None:
         super().__init__(layer, product_bytes)
-        self._plan = self._plan_for_layer()
-        self._tables = self._job_tables()
+        self._plans = self._plan_parts()
+        self._tables = {part: self._table(part) for part in self._plans}
 
     @classmethod
     def supports(cls, layer: LayerWeights) -> bool:
@@ -58,13 +60,14 @@ class TritonBackend(HalfProductBackend):
             and layer.is_stored_as(residual=PrunedMatrix, center=DenseMatrix)
         )
 
-    def _plan_for_layer(self) -> Plan:
-        return plan_for_pruned(self.layer)
+    def _plan_parts(self) -> dict[Part, Plan]:
+        """What the weights alone decide of each part's kernels."""
+        return dict.fromkeys(get_args(Part), plan_for_pruned(self.layer))
 
     def _job_fields(
-        self, center: EncodedMatrix | None, residual: EncodedMatrix | None
+        self, part: Part, center: EncodedMatrix | None, residual: EncodedMatrix | None
     ) -> list[int]:
-        """A row of a job table. None for what the job lacks."""
+        """A row of a part's job table. None for what the job lacks."""
         assert residual is None or isinstance(residual, PrunedMatrix)
         return [*center_fields(center), *bitmap_fields(residual)]
 
@@ -82,7 +85,7 @@ class TritonBackend(HalfProductBackend):
         out = (out_RC, first_row, R, first_column, first_column + columns, *out_RC.stride())
         with torch.cuda.device_of(out_RC):
             kernels.restore_kernel[triton.cdiv(R, FEW.R), column_blocks](
-                self._tables["whole"], expert, *out, **self._plan.options
+                self._tables["whole"], expert, *out, **self._plans["whole"].options
             )
 
     def project_in(self, part: Part, x_TH: Tensor, copies: Copies, rows: slice) -> Tensor:
@@ -91,7 +94,7 @@ class TritonBackend(HalfProductBackend):
         out_NC = torch.zeros(len(copies), inputs * S, dtype=torch.float32, device=x_TH.device)
         if not out_NC.numel():
             return out_NC
-        plan = plan_for_copies(self._plan, MANY_IN, self._operand(x_TH.dtype), copies, T)
+        plan = plan_for_copies(self._plans[part], MANY_IN, self._operand(x_TH.dtype), copies, T)
         jobs = (self._tables[part], copies.offsets_J.contiguous(), copies.num_jobs)
         x = (x_TH.contiguous(), copies.token_N.contiguous(), out_NC, rows.start, S, H, inputs)
         grid = (_num_blocks(plan, copies), triton.cdiv(S, plan.R))
@@ -108,7 +111,7 @@ class TritonBackend(HalfProductBackend):
         if not (N and S):
             return torch.zeros(num_tokens, H, dtype=torch.float32, device=h_NS.device)
         operand = self._operand(h_NS.dtype)
-        plan = plan_for_copies(self._plan, MANY_OUT, operand, copies, num_tokens)
+        plan = plan_for_copies(self._plans[part], MANY_OUT, operand, copies, num_tokens)
         blocks = _num_blocks(plan, copies)
         column_blocks = triton.cdiv(inputs * H % BITS.value + H, plan.W * BITS.value)
         spans = min(triton.cdiv(S, SPAN_ROWS), triton.cdiv(PROGRAMS, blocks * column_blocks))
@@ -124,19 +127,17 @@ class TritonBackend(HalfProductBackend):
     def sum_for_centers(self, h_NS: Tensor, shared: CenterCopies, copies: Copies) -> Tensor:
         return _combine(h_NS.unsqueeze(1), shared.index_N, copies, len(shared.copies))
 
-    def _job_tables(self) -> dict[Part, Tensor]:
-        """For each part [J, fields]: where the matrices of its jobs are."""
-        layer, fields = self.layer, self._job_fields
-        centers = [layer.centers[i] if i >= 0 else None for i in layer.center_of]
-        parts: dict[Part, list[list[int]]] = {
-            "whole": [fields(*job) for job in zip(centers, layer.residuals, strict=True)],
-            "residual": [fields(None, residual) for residual in layer.residuals],
-            "center": [fields(center, None) for center in layer.centers],
-        }
-        return {
-            part: torch.tensor(rows, dtype=torch.int64).to(layer.device)
-            for part, rows in parts.items()
-        }
+    def _table(self, part: Part) -> Tensor:
+        """[J, fields]: where the matrices of a part's jobs are."""
+        layer = self.layer
+        experts = zip(layer.center_of, layer.residuals, strict=True)
+        jobs: list[tuple[EncodedMatrix | None, EncodedMatrix | None]] = {
+            "whole": [(layer.centers[i] if i >= 0 else None, matrix) for i, matrix in experts],
+            "residual": [(None, residual) for residual in layer.residuals],
+            "center": [(center, None) for center in layer.centers],
+        }[part]
+        rows = [self._job_fields(part, *job) for job in jobs]
+        return torch.tensor(rows, dtype=torch.int64).to(layer.device)
 
     def _operand(self, dtype: torch.dtype) -> tl.dtype:
         """What `tl.dot` multiplies, for tokens of a dtype."""

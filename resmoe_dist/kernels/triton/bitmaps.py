@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from resmoe_dist.codecs import PrunedMatrix
-from resmoe_dist.kernels.triton.words import BITS
+from resmoe_dist.kernels.triton.columns import BITS
 
 # Numbers that describe a matrix: see `bitmap_fields`.
 BITMAP_FIELDS = tl.constexpr(6)
@@ -96,14 +96,16 @@ def open_bitmap(matrix, row_R, held_R, word, plan: tl.constexpr):
 
 
 @triton.jit
-def load_kept(rows, ahead_R, word_W, inside_WB, high, plan: tl.constexpr):
-    """Kept entries [R, W, B] at the columns of some words; float32, zero where not `inside_WB`.
+def load_kept(rows, ahead_R, word, inside_WB, high, plan: tl.constexpr):
+    """Kept entries [R, W, B] of the tile that begins with a word; float32, zero where not
+    `inside_WB`.
 
-    ahead_R: position of the words' first value. Returns the position after the words, or that of
-    the word that holds column `high` if that comes first.
+    ahead_R: position of the word's first value. Returns the position after the tile, or that of the
+    word that holds column `high` if that comes first.
     """
     held_R, bitmap_R, size, values_R = rows
-    kept_RWB = tl.zeros([ahead_R.shape[0], word_W.shape[0], BITS], tl.float32)
+    word_W = word + tl.arange(0, plan.W)
+    kept_RWB = tl.zeros([plan.R, plan.W, BITS], tl.float32)
     if size > 0:
         word_RW = _load_words(bitmap_R, size, held_R, word_W, size, plan)
         counts_RW = _popcount(word_RW)

@@ -14,7 +14,7 @@ from resmoe_dist.kernels.layer import LayerWeights
 from resmoe_dist.kernels.triton.bitmaps import BITMAP_FIELDS
 from resmoe_dist.kernels.triton.streams import STREAM_FIELDS
 from resmoe_dist.kernels.triton.tiles import CENTER_FIELDS
-from resmoe_dist.kernels.triton.words import BITS
+from resmoe_dist.kernels.triton.columns import BITS, OCTET
 from resmoe_dist.routing import Copies
 
 ENTRY_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -38,12 +38,12 @@ class Plan:
 
     R, W, M: rows, words of 32 columns and copies per step of a program. J: number of jobs, rounded
     up to a power of two. operand: dtype of what `tl.dot` multiplies, None for elementwise products.
-    entry: dtype of dense centres and pruned values. plain_center: the dense centres' rows are
-    contiguous and aligned to 16 bytes. is_quantized: residuals are quantised, and centres are
-    either quantised or dense; otherwise residuals are pruned and centres dense.
+    entry: dtype of dense centres and pruned values.
 
-    For pruned residuals: rounds: the layer has centres, so sums of the two are rounded.
-    whole_words: the bitmaps' rows are multiples of 4 bytes and aligned to 4 bytes.
+    A job's weights are the sum of: a dense centre, if has_centers; a pruned residual, if
+    has_bitmaps; and so many quantised matrices: streams. Jobs may lack the first two. plain_center:
+    the dense centres' rows are contiguous and aligned to 16 bytes. whole_words: the bitmaps' rows
+    are multiples of 4 bytes and aligned to 4 bytes. rounds: sums are rounded to `entry`.
     """
 
     R: int
@@ -53,16 +53,28 @@ class Plan:
     J: int = 1
     operand: tl.dtype | None = None
     entry: tl.dtype = tl.float32
+    has_centers: bool = True
+    has_bitmaps: bool = True
+    streams: int = 0
     plain_center: bool = False
-    is_quantized: bool = False
-    rounds: bool = False
     whole_words: bool = False
+    rounds: bool = False
+
+    @property
+    def X(self) -> int:
+        """First axis of a tile's columns: see `columns.py`."""
+        return OCTET.value if self.streams else self.W
+
+    @property
+    def Y(self) -> int:
+        """Second axis of a tile's columns."""
+        return self.W * BITS.value // self.X
 
     @property
     def fields(self) -> int:
         """Numbers in a row of the job table."""
-        matrices = 2 * STREAM_FIELDS.value if self.is_quantized else BITMAP_FIELDS.value
-        return CENTER_FIELDS.value + matrices
+        center = self.has_centers * CENTER_FIELDS.value
+        return center + self.has_bitmaps * BITMAP_FIELDS.value + self.streams * STREAM_FIELDS.value
 
     @property
     def options(self) -> dict[str, Any]:
@@ -97,13 +109,15 @@ def plan_for_pruned(layer: LayerWeights) -> Plan:
     )
 
 
-def plan_for_quantized(layer: LayerWeights) -> Plan:
-    """The same for quantised residuals."""
+def plan_for_quantized(layer: LayerWeights, *, streams: int, has_centers: bool) -> Plan:
+    """The same for jobs with so many quantised matrices, and with dense centres or without."""
     return replace(
         FEW,
         entry=ENTRY_TYPES[layer.dtype],
-        plain_center=_are_plain(layer.centers),
-        is_quantized=True,
+        has_centers=has_centers,
+        has_bitmaps=False,
+        streams=streams,
+        plain_center=has_centers and _are_plain(layer.centers),
     )
 
 

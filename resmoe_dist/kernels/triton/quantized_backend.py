@@ -14,7 +14,7 @@ from torch import Tensor
 
 from resmoe_dist.codecs import DenseMatrix, EncodedMatrix, QuantizedMatrix
 from resmoe_dist.codecs.rotation import hadamard_block, signs
-from resmoe_dist.kernels.half_products import PRODUCT_BYTES
+from resmoe_dist.kernels.half_products import PRODUCT_BYTES, Part
 from resmoe_dist.kernels.layer import LayerWeights
 from resmoe_dist.kernels.quantized_layers import (
     are_in_steps,
@@ -31,7 +31,7 @@ from resmoe_dist.kernels.triton.plan import (
 )
 from resmoe_dist.kernels.triton.streams import stream_fields
 from resmoe_dist.kernels.triton.tiles import center_fields
-from resmoe_dist.kernels.triton.words import BITS
+from resmoe_dist.kernels.triton.columns import BITS
 from resmoe_dist.routing import RoutedTokens
 
 
@@ -53,9 +53,8 @@ class QuantizedTritonBackend(TritonBackend):
         block = hadamard_block(layer.hidden) if is_rotated else 1
         self._steps = block.bit_length() - 1
         self._signs = signs(layer.hidden).to(layer.device)
-        self._rotation_plan = plan_for_rotation(self._plan, layer.hidden, block)
-        is_dense = any(isinstance(center, DenseMatrix) for center in layer.centers)
-        self.rotates_centers = not (is_dense and self._steps)
+        self._restoring = plan_for_rotation(self._plans["whole"], layer.hidden, block)
+        self.rotates_centers = not (self._has_dense_centers and self._steps)
 
     @classmethod
     def supports(cls, layer: LayerWeights) -> bool:
@@ -73,16 +72,32 @@ class QuantizedTritonBackend(TritonBackend):
     def prepared_bytes(self) -> int:
         return super().prepared_bytes + self._signs.nbytes
 
-    def _plan_for_layer(self) -> Plan:
-        return plan_for_quantized(self.layer)
+    @property
+    def _has_dense_centers(self) -> bool:
+        return any(isinstance(center, DenseMatrix) for center in self.layer.centers)
+
+    def _plan_parts(self) -> dict[Part, Plan]:
+        dense = self._has_dense_centers
+        quantized = bool(self.layer.centers) and not dense
+        parts: dict[Part, tuple[int, bool]] = {
+            "whole": (1 + quantized, dense),
+            "residual": (1, False),
+            "center": (quantized, dense),
+        }
+        return {
+            part: plan_for_quantized(self.layer, streams=streams, has_centers=has_centers)
+            for part, (streams, has_centers) in parts.items()
+        }
 
     def _job_fields(
-        self, center: EncodedMatrix | None, residual: EncodedMatrix | None
+        self, part: Part, center: EncodedMatrix | None, residual: EncodedMatrix | None
     ) -> list[int]:
-        assert residual is None or isinstance(residual, QuantizedMatrix)
-        if isinstance(center, QuantizedMatrix):
-            return [*center_fields(None), *stream_fields(residual), *stream_fields(center)]
-        return [*center_fields(center), *stream_fields(residual), *stream_fields(None)]
+        plan = self._plans[part]
+        matrices = [m for m in (residual, center) if isinstance(m, QuantizedMatrix)]
+        fields = center_fields(center) if plan.has_centers else []
+        for i in range(plan.streams):
+            fields += stream_fields(matrices[i] if i < len(matrices) else None)
+        return fields
 
     def mlp(self, routed: RoutedTokens, *, share_center: bool) -> Tensor:
         return super().mlp(routed, share_center=share_center or not self.rotates_centers)
@@ -97,7 +112,7 @@ class QuantizedTritonBackend(TritonBackend):
         """One program per token and columns."""
         if not (self._steps and x_TH.numel()):
             return x_TH
-        (T, H), C = x_TH.shape, self._rotation_plan.W * BITS.value
+        (T, H), C = x_TH.shape, self._restoring.W * BITS.value
         out_TH = torch.empty_like(x_TH, memory_format=torch.contiguous_format)
         with torch.cuda.device_of(x_TH):
             rotation.rotate_kernel[T, triton.cdiv(H, C)](
@@ -124,7 +139,7 @@ class QuantizedTritonBackend(TritonBackend):
         self, expert: int, out_RC: Tensor, first_row: int, first_column: int
     ) -> None:
         """One program per few rows and columns of a projection."""
-        (R, columns), H, plan = out_RC.shape, self.layer.hidden, self._rotation_plan
+        (R, columns), H, plan = out_RC.shape, self.layer.hidden, self._restoring
         if not out_RC.numel():
             return
         grid = (

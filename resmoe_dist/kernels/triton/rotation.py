@@ -3,16 +3,15 @@
 Q is a Hadamard transform with signs, of every p columns. p = 1: no rotation.
 
 Legend: T tokens, H hidden, p size of a Hadamard matrix; of a tile: R rows, C columns, a multiple of
-p; n = R·C/p, W words of B = 32 columns.
+p, n = R·C/p, X and Y its columns (see `columns.py`).
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from resmoe_dist.kernels.triton.streams import load_entries
-from resmoe_dist.kernels.triton.tiles import load_center, open_rows
-from resmoe_dist.kernels.triton.words import BITS, word_columns
+from resmoe_dist.kernels.triton.tiles import load_center, load_streams, open_rows
+from resmoe_dist.kernels.triton.columns import BITS, tile_columns
 
 
 @triton.jit
@@ -49,6 +48,12 @@ def rotate_kernel(
     tl.store(out + row + column_C, x_C.to(out.dtype.element_ty), mask=inside_C)
 
 
+@triton.jit
+def _in_order(tile_RXY, plan: tl.constexpr):
+    """A tile of streams [R, X, Y] as [R, C], the columns in order."""
+    return tl.reshape(tl.permute(tile_RXY, (0, 2, 1)), [plan.R, plan.X * plan.Y])
+
+
 @triton.jit(do_not_specialize=["job", "first_row", "S", "first", "end"])
 def restore_quantized_kernel(
     table,
@@ -68,26 +73,28 @@ def restore_quantized_kernel(
     """Program (i, c, b): rows [R·i, R·(i+1)) of S, counted from `first_row`, at the c-th C columns
     of projection b. Stores columns [first, end) of the job's row."""
     R: tl.constexpr = plan.R
-    W: tl.constexpr = plan.W
-    word = tl.program_id(1) * W
+    C: tl.constexpr = plan.X * plan.Y
     low = tl.program_id(2) * H
-    begin = low + word * BITS
-    if (begin >= end) | (begin + W * BITS <= first):
+    begin = tl.program_id(1) * C
+    if (low + begin >= end) | (low + begin + C <= first):
         return
+    word = begin // BITS
     row_R = tl.program_id(0) * R + tl.arange(0, R)
     held_R = row_R < S
-    word_W = word + tl.arange(0, W)
-    column_WB, inside_WB = word_columns(word_W, low, low + H, plan)
-    mask_RWB = held_R[:, None, None] & inside_WB[None, :, :]
     rows, _ = open_rows(table + job * plan.fields, first_row + row_R, held_R, word, plan)
-    weights_RWB = load_entries(rows[2], word_W, low) + load_entries(rows[3], word_W, low)
+    weights_RC = _in_order(load_streams(rows, word, low, plan), plan)
+    column_C = begin + tl.arange(0, C)
     if steps > 0:
-        weights_np = tl.reshape(weights_RWB, [R * W * BITS >> steps, 1 << steps])
-        weights_RWB = tl.reshape(_hadamard(weights_np, steps), [R, W, BITS])
-        weights_RWB *= tl.load(signs + column_WB, mask=inside_WB, other=0.0)[None, :, :]
-    weights_RWB += load_center(rows[1], low, column_WB, mask_RWB)
-    at_WB = low + column_WB
-    out_RWB = (out + row_R.to(tl.int64) * row_stride)[:, None, None]
-    out_RWB += ((at_WB - first).to(tl.int64) * column_stride)[None, :, :]
-    mask_RWB &= ((at_WB >= first) & (at_WB < end))[None, :, :]
-    tl.store(out_RWB, weights_RWB.to(out.dtype.element_ty), mask=mask_RWB)
+        weights_np = tl.reshape(weights_RC, [R * C >> steps, 1 << steps])
+        weights_RC = tl.reshape(_hadamard(weights_np, steps), [R, C])
+        weights_RC *= tl.load(signs + column_C, mask=column_C < H, other=0.0)[None, :]
+    if plan.has_centers:
+        column_XY, inside_XY = tile_columns(word, low, low + H, plan)
+        mask_RXY = held_R[:, None, None] & inside_XY[None, :, :]
+        weights_RC += _in_order(load_center(rows, low, column_XY, mask_RXY), plan)
+    at_C = low + column_C
+    out_RC = (out + row_R.to(tl.int64) * row_stride)[:, None]
+    out_RC += ((at_C - first).to(tl.int64) * column_stride)[None, :]
+    wanted_C = (column_C < H) & (at_C >= first) & (at_C < end)
+    mask_RC = held_R[:, None] & wanted_C[None, :]
+    tl.store(out_RC, weights_RC.to(out.dtype.element_ty), mask=mask_RC)

@@ -1,16 +1,15 @@
 """Matrices of codec `quantized` in the kernels: decoding the entries of some rows in registers.
 
-Eight entries of b bits each are b bytes of a row's stream, so a tile reads eight at a time: the
-aligned 32-bit words that hold them, shifted together into one 64-bit number. A row may begin at any
-byte. Every window has its place in that number, and an entry is
+Eight entries of b bits are b bytes of a row's stream. So a lane decodes eight at a time, an octet:
+it reads the aligned 32-bit words that hold them and shifts them together into one 64-bit number.
+Neighbouring lanes read neighbouring words. A row may begin at any byte. Entries are
 
     (sum of the four bytes of (window · multiplier + increment) mod 2^32 − offset) · scale
 
-for every coder (see `ByteSum`). What differs between coders is numbers in the job table, so one
-launch runs matrices of any bits. Matrices that are rotated are decoded as they are stored.
+for every coder (see `ByteSum`). Codings differ only by numbers in the job table, so one launch runs
+matrices of any bits. Matrices that are rotated are decoded as they are stored.
 
-Legend: of a tile: R rows, W words of 32 entries, B = 32 entries of a word, 4 octets of a word,
-8 entries of an octet.
+Legend: of a tile: R rows, X = 8 entries of an octet, Y octets.
 """
 
 from __future__ import annotations
@@ -20,31 +19,30 @@ import triton
 import triton.language as tl
 
 from resmoe_dist.codecs import QuantizedMatrix
-from resmoe_dist.kernels.triton.words import BITS
+from resmoe_dist.kernels.triton.columns import BITS, OCTET
 
 # Numbers that describe a matrix: see `stream_fields`.
-STREAM_FIELDS = tl.constexpr(14)
+STREAM_FIELDS = tl.constexpr(15)
 
 
 def stream_fields(matrix: QuantizedMatrix | None) -> list[int]:
-    """Where a matrix's tensors are and how they are coded, for `open_stream`; zeros for no matrix.
+    """Where a matrix's tensors are and how it is coded, for `open_stream`; zeros for no matrix.
 
-    Of the codes: 0 address, 1 row stride, 2 bits in a row. Of the scales: 3 address, 4 row stride,
-    5 groups in a projection, 6 words in a group, 7 the bits of `top`. 8 columns of a projection. Of
-    an entry: 9 bits, 10 bits of its window, 11 multiplier, 12 increment, 13 offset.
+    0 whether there is one. Of the codes: 1 address, 2 row stride, 3 bits in a row. Of the scales: 4
+    address, 5 row stride, 6 groups in a projection, 7 octets in a group, 8 bits of the float32
+    `top`. 9 columns of a projection. Of an entry: 10 bits, 11 bits of its window, 12 multiplier, 13
+    increment, 14 offset.
     """
     if matrix is None:
         return [0] * STREAM_FIELDS.value
     codes, scales, coder = matrix.codes, matrix.scales, matrix.coder
     assert codes.stride(1) == 1 and scales.stride(1) == 1
     return [
-        *(codes.data_ptr(), codes.stride(0), 8 * codes.shape[1]),
+        *(True, codes.data_ptr(), codes.stride(0), 8 * codes.shape[1]),
         *(scales.data_ptr(), scales.stride(0), scales.shape[1] // matrix.blocks),
-        # A group of a whole projection is at least as many words.
-        triton.cdiv(matrix.group, BITS.value),
-        int(matrix.top.view(torch.int32)),
-        matrix.hidden,
-        *(coder.bits, coder.window, *coder.byte_sum),
+        # Rounded up for a group of a whole projection.
+        *(triton.cdiv(matrix.group, OCTET.value), int(matrix.top.view(torch.int32))),
+        *(matrix.hidden, coder.bits, coder.window, *coder.byte_sum),
     ]
 
 
@@ -54,77 +52,72 @@ def open_stream(matrix, row_R, held_R):
 
     matrix: the numbers of `stream_fields`. row_R: rows of the matrix. held_R: which to read.
     """
-    size = tl.load(matrix + 2).to(tl.int32)
-    byte_R = tl.load(matrix) + row_R.to(tl.int64) * tl.load(matrix + 1)
+    row_R = row_R.to(tl.int64)
+    byte_R = tl.load(matrix + 1) + row_R * tl.load(matrix + 2)
     # The aligned word that holds the row's first byte, and the bits in it before that byte.
     word_R = (byte_R & -4).to(tl.pointer_type(tl.uint32))
     skipped_R = (byte_R & 3).to(tl.int32) * 8
-    # No word is read that has no byte of the row.
-    count_R = tl.where(held_R, (skipped_R + size + 31) // 32, 0)
-    scales_R = tl.load(matrix + 3).to(tl.pointer_type(tl.uint8))
-    scales_R += row_R.to(tl.int64) * tl.load(matrix + 4)
-    groups = tl.load(matrix + 5).to(tl.int32)
-    group_words = tl.load(matrix + 6).to(tl.int32)
-    top = tl.load(matrix + 7).to(tl.int32).to(tl.float32, bitcast=True)
-    hidden = tl.load(matrix + 8).to(tl.int32)
-    bits = tl.load(matrix + 9).to(tl.int32)
-    window = tl.load(matrix + 10).to(tl.int32)
-    multiplier = tl.load(matrix + 11).to(tl.uint32)
-    increment = tl.load(matrix + 12).to(tl.uint32)
-    offset = tl.load(matrix + 13).to(tl.int32)
-    codes = (word_R, skipped_R, count_R, bits, window)
-    scales = (scales_R, held_R, groups, group_words, hidden, top)
-    return size, codes, scales, (multiplier, increment, offset)
+    # Words that hold bits of the row. Those after them may be out of bounds.
+    words_R = (skipped_R + tl.load(matrix + 3).to(tl.int32) + 31) // 32
+    scale_R = tl.load(matrix + 4).to(tl.pointer_type(tl.uint8)) + row_R * tl.load(matrix + 5)
+    groups = tl.load(matrix + 6).to(tl.int32)
+    group_octets = tl.load(matrix + 7).to(tl.int32)
+    top = tl.load(matrix + 8).to(tl.int32).to(tl.float32, bitcast=True)
+    hidden = tl.load(matrix + 9).to(tl.int32)
+    bits = tl.load(matrix + 10).to(tl.int32)
+    window = tl.load(matrix + 11).to(tl.int32)
+    multiplier = tl.load(matrix + 12).to(tl.uint32)
+    increment = tl.load(matrix + 13).to(tl.uint32)
+    offset = tl.load(matrix + 14).to(tl.int32)
+    codes = (word_R, skipped_R, tl.where(held_R, words_R, 0), bits, window)
+    scales = (scale_R, held_R, groups, group_octets, top, hidden)
+    return tl.load(matrix) > 0, codes, (multiplier, increment, offset), scales
 
 
 @triton.jit
-def _load_windows(codes, word_W, low):
-    """Windows [R, W, 4, 8] of the entries of some words, uint32."""
-    word_R, skipped_R, count_R, bits, window = codes
-    octet_W4 = word_W[:, None] * 4 + tl.arange(0, 4)[None, :]
-    bit_RW4 = skipped_R[:, None, None] + ((low + octet_W4 * 8) * bits)[None, :, :]
-    at_RW4, shift_RW4 = bit_RW4 >> 5, (bit_RW4 & 31).to(tl.uint64)
-    pointer_RW4, left_RW4 = word_R[:, None, None] + at_RW4, count_R[:, None, None] - at_RW4
-    first_RW4 = tl.load(pointer_RW4, mask=left_RW4 > 0, other=0).to(tl.uint64)
-    second_RW4 = tl.load(pointer_RW4 + 1, mask=left_RW4 > 1, other=0).to(tl.uint64)
-    octet_RW4 = (first_RW4 | (second_RW4 << 32)) >> shift_RW4
-    # Windows of 4-bit trellises and of 8 bits may end in a third word.
-    more_RW4 = (left_RW4 > 2) & (shift_RW4 + 7 * bits + window > 64)
-    third_RW4 = tl.load(pointer_RW4 + 2, mask=more_RW4, other=0).to(tl.uint64)
-    # In two steps: a shift by 64 is undefined.
-    octet_RW4 |= (third_RW4 << 1) << (63 - shift_RW4)
-    shift_8 = (tl.arange(0, 8) * bits).to(tl.uint64)
-    window_RW48 = (octet_RW4[:, :, :, None] >> shift_8[None, None, None, :]).to(tl.uint32)
-    return window_RW48 & ((1 << window) - 1).to(tl.uint32)
+def _load_windows(codes, octet_Y, low):
+    """Windows [R, X, Y] of the entries of some octets, uint32."""
+    word_R, skipped_R, words_R, bits, window = codes
+    bit_RY = skipped_R[:, None] + ((low + octet_Y * OCTET) * bits)[None, :]
+    at_RY, shift_RY = bit_RY >> 5, (bit_RY & 31).to(tl.uint64)
+    pointer_RY, left_RY = word_R[:, None] + at_RY, words_R[:, None] - at_RY
+    first_RY = tl.load(pointer_RY, mask=left_RY > 0, other=0).to(tl.uint64)
+    second_RY = tl.load(pointer_RY + 1, mask=left_RY > 1, other=0).to(tl.uint64)
+    third_RY = tl.load(pointer_RY + 2, mask=left_RY > 2, other=0).to(tl.uint64)
+    lower_RY = ((first_RY | (second_RY << 32)) >> shift_RY).to(tl.uint32).to(tl.uint64)
+    octets_RY = lower_RY | (((second_RY | (third_RY << 32)) >> shift_RY) << 32)
+    shift_X = (tl.arange(0, OCTET) * bits).to(tl.uint64)
+    window_RXY = (octets_RY[:, None, :] >> shift_X[None, :, None]).to(tl.uint32)
+    return window_RXY & ((1 << window) - 1).to(tl.uint32)
 
 
 @triton.jit
-def _load_scales(scales, word_W, low):
-    """Scales [R, W] of some words; zero after the projection's last."""
-    scales_R, held_R, groups, group_words, hidden, top = scales
-    group_W = low // hidden * groups + word_W // group_words
-    mask_RW = held_R[:, None] & (word_W * BITS < hidden)[None, :]
-    scale_RW = tl.load(scales_R[:, None] + group_W[None, :], mask=mask_RW, other=0)
-    exponent_RW = (scale_RW.to(tl.float32) - 255) / 16
-    return tl.where(scale_RW > 0, top * tl.exp2(exponent_RW), 0.0)
+def _load_scales(scales, octet_Y, low):
+    """Scales [R, Y] of some octets; zero after the projection's last."""
+    scale_R, held_R, groups, group_octets, top, hidden = scales
+    group_Y = low // hidden * groups + octet_Y // group_octets
+    mask_RY = held_R[:, None] & (octet_Y * OCTET < hidden)[None, :]
+    stored_RY = tl.load(scale_R[:, None] + group_Y[None, :], mask=mask_RY, other=0)
+    scale_RY = top * tl.exp2((stored_RY.to(tl.float32) - 255) / 16)
+    return tl.where(stored_RY > 0, scale_RY, 0.0)
 
 
 @triton.jit
-def load_entries(stream, word_W, low):
-    """Entries [R, W, B] of some words, as they are coded; float32.
+def load_entries(stream, word, low, plan: tl.constexpr):
+    """Entries [R, X, Y] of the tile that begins with a word, as they are coded, float32.
 
-    low: first column of their projection, from which words are counted. Entries of columns after
-    the projection are zero or any other number, in words after it zero.
+    low: first column of their projection, from which words are counted. Entries of the octet in
+    which the projection ends are any finite number after its end; those of octets after it are 0.
     """
-    size, codes, scales, (multiplier, increment, offset) = stream
-    R: tl.constexpr = codes[0].shape[0]
-    W: tl.constexpr = word_W.shape[0]
-    entry_RWB = tl.zeros([R, W, BITS], tl.float32)
-    if size > 0:
-        hash_RW48 = _load_windows(codes, word_W, low) * multiplier + increment
-        # Two sums of two bytes, then both sums.
-        pairs_RW48 = (hash_RW48 & 0x00FF00FF) + ((hash_RW48 >> 8) & 0x00FF00FF)
-        sum_RW48 = (pairs_RW48 & 0xFFFF) + (pairs_RW48 >> 16)
-        integer_RWB = tl.reshape(sum_RW48.to(tl.int32) - offset, [R, W, BITS])
-        entry_RWB = integer_RWB.to(tl.float32) * _load_scales(scales, word_W, low)[:, :, None]
-    return entry_RWB
+    is_there, codes, byte_sum, scales = stream
+    multiplier, increment, offset = byte_sum
+    entry_RXY = tl.zeros([plan.R, plan.X, plan.Y], tl.float32)
+    if is_there:
+        octet_Y = word * (BITS // OCTET) + tl.arange(0, plan.Y)
+        hash_RXY = _load_windows(codes, octet_Y, low) * multiplier + increment
+        # Two sums of two bytes, then both sums in the upper half.
+        pair_RXY = (hash_RXY & 0x00FF00FF) + ((hash_RXY >> 8) & 0x00FF00FF)
+        sum_RXY = (pair_RXY * 0x00010001).to(tl.int32) - (offset << 16)
+        scale_RY = _load_scales(scales, octet_Y, low)
+        entry_RXY = (sum_RXY >> 16).to(tl.float32) * scale_RY[:, None, :]
+    return entry_RXY
