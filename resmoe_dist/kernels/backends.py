@@ -67,9 +67,14 @@ BACKENDS: dict[str, Callable[[LayerWeights], type[Backend] | None]] = {
 
 def backend_for(layer: LayerWeights) -> Backend:
     """The fastest backend that supports a layer. RESMOE_KERNELS=reference forces the reference."""
+    return fastest_backend(layer)(layer)
+
+
+def fastest_backend(layer: LayerWeights) -> type[Backend]:
+    """The class of `backend_for`, which prepares the layer's weights."""
     names = ["reference"] if os.environ.get("RESMOE_KERNELS") == "reference" else list(BACKENDS)
     for name in names:
         backend = BACKENDS[name](layer)
         if backend is not None and backend.supports(layer):
-            return backend(layer)
+            return backend
     raise AssertionError("the reference supports every layer")

@@ -135,9 +135,7 @@ def project_out_kernel(
     for row in range(begin, end, R):
         row_R = row + tl.arange(0, R)
         held_R = row_R < end
-        rows, ahead_R = open_rows(
-            table + job * plan.fields, first_row + row_R, held_R, word, plan
-        )
+        rows, ahead_R = open_rows(table + job * plan.fields, first_row + row_R, held_R, word, plan)
         weights_RXY, _ = load_weights(rows, ahead_R, word, low, high, plan)
         mask_MR = held_M[:, None] & held_R[None, :]
         h_MR = tl.load(

@@ -31,7 +31,7 @@ from resmoe_dist.kernels.triton.plan import (
 )
 from resmoe_dist.kernels.triton.streams import stream_fields
 from resmoe_dist.kernels.triton.tiles import center_fields
-from resmoe_dist.kernels.triton.columns import BITS
+from resmoe_dist.kernels.triton.columns import BITS, OCTET
 from resmoe_dist.routing import RoutedTokens
 
 
@@ -65,7 +65,7 @@ class QuantizedTritonBackend(TritonBackend):
                 layer.is_stored_as(residual=QuantizedMatrix, center=center)
                 for center in (QuantizedMatrix, DenseMatrix)
             )
-            and are_in_steps(layer, BITS.value)
+            and are_in_steps(layer, OCTET.value)
         )
 
     @property

@@ -31,9 +31,7 @@ def _hadamard(x_np, steps: tl.constexpr):
 
 
 @triton.jit
-def rotate_kernel(
-    x, signs, out, H, back: tl.constexpr, steps: tl.constexpr, C: tl.constexpr
-):
+def rotate_kernel(x, signs, out, H, back: tl.constexpr, steps: tl.constexpr, C: tl.constexpr):
     """Program (t, i): Q x_t into `out` [T, H], or Qᵀ x_t if `back`, at the i-th C columns."""
     column_C = tl.program_id(1) * C + tl.arange(0, C)
     inside_C = column_C < H
