@@ -84,7 +84,7 @@ def exact_layer(layer: LayerWeights, part: str) -> LayerWeights:
     dtype=st.sampled_from(DTYPES),
     dense_centers=st.booleans(),
 )
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=5)
 def test_half_products_are_exact(run, part, case, dtype, dense_centers):
     # The products are what they are whether entries are rotated or not.
     problem = replace(case, rotated=False, rows=min(case.rows, 9)).build(dtype)
@@ -107,7 +107,7 @@ def test_half_products_are_exact(run, part, case, dtype, dense_centers):
 
 
 @given(case=quantized_cases(st.sampled_from([0, 1, 2, 5, 40])), share_center=st.booleans())
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 def test_mlps_are_exact(run, case, share_center):
     check_mlp(run, replace(case, rows=min(case.rows, 9)).build(torch.float32), share_center)
 
@@ -115,9 +115,10 @@ def test_mlps_are_exact(run, case, share_center):
 @shared_or_not
 @pytest.mark.parametrize("coding", [Coding(8, "scalar"), Coding(4), Coding(3, group=None)], ids=str)
 def test_one_layer_may_have_every_coding(run, coding, share_center):
+    # Rows and projections begin at every bit of a word.
     case = QuantizedCase(
         rows=9,
-        hidden=96,
+        hidden=95,
         tokens=5,
         experts=tuple(QuantizedExpert(coding, copies=2) for coding in CODINGS),
         center_coding=coding,
@@ -179,8 +180,7 @@ def test_groups_may_be_any_number_of_octets(run, group):
     check_mlp(run, case.build(torch.float32), False)
 
 
-@shared_or_not
-def test_tensor_parallel_ranks_add_up_to_the_whole(run, share_center):
+def test_tensor_parallel_ranks_add_up_to_the_whole(run):
     problem = QuantizedCase(rows=11, hidden=80, tokens=4, experts=experts_of(4, 1, 2)).build(
         torch.float32
     )
@@ -192,7 +192,7 @@ def test_tensor_parallel_ranks_add_up_to_the_whole(run, share_center):
             for matrices in (layer.residuals, layer.centers)
         )
         part = problem._replace(layer=replace(layer, residuals=residuals, centers=centers))
-        parts += run(mlp, part, share_center)
+        parts += run(mlp, part, True)
 
     assert_close(parts, quantized_outputs(problem), TOLERANCE[torch.float32])
 

@@ -22,6 +22,7 @@ from resmoe_dist.kernels.layer import LayerWeights
 from resmoe_dist.kernels.sharing import CenterCopies
 from resmoe_dist.kernels.triton import kernels
 from resmoe_dist.kernels.triton.bitmaps import bitmap_fields
+from resmoe_dist.kernels.triton.columns import BITS
 from resmoe_dist.kernels.triton.plan import (
     ENTRY_TYPES,
     FEW,
@@ -34,7 +35,6 @@ from resmoe_dist.kernels.triton.plan import (
     plan_for_pruned,
 )
 from resmoe_dist.kernels.triton.tiles import center_fields
-from resmoe_dist.kernels.triton.columns import BITS
 from resmoe_dist.routing import Copies
 
 
@@ -131,12 +131,12 @@ class TritonBackend(HalfProductBackend):
         """[J, fields]: where the matrices of a part's jobs are."""
         layer = self.layer
         experts = zip(layer.center_of, layer.residuals, strict=True)
-        jobs: list[tuple[EncodedMatrix | None, EncodedMatrix | None]] = {
+        jobs: dict[Part, list[tuple[EncodedMatrix | None, EncodedMatrix | None]]] = {
             "whole": [(layer.centers[i] if i >= 0 else None, matrix) for i, matrix in experts],
             "residual": [(None, residual) for residual in layer.residuals],
             "center": [(center, None) for center in layer.centers],
-        }[part]
-        rows = [self._job_fields(part, *job) for job in jobs]
+        }
+        rows = [self._job_fields(part, *job) for job in jobs[part]]
         return torch.tensor(rows, dtype=torch.int64).to(layer.device)
 
     def _operand(self, dtype: torch.dtype) -> tl.dtype:

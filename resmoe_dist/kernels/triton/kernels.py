@@ -13,8 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from resmoe_dist.kernels.triton.tiles import load_weights, open_rows
 from resmoe_dist.kernels.triton.columns import BITS, tile_columns, word_range
+from resmoe_dist.kernels.triton.tiles import load_weights, open_rows
 
 # Columns that one program restores: finding where their values begin is then a small share.
 RESTORED_COLUMNS = tl.constexpr(1024)

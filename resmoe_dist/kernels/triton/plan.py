@@ -12,9 +12,9 @@ import triton.language as tl
 from resmoe_dist.codecs import DenseMatrix, EncodedMatrix
 from resmoe_dist.kernels.layer import LayerWeights
 from resmoe_dist.kernels.triton.bitmaps import BITMAP_FIELDS
+from resmoe_dist.kernels.triton.columns import BITS, OCTET
 from resmoe_dist.kernels.triton.streams import STREAM_FIELDS
 from resmoe_dist.kernels.triton.tiles import CENTER_FIELDS
-from resmoe_dist.kernels.triton.columns import BITS, OCTET
 from resmoe_dist.routing import Copies
 
 ENTRY_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -133,7 +133,7 @@ def _are_plain(centers: tuple[EncodedMatrix, ...]) -> bool:
 
 
 def plan_for_rotation(layer_plan: Plan, hidden: int, block: int) -> Plan:
-    """Tile sizes for rows that are rotated in blocks of so many columns: tiles have whole blocks."""
+    """Tile sizes for rows that are rotated in blocks of columns. Tiles have whole blocks."""
     C = max(block, BITS.value, min(triton.next_power_of_2(hidden), ROTATED_COLUMNS))
     R = max(1, ROTATED_ENTRIES // C)
     # Up to 32 entries per lane.

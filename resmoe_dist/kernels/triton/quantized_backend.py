@@ -23,6 +23,7 @@ from resmoe_dist.kernels.quantized_layers import (
 )
 from resmoe_dist.kernels.triton import rotation
 from resmoe_dist.kernels.triton.backend import TritonBackend
+from resmoe_dist.kernels.triton.columns import BITS, OCTET
 from resmoe_dist.kernels.triton.plan import (
     ENTRY_TYPES,
     Plan,
@@ -31,7 +32,6 @@ from resmoe_dist.kernels.triton.plan import (
 )
 from resmoe_dist.kernels.triton.streams import stream_fields
 from resmoe_dist.kernels.triton.tiles import center_fields
-from resmoe_dist.kernels.triton.columns import BITS, OCTET
 from resmoe_dist.routing import RoutedTokens
 
 
@@ -78,7 +78,7 @@ class QuantizedTritonBackend(TritonBackend):
 
     def _plan_parts(self) -> dict[Part, Plan]:
         dense = self._has_dense_centers
-        quantized = bool(self.layer.centers) and not dense
+        quantized = int(bool(self.layer.centers) and not dense)
         parts: dict[Part, tuple[int, bool]] = {
             "whole": (1 + quantized, dense),
             "residual": (1, False),
@@ -124,6 +124,7 @@ class QuantizedTritonBackend(TritonBackend):
                 self._steps,
                 C,
                 num_warps=max(1, C // 1024),
+                enable_fp_fusion=True,
             )
         return out_TH
 

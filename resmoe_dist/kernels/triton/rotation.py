@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from resmoe_dist.kernels.triton.tiles import load_center, load_streams, open_rows
+
 from resmoe_dist.kernels.triton.columns import BITS, tile_columns
+from resmoe_dist.kernels.triton.tiles import load_center, load_streams, open_rows
 
 
 @triton.jit
@@ -88,8 +89,7 @@ def restore_quantized_kernel(
         weights_RC *= tl.load(signs + column_C, mask=column_C < H, other=0.0)[None, :]
     if plan.has_centers:
         column_XY, inside_XY = tile_columns(word, low, low + H, plan)
-        mask_RXY = held_R[:, None, None] & inside_XY[None, :, :]
-        weights_RC += _in_order(load_center(rows, low, column_XY, mask_RXY), plan)
+        weights_RC += _in_order(load_center(rows, low, column_XY, inside_XY), plan)
     at_C = low + column_C
     out_RC = (out + row_R.to(tl.int64) * row_stride)[:, None]
     out_RC += ((at_C - first).to(tl.int64) * column_stride)[None, :]

@@ -11,8 +11,8 @@ import triton.language as tl
 
 from resmoe_dist.codecs import DenseMatrix, EncodedMatrix
 from resmoe_dist.kernels.triton.bitmaps import load_kept, open_bitmap
-from resmoe_dist.kernels.triton.streams import STREAM_FIELDS, load_entries, open_stream
 from resmoe_dist.kernels.triton.columns import tile_columns
+from resmoe_dist.kernels.triton.streams import STREAM_FIELDS, load_entries, open_stream
 
 # Numbers that describe a dense centre: see `center_fields`.
 CENTER_FIELDS = tl.constexpr(4)
@@ -44,27 +44,31 @@ def open_rows(job, row_R, held_R, word, plan: tl.constexpr):
     """Some rows of a job, for `load_weights`, and ahead_R: where the values of word `word` begin.
 
     job: a row of the job table. row_R: rows of the job's tensors. held_R: which of them to read.
+    The rows are held_R, and of each matrix that a job's weights are the sum of: a dense centre, a
+    bitmap, two streams; None for what the plan leaves out.
     """
-    count: tl.constexpr = plan.streams
-    center, bitmap, streams = None, None, ()
+    center, bitmap, stream, other_stream = None, None, None, None
     ahead_R = tl.zeros_like(row_R)
     if plan.has_centers:
         center = _open_center(job, row_R, plan)
         job += CENTER_FIELDS
     if plan.has_bitmaps:
         bitmap, ahead_R = open_bitmap(job, row_R, held_R, word, plan)
-    for i in tl.static_range(count):
-        streams += (open_stream(job + i * STREAM_FIELDS, row_R, held_R),)
-    return (held_R, center, bitmap, streams), ahead_R
+    if plan.streams > 0:
+        stream = open_stream(job, row_R, held_R)
+    if plan.streams > 1:
+        other_stream = open_stream(job + STREAM_FIELDS, row_R, held_R)
+    return (held_R, center, bitmap, stream, other_stream), ahead_R
 
 
 @triton.jit
-def load_center(rows, low, column_XY, mask_RXY):
-    """Entries [R, X, Y] of a job's dense centre, float32; zero where masked, and without a centre.
+def load_center(rows, low, column_XY, inside_XY):
+    """Entries [R, X, Y] of a job's dense centre, float32; zero without a centre, and outside.
 
-    column_XY: columns, counted from `low`.
+    column_XY: columns, counted from `low`. inside_XY: which of them to read.
     """
-    has_center, center_R, column_stride = rows[1]
+    held_R, (has_center, center_R, column_stride) = rows[0], rows[1]
+    mask_RXY = held_R[:, None, None] & inside_XY[None, :, :]
     center_RXY = tl.zeros(mask_RXY.shape, tl.float32)
     if has_center:
         pointer_RXY = center_R[:, None, None] + ((column_XY + low) * column_stride)[None, :, :]
@@ -75,10 +79,11 @@ def load_center(rows, low, column_XY, mask_RXY):
 @triton.jit
 def load_streams(rows, word, low, plan: tl.constexpr):
     """Sum [R, X, Y] of a job's quantised matrices: see `load_entries`."""
-    count: tl.constexpr = plan.streams
     sum_RXY = tl.zeros([plan.R, plan.X, plan.Y], tl.float32)
-    for i in tl.static_range(count):
-        sum_RXY += load_entries(rows[3][i], word, low, plan)
+    if plan.streams > 0:
+        sum_RXY += load_entries(rows[3], word, low, plan)
+    if plan.streams > 1:
+        sum_RXY += load_entries(rows[4], word, low, plan)
     return sum_RXY
 
 
@@ -92,8 +97,7 @@ def load_weights(rows, ahead_R, word, low, high, plan: tl.constexpr):
     column_XY, inside_XY = tile_columns(word, low, high, plan)
     weights_RXY = load_streams(rows, word, low, plan)
     if plan.has_centers:
-        mask_RXY = rows[0][:, None, None] & inside_XY[None, :, :]
-        weights_RXY += load_center(rows, low, column_XY, mask_RXY)
+        weights_RXY += load_center(rows, low, column_XY, inside_XY)
     if plan.has_bitmaps:
         kept_RXY, ahead_R = load_kept(rows[2], ahead_R, word, inside_XY, high, plan)
         weights_RXY += kept_RXY
