@@ -54,6 +54,15 @@ class CodedRows(NamedTuple):
     last_R: Tensor
 
 
+class ByteSum(NamedTuple):
+    """What a window stands for: the sum of the four bytes of window · multiplier + increment
+    modulo 2^32, minus offset."""
+
+    multiplier: int
+    increment: int
+    offset: int
+
+
 class Coder(ABC):
     """Codes rows of entries with `bits` bits each."""
 
@@ -79,6 +88,11 @@ class Coder(ABC):
     @abstractmethod
     def error(self) -> float:
         """Mean squared error per entry with a standard deviation of 1, measured."""
+
+    @property
+    @abstractmethod
+    def byte_sum(self) -> ByteSum:
+        """`integers` as kernels compute them, the same way for all coders."""
 
     @abstractmethod
     def integers(self, windows: Tensor) -> Tensor:
@@ -137,6 +151,11 @@ class ScalarCoder(Coder):
     def error(self) -> float:
         return self._ERRORS[self.bits]
 
+    @property
+    def byte_sum(self) -> ByteSum:
+        # The window twice, in two bytes.
+        return ByteSum(257, 0, 2**self.bits - 1)
+
     def integers(self, windows: Tensor) -> Tensor:
         return 2.0 * windows.float() - (2**self.bits - 1)
 
@@ -184,6 +203,10 @@ class TrellisCoder(Coder):
     @property
     def error(self) -> float:
         return self._ERRORS[self.bits]
+
+    @property
+    def byte_sum(self) -> ByteSum:
+        return ByteSum(MULTIPLIER, INCREMENT, _BYTES_MEAN)
 
     def integers(self, windows: Tensor) -> Tensor:
         marked = windows.long() | MARK

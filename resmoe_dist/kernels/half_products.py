@@ -37,8 +37,11 @@ class HalfProductBackend(Backend):
     The two products are the backend's own business: callers use `mlp` and `restore`.
 
     product_bytes: bound on the input products that are held at a time; rows are processed in blocks
-    accordingly.
+    accordingly. rotates_centers: whether part "center" takes and gives rotated vectors, as the
+    other parts do if a backend overrides `rotate`.
     """
+
+    rotates_centers = True
 
     def __init__(self, layer: LayerWeights, product_bytes: int = PRODUCT_BYTES) -> None:
         super().__init__(layer)
@@ -57,6 +60,14 @@ class HalfProductBackend(Backend):
     ) -> Tensor:
         """Products of activations with the output columns, summed per token: [T, H] in float32."""
 
+    def rotate(self, x_TH: Tensor) -> Tensor:
+        """Tokens as the products take them, for backends whose weights are rotated."""
+        return x_TH
+
+    def rotate_back(self, y_TH: Tensor) -> Tensor:
+        """The inverse, for outputs: what the products give, as it leaves the layer."""
+        return y_TH
+
     def sum_for_centers(self, h_NS: Tensor, shared: CenterCopies, copies: Copies) -> Tensor:
         """Sum of the activations over the routed copies that share a centre copy: [C, S].
 
@@ -66,16 +77,18 @@ class HalfProductBackend(Backend):
 
     @torch.no_grad()
     def mlp(self, routed: RoutedTokens, *, share_center: bool) -> Tensor:
-        layer, x_RH = self.layer, routed.x_RH
+        layer, x_RH = self.layer, self.rotate(routed.x_RH)
+        center_x_RH = x_RH if self.rotates_centers else routed.x_RH
         shared = CenterCopies.of(routed, layer) if share_center else None
         part: Part = "whole" if shared is None else "residual"
         copies = routed.copies
         y_RH = torch.zeros(x_RH.shape, dtype=torch.float32, device=x_RH.device)
+        center_y_RH = y_RH if self.rotates_centers else torch.zeros_like(y_RH)
         for rows in self._row_blocks(len(routed.token_N)):
             # 1. Products with the hidden state: per copy, and once per token for shared centres.
             in_NC = self.project_in(part, x_RH, copies, rows)
             if shared is not None:
-                shared.add_to(in_NC, self.project_in("center", x_RH, shared.copies, rows))
+                shared.add_to(in_NC, self.project_in("center", center_x_RH, shared.copies, rows))
             if layer.shape.row_bias:
                 bias_LC = self.row_bias[:, :, rows].flatten(1)
                 in_NC += bias_LC[routed.expert_N.clamp(max=layer.num_experts - 1)]
@@ -85,8 +98,9 @@ class HalfProductBackend(Backend):
             y_RH += self.project_out(part, h_NS.to(x_RH.dtype), copies, rows, len(x_RH))
             if shared is not None:
                 h_CS = self.sum_for_centers(h_NS, shared, copies).to(x_RH.dtype)
-                y_RH += self.project_out("center", h_CS, shared.copies, rows, len(x_RH))
-        return y_RH
+                center_y_RH += self.project_out("center", h_CS, shared.copies, rows, len(x_RH))
+        y_RH = self.rotate_back(y_RH)
+        return y_RH if self.rotates_centers else y_RH + center_y_RH
 
     def _row_blocks(self, copies: int) -> Iterator[slice]:
         """All rows; in several blocks if the input products would take much memory."""

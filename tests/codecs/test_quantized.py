@@ -199,6 +199,20 @@ def test_windows_of_the_trellis_stand_for_sums_of_the_bytes_of_a_hash():
         assert coder.integers(torch.tensor(window)) == expected
 
 
+@pytest.mark.parametrize(
+    "coder",
+    [*(ScalarCoder(bits) for bits in (1, 2, 3, 4, 8)), *(TrellisCoder(bits) for bits in (1, 4))],
+    ids=lambda coder: f"{coder.name}-{coder.bits}",
+)
+def test_integers_are_sums_of_bytes(coder):
+    """As the kernels of the GPU compute them."""
+    multiplier, increment, offset = coder.byte_sum
+    windows = range(1 << coder.window)
+    sums = [sum((w * multiplier + increment & 0xFFFFFFFF).to_bytes(4, "little")) for w in windows]
+
+    assert coder.integers(torch.tensor(windows)).tolist() == [total - offset for total in sums]
+
+
 def test_a_coder_with_wrong_bits_is_refused():
     with pytest.raises(ValueError, match="at most 4 bits, not 8"):
         make_coder("trellis", 8)

@@ -6,7 +6,7 @@ row's stream, E entries of a row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from resmoe_dist.codecs import QuantizedMatrix
+from resmoe_dist.codecs import DenseMatrix, EncodedMatrix, QuantizedMatrix
 from resmoe_dist.design_matrix import ExpertShape
 from resmoe_dist.kernels import LayerWeights
 from resmoe_dist.routing import RoutedTokens
@@ -131,8 +131,23 @@ class QuantizedCase:
         return matrix.slice_rows(self.first_row, self.first_row + self.rows)
 
 
-def decoded(matrix: QuantizedMatrix) -> np.ndarray:
-    """The matrix [S, D] in float64, entry by entry from the format's definition."""
+def with_dense_centers(problem: Problem) -> Problem:
+    """The same residuals with other, dense centres."""
+    layer = problem.layer
+    rng = np.random.default_rng(layer.num_experts)
+    scale = layer.hidden**-0.5
+    centers = tuple(
+        DenseMatrix.of((normal(rng, center.rows, center.columns) * scale).to(layer.dtype))
+        for center in layer.centers
+    )
+    return problem._replace(layer=replace(layer, centers=centers))
+
+
+def decoded(matrix: EncodedMatrix) -> np.ndarray:
+    """A matrix [S, D] in float64; if quantised, entry by entry from the format's definition."""
+    if isinstance(matrix, DenseMatrix):
+        return matrix.weight.double().numpy()
+    assert isinstance(matrix, QuantizedMatrix)
     bits, coder, blocks, hidden, group, rotated = matrix.layout.tolist()
     window = bits if CODERS[coder] == "scalar" else STATE_BITS
     stream_RB = np.unpackbits(matrix.codes.numpy(), axis=1, bitorder="little").astype(np.int64)

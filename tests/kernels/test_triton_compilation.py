@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from resmoe_dist.kernels.reference import ReferenceBackend
 from resmoe_dist.routing import RoutedTokens
 from tests.kernels.problems import Case, Expert, Problem, restored
-from tests.kernels.triton_runs import lay_out, moved
+from tests.kernels.quantized_problems import QuantizedCase, QuantizedExpert
+from tests.kernels.triton_runs import backend_of, lay_out, moved
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
@@ -33,8 +36,8 @@ not_interpreted = pytest.mark.skipif(
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
-    """PTX of the kernels that are launched: they are compiled for an H100, and not run."""
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """Assembly of the kernels that are launched: they are compiled for an H100, and not run."""
     if "nvidia" not in triton.backends.backends:
         pytest.skip("this Triton does not compile for NVIDIA GPUs")
     compiled = {}
@@ -43,7 +46,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
     def compile_only(kernel: triton.JITFunction, *args, **options) -> None:
         binary = run(kernel, *args, **options | {"warmup": True})
         assert binary.asm["cubin"]
-        compiled[kernel.__name__] = binary.asm["ptx"]
+        compiled[kernel.__name__] = binary.asm
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(triton.runtime.driver, "_active", H100())
@@ -95,29 +98,73 @@ def test_kernels_compile_without_a_gpu(compiled, name):
     names = ["project_in_kernel", "project_out_kernel", "combine_kernel", "restore_kernel"]
     assert list(compiled) == names
     # The kernels rely on this: one instruction counts bits, and sums are in a fixed order.
-    assert [name for name in names if "popc.b32" not in compiled[name]] == ["combine_kernel"]
-    assert not [name for name in names if re.search(r"\b(atom|red)\.", compiled[name])]
+    ptx = {name: compiled[name]["ptx"] for name in names}
+    assert [name for name in names if "popc.b32" not in ptx[name]] == ["combine_kernel"]
+    assert not [name for name in names if re.search(r"\b(atom|red)\.", ptx[name])]
     tensor_cores = len(problem.routed.token_N) > 2 and problem.layer.dtype != torch.float32
     # Aligned rows are read and written 16 bytes at a time.
     aligned = name in ("few copies", "many copies", "float16")
     for product in names[:2]:
-        assert ("mma" in compiled[product]) == tensor_cores
-    assert ("st.global.v4.b32" in compiled["restore_kernel"]) == aligned
+        assert ("mma" in ptx[product]) == tensor_cores
+    assert ("st.global.v4.b32" in ptx["restore_kernel"]) == aligned
 
 
-EXPERTS = (Expert(copies=9), Expert(copies=0), Expert(copies=5))
+# Each token has a copy for each of two experts.
+QUANTIZED = {
+    "few copies": QuantizedCase(rows=5, hidden=4096, experts=(QuantizedExpert(),) * 2),
+    "many copies": QuantizedCase(
+        rows=5, hidden=2880, tokens=40, experts=(QuantizedExpert(copies=40),) * 2
+    ),
+}
 
 
 @not_interpreted
-@pytest.mark.parametrize("share_center", [True, False], ids=["shared", "tiled"])
-def test_mlps_need_no_values_on_the_host(monkeypatch, share_center):
-    from resmoe_dist.kernels.triton.backend import TritonBackend
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_kernels_for_quantised_layers_compile_without_a_gpu(compiled, tmp_path, name):
+    from resmoe_dist.kernels.triton.quantized_backend import QuantizedTritonBackend
 
-    problem = Case(rows=70, hidden=20, tokens=9, experts=EXPERTS).build(torch.float32)
+    problem = QUANTIZED[name].build(torch.bfloat16)
+    backend = QuantizedTritonBackend(problem.layer)
+    backend.rotate(problem.routed.x_RH)
+    problem.project_in(backend)
+    problem.project_out(backend)
+    restored(backend, problem, 0, problem.layer.hidden)
+
+    products = ["project_in_kernel", "project_out_kernel"]
+    names = ["rotate_kernel", *products, "combine_kernel", "restore_quantized_kernel"]
+    assert list(compiled) == names
+    for kernel in names:
+        ptx = compiled[kernel]["ptx"]
+        assert not re.search(r"\b(atom|red)\.", ptx)
+        assert ("mma" in ptx) == (kernel in products and name == "many copies")
+    for kernel in (*products, "restore_quantized_kernel"):
+        # Registers hold what a program decodes: nothing is spilled to the stack.
+        (tmp_path / "cubin").write_bytes(compiled[kernel]["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", tmp_path / "cubin"]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "STACK:0 " in usage
+
+
+EXPERTS = (Expert(copies=9), Expert(copies=0), Expert(copies=5))
+QUANTIZED_EXPERTS = (QuantizedExpert(copies=9), QuantizedExpert(), QuantizedExpert(copies=5))
+every_codec = pytest.mark.parametrize(
+    "case",
+    [
+        Case(rows=70, hidden=16, tokens=9, experts=EXPERTS),
+        QuantizedCase(rows=70, hidden=16, tokens=9, experts=QUANTIZED_EXPERTS),
+    ],
+    ids=["pruned", "quantized"],
+)
+
+
+@not_interpreted
+@every_codec
+@pytest.mark.parametrize("share_center", [True, False], ids=["shared", "tiled"])
+def test_mlps_need_no_values_on_the_host(monkeypatch, case, share_center):
+    problem = case.build(torch.float32)
     routed = problem.routed
-    reference, backend = (
-        kind(problem.layer, product_bytes=1) for kind in (ReferenceBackend, TritonBackend)
-    )
+    reference = ReferenceBackend(problem.layer, product_bytes=1)
+    backend = backend_of(problem.layer, product_bytes=1)
     monkeypatch.setattr(triton.JITFunction, "run", lambda *args, **options: None)
     # Fake tensors have shapes but no values.
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -127,18 +174,15 @@ def test_mlps_need_no_values_on_the_host(monkeypatch, share_center):
         with pytest.raises(DataDependentOutputException):
             reference.mlp(fake, share_center=share_center)
 
-        assert backend.mlp(fake, share_center=share_center).shape == (9, 20)
+        assert backend.mlp(fake, share_center=share_center).shape == (9, 16)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@every_codec
 @pytest.mark.parametrize("share_center", [True, False], ids=["shared", "tiled"])
-def test_mlps_do_not_synchronise_with_the_gpu(share_center):
-    from resmoe_dist.kernels.triton.backend import TritonBackend
-
-    problem = moved(
-        Case(rows=70, hidden=20, tokens=9, experts=EXPERTS).build(torch.float32), "cuda"
-    )
-    backend = TritonBackend(problem.layer)
+def test_mlps_do_not_synchronise_with_the_gpu(case, share_center):
+    problem = moved(case.build(torch.float32), "cuda")
+    backend = backend_of(problem.layer)
     # Compiles the kernels.
     expected = backend.mlp(problem.routed, share_center=share_center)
     torch.cuda.set_sync_debug_mode("error")

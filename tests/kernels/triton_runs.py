@@ -20,9 +20,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from resmoe_dist.codecs import DenseMatrix, EncodedMatrix, PrunedMatrix
+from resmoe_dist.codecs import DenseMatrix, EncodedMatrix, PrunedMatrix, QuantizedMatrix
 from resmoe_dist.kernels import LayerWeights
-from resmoe_dist.kernels.half_products import PRODUCT_BYTES
+from resmoe_dist.kernels.half_products import PRODUCT_BYTES, HalfProductBackend
 from tests.kernels.problems import (
     ROUNDING,
     Problem,
@@ -40,17 +40,22 @@ CUT = 2**-7
 # --- What runs in the interpreter or on the GPU ---
 
 
-def half_products(problem: Problem, part: str) -> tuple[Tensor, Tensor]:
+def backend_of(layer: LayerWeights, product_bytes: int = PRODUCT_BYTES) -> HalfProductBackend:
+    """The Triton backend for the layer's codec, on any device."""
     from resmoe_dist.kernels.triton.backend import TritonBackend
+    from resmoe_dist.kernels.triton.quantized_backend import QuantizedTritonBackend
 
-    backend = TritonBackend(problem.layer)
+    is_quantized = isinstance(layer.residuals[0], QuantizedMatrix)
+    return (QuantizedTritonBackend if is_quantized else TritonBackend)(layer, product_bytes)
+
+
+def half_products(problem: Problem, part: str) -> tuple[Tensor, Tensor]:
+    backend = backend_of(problem.layer)
     return problem.project_in(backend, part), problem.project_out(backend, part)
 
 
 def mlp(problem: Problem, share_center: bool, product_bytes: int = PRODUCT_BYTES) -> Tensor:
-    from resmoe_dist.kernels.triton.backend import TritonBackend
-
-    backend = TritonBackend(problem.layer, product_bytes)
+    backend = backend_of(problem.layer, product_bytes)
     return backend.mlp(problem.routed, share_center=share_center)
 
 
@@ -58,9 +63,7 @@ def restore(
     layer: LayerWeights, out_RC: Tensor, expert: int = 0, first_row: int = 0, first_column: int = 0
 ) -> Tensor:
     """`out_RC`, as a view of the same memory as the one given."""
-    from resmoe_dist.kernels.triton.backend import TritonBackend
-
-    TritonBackend(layer).restore(expert, out_RC, first_row, first_column)
+    backend_of(layer).restore(expert, out_RC, first_row, first_column)
     return out_RC
 
 

@@ -8,7 +8,6 @@ Legend: R rows, C columns, H hidden.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +19,11 @@ from resmoe_dist.codecs.rotation import hadamard_block, signs
 from resmoe_dist.kernels.cpu.backend import DTYPES, CpuBackend
 from resmoe_dist.kernels.cpu.build import load_kernels
 from resmoe_dist.kernels.layer import LayerWeights
-from resmoe_dist.routing import RoutedTokens
+from resmoe_dist.kernels.quantized_layers import (
+    are_in_steps,
+    quantized_matrices,
+    restore_with_biases,
+)
 
 # Entries that the kernels decode at a time: groups are whole steps, or whole projections.
 _LEVEL_STEP = 32
@@ -45,12 +48,12 @@ class QuantizedCpuBackend(CpuBackend):
             layer.device.type == "cpu"
             and layer.dtype in DTYPES
             and layer.is_stored_as(residual=QuantizedMatrix, center=QuantizedMatrix)
-            and all(_is_supported(matrix, layer) for matrix in _matrices(layer))
+            and are_in_steps(layer, _LEVEL_STEP)
             and load_kernels()
         )
 
     def _prepared(self, layer: LayerWeights, activation: str) -> Any:
-        is_rotated = _matrices(layer)[0].is_rotated
+        is_rotated = quantized_matrices(layer)[0].is_rotated
         size = hadamard_block(layer.hidden) if is_rotated else 1
         return torch.classes.resmoe.Layer.quantized(
             [_prepared_matrix(matrix) for matrix in layer.residuals],
@@ -67,46 +70,13 @@ class QuantizedCpuBackend(CpuBackend):
     def restore(
         self, expert: int, out_RC: Tensor, first_row: int = 0, first_column: int = 0
     ) -> None:
-        rows, columns = out_RC.shape
-        coded = self.layer.hidden * (self.layer.inputs + 1)
-        here = min(max(coded - first_column, 0), columns)
-        if here:
-            super().restore(expert, out_RC[:, :here], first_row, first_column)
-        if here == columns:
-            return
-        # Row biases are not coded.
-        center = self.layer.center_of[expert]
-        first = max(first_column - coded, 0) + coded
-        matrices = [self.layer.residuals[expert]]
-        matrices += [self.layer.centers[center]] if center >= 0 else []
-        bias_RC = torch.zeros(rows, columns - here)
-        for matrix in matrices:
-            part = matrix.slice_rows(first_row, first_row + rows)
-            bias_RC += part.decode_columns(first, columns - here).float()
-        out_RC[:, here:] = bias_RC
+        restore_with_biases(super().restore, self.layer, expert, out_RC, first_row, first_column)
 
-    def mlp(self, routed: RoutedTokens, *, share_center: bool) -> Tensor:
-        if self.is_fused:
-            return super().mlp(routed, share_center=share_center)
-        x_RH = torch.ops.resmoe.rotate(self._layer, routed.x_RH, False)
-        rotated = replace(routed, x_RH=x_RH.to(routed.x_RH.dtype))
-        y_RH = super().mlp(rotated, share_center=share_center)
-        return torch.ops.resmoe.rotate(self._layer, y_RH, True)
+    def rotate(self, x_TH: Tensor) -> Tensor:
+        return torch.ops.resmoe.rotate(self._layer, x_TH, False).to(x_TH.dtype)
 
-
-def _matrices(layer: LayerWeights) -> tuple[QuantizedMatrix, ...]:
-    matrices = (*layer.residuals, *layer.centers)
-    return tuple(matrix for matrix in matrices if isinstance(matrix, QuantizedMatrix))
-
-
-def _is_supported(matrix: QuantizedMatrix, layer: LayerWeights) -> bool:
-    whole_steps = matrix.group % _LEVEL_STEP == 0 or matrix.group >= matrix.hidden
-    return (
-        whole_steps
-        and matrix.hidden == layer.hidden
-        and matrix.blocks == layer.inputs + 1
-        and matrix.is_rotated == _matrices(layer)[0].is_rotated
-    )
+    def rotate_back(self, y_TH: Tensor) -> Tensor:
+        return torch.ops.resmoe.rotate(self._layer, y_TH, True)
 
 
 def _prepared_matrix(matrix: Any) -> Any:

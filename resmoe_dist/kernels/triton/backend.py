@@ -9,16 +9,20 @@ copies of a block; R rows and C columns of an output.
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from resmoe_dist.codecs import DenseMatrix, PrunedMatrix
+from resmoe_dist.codecs import DenseMatrix, EncodedMatrix, PrunedMatrix
 from resmoe_dist.kernels.half_products import PRODUCT_BYTES, HalfProductBackend, Part
 from resmoe_dist.kernels.layer import LayerWeights
 from resmoe_dist.kernels.sharing import CenterCopies
 from resmoe_dist.kernels.triton import kernels
+from resmoe_dist.kernels.triton.bitmaps import bitmap_fields
+from resmoe_dist.kernels.triton.columns import BITS
 from resmoe_dist.kernels.triton.plan import (
     ENTRY_TYPES,
     FEW,
@@ -28,9 +32,9 @@ from resmoe_dist.kernels.triton.plan import (
     SPAN_ROWS,
     Plan,
     plan_for_copies,
-    plan_for_layer,
+    plan_for_pruned,
 )
-from resmoe_dist.kernels.triton.tiles import BITS, job_fields
+from resmoe_dist.kernels.triton.tiles import center_fields
 from resmoe_dist.routing import Copies
 
 
@@ -45,8 +49,8 @@ class TritonBackend(HalfProductBackend):
 
     def __init__(self, layer: LayerWeights, product_bytes: int = PRODUCT_BYTES) -> None:
         super().__init__(layer, product_bytes)
-        self._plan = plan_for_layer(layer)
-        self._tables = job_tables(layer)
+        self._plans = self._plan_parts()
+        self._tables = {part: self._table(part) for part in self._plans}
 
     @classmethod
     def supports(cls, layer: LayerWeights) -> bool:
@@ -55,6 +59,17 @@ class TritonBackend(HalfProductBackend):
             and layer.dtype in ENTRY_TYPES
             and layer.is_stored_as(residual=PrunedMatrix, center=DenseMatrix)
         )
+
+    def _plan_parts(self) -> dict[Part, Plan]:
+        """What the weights alone decide of each part's kernels."""
+        return dict.fromkeys(get_args(Part), plan_for_pruned(self.layer))
+
+    def _job_fields(
+        self, part: Part, center: EncodedMatrix | None, residual: EncodedMatrix | None
+    ) -> list[int]:
+        """A row of a part's job table. None for what the job lacks."""
+        assert residual is None or isinstance(residual, PrunedMatrix)
+        return [*center_fields(center), *bitmap_fields(residual)]
 
     @torch.no_grad()
     def restore(
@@ -70,7 +85,7 @@ class TritonBackend(HalfProductBackend):
         out = (out_RC, first_row, R, first_column, first_column + columns, *out_RC.stride())
         with torch.cuda.device_of(out_RC):
             kernels.restore_kernel[triton.cdiv(R, FEW.R), column_blocks](
-                self._tables["whole"], expert, *out, **self._plan.options
+                self._tables["whole"], expert, *out, **self._plans["whole"].options
             )
 
     def project_in(self, part: Part, x_TH: Tensor, copies: Copies, rows: slice) -> Tensor:
@@ -79,7 +94,7 @@ class TritonBackend(HalfProductBackend):
         out_NC = torch.zeros(len(copies), inputs * S, dtype=torch.float32, device=x_TH.device)
         if not out_NC.numel():
             return out_NC
-        plan = plan_for_copies(self._plan, MANY_IN, self._operand(x_TH.dtype), copies, T)
+        plan = plan_for_copies(self._plans[part], MANY_IN, self._operand(x_TH.dtype), copies, T)
         jobs = (self._tables[part], copies.offsets_J.contiguous(), copies.num_jobs)
         x = (x_TH.contiguous(), copies.token_N.contiguous(), out_NC, rows.start, S, H, inputs)
         grid = (_num_blocks(plan, copies), triton.cdiv(S, plan.R))
@@ -96,7 +111,7 @@ class TritonBackend(HalfProductBackend):
         if not (N and S):
             return torch.zeros(num_tokens, H, dtype=torch.float32, device=h_NS.device)
         operand = self._operand(h_NS.dtype)
-        plan = plan_for_copies(self._plan, MANY_OUT, operand, copies, num_tokens)
+        plan = plan_for_copies(self._plans[part], MANY_OUT, operand, copies, num_tokens)
         blocks = _num_blocks(plan, copies)
         column_blocks = triton.cdiv(inputs * H % BITS.value + H, plan.W * BITS.value)
         spans = min(triton.cdiv(S, SPAN_ROWS), triton.cdiv(PROGRAMS, blocks * column_blocks))
@@ -112,30 +127,23 @@ class TritonBackend(HalfProductBackend):
     def sum_for_centers(self, h_NS: Tensor, shared: CenterCopies, copies: Copies) -> Tensor:
         return _combine(h_NS.unsqueeze(1), shared.index_N, copies, len(shared.copies))
 
+    def _table(self, part: Part) -> Tensor:
+        """[J, fields]: where the matrices of a part's jobs are."""
+        layer = self.layer
+        experts = zip(layer.center_of, layer.residuals, strict=True)
+        jobs: dict[Part, list[tuple[EncodedMatrix | None, EncodedMatrix | None]]] = {
+            "whole": [(layer.centers[i] if i >= 0 else None, matrix) for i, matrix in experts],
+            "residual": [(None, residual) for residual in layer.residuals],
+            "center": [(center, None) for center in layer.centers],
+        }
+        rows = [self._job_fields(part, *job) for job in jobs[part]]
+        return torch.tensor(rows, dtype=torch.int64).to(layer.device)
+
     def _operand(self, dtype: torch.dtype) -> tl.dtype:
         """What `tl.dot` multiplies, for tokens of a dtype."""
         # Triton's interpreter would multiply the bits of bfloat16 as integers.
         compiled = isinstance(kernels.project_in_kernel, triton.JITFunction)
         return ENTRY_TYPES[dtype] if compiled and dtype == self.layer.dtype else tl.float32
-
-
-def job_tables(layer: LayerWeights) -> dict[Part, Tensor]:
-    """For each part [J, FIELDS]: `job_fields` of its jobs."""
-    centers = [center.decode() for center in layer.centers]
-    whole, residual = [], []
-    for center, matrix in zip(layer.center_of, layer.residuals, strict=True):
-        assert isinstance(matrix, PrunedMatrix)
-        whole.append(job_fields(centers[center] if center >= 0 else None, matrix))
-        residual.append(job_fields(None, matrix))
-    parts: dict[Part, list[list[int]]] = {
-        "whole": whole,
-        "residual": residual,
-        "center": [job_fields(center, None) for center in centers],
-    }
-    return {
-        part: torch.tensor(fields, dtype=torch.int64).to(layer.device)
-        for part, fields in parts.items()
-    }
 
 
 def _num_blocks(plan: Plan, copies: Copies) -> int:

@@ -5,7 +5,7 @@ the offsets of the jobs' copies, read on the device, tell which copies it multip
 float32 and in a fixed order, without atomics: equal calls give equal bits.
 
 Legend: N routed copies, S rows, H hidden, J jobs, P spans of rows, Q copies loaded together; of a
-tile: M copies, R rows, W words of bitmap, B = 32 bits of a word, C = 32·W columns.
+tile: M copies, R rows, W words, X and Y its columns (see `columns.py`), C = X·Y columns.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from resmoe_dist.kernels.triton.tiles import BITS, FIELDS, load_weights, open_rows, word_columns
+from resmoe_dist.kernels.triton.columns import BITS, tile_columns, word_range
+from resmoe_dist.kernels.triton.tiles import load_weights, open_rows
 
 # Columns that one program restores: finding where their values begin is then a small share.
 RESTORED_COLUMNS = tl.constexpr(1024)
@@ -45,20 +46,19 @@ def restore_kernel(
     table, job, out, first_row, S, low, high, row_stride, column_stride, plan: tl.constexpr
 ):
     """Program (i, c): rows [R·i, R·(i+1)) of S, counted from `first_row`, at the c-th 1024 of
-    columns [low, high)."""
+    columns [low, high). For residuals of codec `pruned`."""
     row_R = tl.program_id(0) * plan.R + tl.arange(0, plan.R)
     held_R = row_R < S
     out_R = out + row_R.to(tl.int64) * row_stride
     begin = low // BITS + tl.program_id(1) * (RESTORED_COLUMNS // BITS)
     end = tl.minimum(begin + RESTORED_COLUMNS // BITS, tl.cdiv(high, BITS))
-    rows, ahead_R = open_rows(table + job * FIELDS, first_row + row_R, held_R, begin, plan)
+    rows, ahead_R = open_rows(table + job * plan.fields, first_row + row_R, held_R, begin, plan)
     for word in range(begin, end, plan.W):
-        word_W = word + tl.arange(0, plan.W)
-        weights_RWB, ahead_R = load_weights(rows, ahead_R, word_W, low, high, plan)
-        column_WB, inside_WB = word_columns(word_W, low, high)
-        out_RWB = out_R[:, None, None] + (column_WB * column_stride)[None, :, :]
-        mask_RWB = held_R[:, None, None] & inside_WB[None, :, :]
-        tl.store(out_RWB, weights_RWB.to(out.dtype.element_ty), mask=mask_RWB)
+        weights_RXY, ahead_R = load_weights(rows, ahead_R, word, low, high, plan)
+        column_XY, inside_XY = tile_columns(word, low, high, plan)
+        out_RXY = out_R[:, None, None] + (column_XY * column_stride)[None, :, :]
+        mask_RXY = held_R[:, None, None] & inside_XY[None, :, :]
+        tl.store(out_RXY, weights_RXY.to(out.dtype.element_ty), mask=mask_RXY)
 
 
 @triton.jit(do_not_specialize=["J", "first_row", "S"])
@@ -69,7 +69,8 @@ def project_in_kernel(
     `first_row`, into `out` [N, inputs·S]."""
     M: tl.constexpr = plan.M
     R: tl.constexpr = plan.R
-    W: tl.constexpr = plan.W
+    Y: tl.constexpr = plan.Y
+    C: tl.constexpr = plan.X * plan.Y
     job, first, copies = _copies_of_block(offsets, J, plan)
     if copies <= 0:
         return
@@ -78,24 +79,25 @@ def project_in_kernel(
     x_M = x + tl.load(token + copy_M, mask=held_M, other=0).to(tl.int64) * H
     row_R = tl.program_id(1) * R + tl.arange(0, R)
     held_R = row_R < S
-    rows, ahead_R = open_rows(table + job * FIELDS, first_row + row_R, held_R, 0, plan)
+    rows, ahead_R = open_rows(table + job * plan.fields, first_row + row_R, held_R, 0, plan)
     for i in range(inputs):
         low = i * H
         high = low + H
-        sums = tl.zeros([M, R, W, BITS] if plan.operand is None else [M, R], tl.float32)
-        for word in range(low // BITS, tl.cdiv(high, BITS), W):
-            word_W = word + tl.arange(0, W)
-            weights_RWB, ahead_R = load_weights(rows, ahead_R, word_W, low, high, plan)
-            column_WB, inside_WB = word_columns(word_W, low, high)
-            mask_MWB = held_M[:, None, None] & inside_WB[None, :, :]
-            x_MWB = tl.load(x_M[:, None, None] + column_WB[None, :, :], mask=mask_MWB, other=0.0)
+        sums = tl.zeros([M, R, Y] if plan.operand is None else [M, R], tl.float32)
+        begin, end = word_range(low, high, plan)
+        for word in range(begin, end, plan.W):
+            weights_RXY, ahead_R = load_weights(rows, ahead_R, word, low, high, plan)
+            column_XY, inside_XY = tile_columns(word, low, high, plan)
+            mask_MXY = held_M[:, None, None] & inside_XY[None, :, :]
+            x_MXY = tl.load(x_M[:, None, None] + column_XY[None, :, :], mask=mask_MXY, other=0.0)
             if plan.operand is None:
-                sums += weights_RWB[None, :, :, :] * x_MWB.to(tl.float32)[:, None, :, :]
+                x_M1XY = x_MXY.to(tl.float32)[:, None, :, :]
+                sums += tl.sum(weights_RXY[None, :, :, :] * x_M1XY, 2)
             else:
-                x_MC = tl.reshape(x_MWB, [M, W * BITS]).to(plan.operand)
-                weights_RC = tl.reshape(weights_RWB, [R, W * BITS]).to(plan.operand)
+                x_MC = tl.reshape(x_MXY, [M, C]).to(plan.operand)
+                weights_RC = tl.reshape(weights_RXY, [R, C]).to(plan.operand)
                 sums = tl.dot(x_MC, tl.trans(weights_RC), sums, input_precision="ieee")
-        sums_MR = tl.sum(tl.sum(sums, 2), 2) if plan.operand is None else sums
+        sums_MR = tl.sum(sums, 2) if plan.operand is None else sums
         out_MR = out + (copy_M.to(tl.int64) * (inputs * S) + i * S)[:, None] + row_R[None, :]
         tl.store(out_MR, sums_MR, mask=held_M[:, None] & held_R[None, :])
 
@@ -118,37 +120,38 @@ def project_out_kernel(
     from `first_row`, at the c-th C output columns, into `products` [N, P, H]."""
     M: tl.constexpr = plan.M
     R: tl.constexpr = plan.R
-    W: tl.constexpr = plan.W
+    X: tl.constexpr = plan.X
+    Y: tl.constexpr = plan.Y
     job, first, copies = _copies_of_block(offsets, J, plan)
     copy_M = first + tl.arange(0, M)
     held_M = tl.arange(0, M) < copies
     low = inputs * H
     high = low + H
-    word = low // BITS + tl.program_id(1) * W
-    word_W = word + tl.arange(0, W)
+    word = word_range(low, high, plan)[0] + tl.program_id(1) * plan.W
     begin = tl.program_id(2) * span_rows
     # No rows for a block without copies: it stores nothing.
     end = tl.minimum(begin + span_rows, tl.where(copies > 0, S, 0))
-    sums = tl.zeros([M, R, W, BITS] if plan.operand is None else [M, W * BITS], tl.float32)
+    sums = tl.zeros([M, X, Y] if plan.operand is None else [M, X * Y], tl.float32)
     for row in range(begin, end, R):
         row_R = row + tl.arange(0, R)
         held_R = row_R < end
-        rows, ahead_R = open_rows(table + job * FIELDS, first_row + row_R, held_R, word, plan)
-        weights_RWB, _ = load_weights(rows, ahead_R, word_W, low, high, plan)
+        rows, ahead_R = open_rows(table + job * plan.fields, first_row + row_R, held_R, word, plan)
+        weights_RXY, _ = load_weights(rows, ahead_R, word, low, high, plan)
         mask_MR = held_M[:, None] & held_R[None, :]
         h_MR = tl.load(
             h + copy_M.to(tl.int64)[:, None] * S + row_R[None, :], mask=mask_MR, other=0.0
         )
         if plan.operand is None:
-            sums += weights_RWB[None, :, :, :] * h_MR.to(tl.float32)[:, :, None, None]
+            h_MR11 = h_MR.to(tl.float32)[:, :, None, None]
+            sums += tl.sum(weights_RXY[None, :, :, :] * h_MR11, 1)
         else:
-            weights_RC = tl.reshape(weights_RWB, [R, W * BITS]).to(plan.operand)
+            weights_RC = tl.reshape(weights_RXY, [R, X * Y]).to(plan.operand)
             sums = tl.dot(h_MR.to(plan.operand), weights_RC, sums, input_precision="ieee")
-    sums_MWB = tl.sum(sums, 1) if plan.operand is None else tl.reshape(sums, [M, W, BITS])
-    column_WB, inside_WB = word_columns(word_W, low, high)
+    sums_MXY = tl.reshape(sums, [M, X, Y])
+    column_XY, inside_XY = tile_columns(word, low, high, plan)
     product_M = products + (copy_M.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * H
-    mask_MWB = held_M[:, None, None] & inside_WB[None, :, :]
-    tl.store(product_M[:, None, None] + column_WB[None, :, :], sums_MWB, mask=mask_MWB)
+    mask_MXY = held_M[:, None, None] & inside_XY[None, :, :]
+    tl.store(product_M[:, None, None] + column_XY[None, :, :], sums_MXY, mask=mask_MXY)
 
 
 @triton.jit(do_not_specialize=["J", "P"])

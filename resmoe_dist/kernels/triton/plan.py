@@ -9,7 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
+from resmoe_dist.codecs import DenseMatrix, EncodedMatrix
 from resmoe_dist.kernels.layer import LayerWeights
+from resmoe_dist.kernels.triton.bitmaps import BITMAP_FIELDS
+from resmoe_dist.kernels.triton.columns import BITS, OCTET
+from resmoe_dist.kernels.triton.streams import STREAM_FIELDS
+from resmoe_dist.kernels.triton.tiles import CENTER_FIELDS
 from resmoe_dist.routing import Copies
 
 ENTRY_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -22,17 +27,23 @@ BLOCK_COPIES = 32
 # costs one float32 per copy and column.
 PROGRAMS = 2048
 SPAN_ROWS = 32
+# Columns and entries of a tile that is rotated, if a block of the rotation has no more.
+ROTATED_COLUMNS = 1024
+ROTATED_ENTRIES = 4096
 
 
 @dataclass(frozen=True)
 class Plan:
     """Compile-time parameters of a kernel.
 
-    R, W, M: rows, words of bitmap and copies per step of a program. J: number of jobs, rounded up
-    to a power of two. operand: dtype of what `tl.dot` multiplies, None for elementwise products.
-    entry: dtype of centres and values. rounds: the layer has centres, so sums of the two are
-    rounded. plain_center: the centres' rows are contiguous and aligned to 16 bytes. whole_words:
-    the bitmaps' rows are multiples of 4 bytes and aligned to 4 bytes.
+    R, W, M: rows, words of 32 columns and copies per step of a program. J: number of jobs, rounded
+    up to a power of two. operand: dtype of what `tl.dot` multiplies, None for elementwise products.
+    entry: dtype of dense centres and pruned values.
+
+    A job's weights are the sum of: a dense centre, if has_centers; a pruned residual, if
+    has_bitmaps; and so many quantised matrices: streams. Jobs may lack the first two. plain_center:
+    the dense centres' rows are contiguous and aligned to 16 bytes. whole_words: the bitmaps' rows
+    are multiples of 4 bytes and aligned to 4 bytes. rounds: sums are rounded to `entry`.
     """
 
     R: int
@@ -42,9 +53,28 @@ class Plan:
     J: int = 1
     operand: tl.dtype | None = None
     entry: tl.dtype = tl.float32
-    rounds: bool = False
+    has_centers: bool = True
+    has_bitmaps: bool = True
+    streams: int = 0
     plain_center: bool = False
     whole_words: bool = False
+    rounds: bool = False
+
+    @property
+    def X(self) -> int:
+        """First axis of a tile's columns: see `columns.py`."""
+        return OCTET.value if self.streams else self.W
+
+    @property
+    def Y(self) -> int:
+        """Second axis of a tile's columns."""
+        return self.W * BITS.value // self.X
+
+    @property
+    def fields(self) -> int:
+        """Numbers in a row of the job table."""
+        center = self.has_centers * CENTER_FIELDS.value
+        return center + self.has_bitmaps * BITMAP_FIELDS.value + self.streams * STREAM_FIELDS.value
 
     @property
     def options(self) -> dict[str, Any]:
@@ -63,26 +93,52 @@ MANY_IN = Plan(R=32, W=4, warps=4)
 MANY_OUT = Plan(R=16, W=8, warps=4)
 
 
-def plan_for_layer(layer: LayerWeights) -> Plan:
+def plan_for_pruned(layer: LayerWeights) -> Plan:
     """What the weights alone decide, with tiles for few copies."""
-    centers = [center.decode() for center in layer.centers]
     bitmaps = [residual.tensors()["bitmap"] for residual in layer.residuals]
     return replace(
         FEW,
         entry=ENTRY_TYPES[layer.dtype],
-        rounds=bool(centers),
-        plain_center=all(
-            center.stride(1) == 1
-            and center.data_ptr() % 16 == 0
-            and center.stride(0) * center.itemsize % 16 == 0
-            for center in centers
-        ),
+        plain_center=_are_plain(layer.centers),
+        rounds=bool(layer.centers),
         whole_words=all(
             number % 4 == 0
             for bitmap in bitmaps
             for number in (bitmap.data_ptr(), bitmap.stride(0), bitmap.shape[1])
         ),
     )
+
+
+def plan_for_quantized(layer: LayerWeights, *, streams: int, has_centers: bool) -> Plan:
+    """The same for jobs with so many quantised matrices, and with dense centres or without."""
+    return replace(
+        FEW,
+        entry=ENTRY_TYPES[layer.dtype],
+        has_centers=has_centers,
+        has_bitmaps=False,
+        streams=streams,
+        plain_center=has_centers and _are_plain(layer.centers),
+    )
+
+
+def _are_plain(centers: tuple[EncodedMatrix, ...]) -> bool:
+    """Whether all dense centres can be read 16 bytes at a time."""
+    weights = [center.weight for center in centers if isinstance(center, DenseMatrix)]
+    return all(
+        weight.stride(1) == 1
+        and weight.data_ptr() % 16 == 0
+        and weight.stride(0) * weight.itemsize % 16 == 0
+        for weight in weights
+    )
+
+
+def plan_for_rotation(layer_plan: Plan, hidden: int, block: int) -> Plan:
+    """Tile sizes for rows that are rotated in blocks of columns. Tiles have whole blocks."""
+    C = max(block, BITS.value, min(triton.next_power_of_2(hidden), ROTATED_COLUMNS))
+    R = max(1, ROTATED_ENTRIES // C)
+    # Up to 32 entries per lane.
+    warps = min(max(4, R * C // 1024), 16)
+    return replace(layer_plan, R=R, W=C // BITS.value, warps=warps)
 
 
 def plan_for_copies(
