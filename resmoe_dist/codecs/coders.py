@@ -55,11 +55,15 @@ class CodedRows(NamedTuple):
 
 
 class ByteSum(NamedTuple):
-    """What a window stands for: the sum of the four bytes of window · multiplier + increment
-    modulo 2^32, minus offset."""
+    """What a window stands for: the sum of the four bytes of a hash, minus `offset`.
 
-    multiplier: int
-    increment: int
+    The hash is (window | mark) · factors[0] and (window | mark) · factors[1], each modulo 2^16,
+    side by side, with the bits of `flipped` flipped.
+    """
+
+    mark: int
+    factors: tuple[int, int]
+    flipped: int
     offset: int
 
 
@@ -154,7 +158,7 @@ class ScalarCoder(Coder):
     @property
     def byte_sum(self) -> ByteSum:
         # The window twice, in two bytes.
-        return ByteSum(257, 0, 2**self.bits - 1)
+        return ByteSum(0, (257, 0), 0, 2**self.bits - 1)
 
     def integers(self, windows: Tensor) -> Tensor:
         return 2.0 * windows.float() - (2**self.bits - 1)
@@ -206,7 +210,8 @@ class TrellisCoder(Coder):
 
     @property
     def byte_sum(self) -> ByteSum:
-        return ByteSum(MULTIPLIER, INCREMENT, _BYTES_MEAN)
+        # Signed bytes, as unsigned ones that are 128 larger.
+        return ByteSum(MARK, FACTORS, 0x80808080, 4 * 0x80)
 
     def integers(self, windows: Tensor) -> Tensor:
         marked = windows.long() | MARK

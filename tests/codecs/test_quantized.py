@@ -206,9 +206,12 @@ def test_windows_of_the_trellis_stand_for_sums_of_the_bytes_of_a_hash():
 )
 def test_integers_are_sums_of_bytes(coder):
     """As the kernels of the GPU compute them."""
-    multiplier, increment, offset = coder.byte_sum
+    mark, factors, flipped, offset = coder.byte_sum
     windows = range(1 << coder.window)
-    sums = [sum((w * multiplier + increment & 0xFFFFFFFF).to_bytes(4, "little")) for w in windows]
+    sums = []
+    for window in windows:
+        first, second = ((window | mark) * factor % 2**16 for factor in factors)
+        sums.append(sum(((first + 2**16 * second) ^ flipped).to_bytes(4, "little")))
 
     assert coder.integers(torch.tensor(windows)).tolist() == [total - offset for total in sums]
 

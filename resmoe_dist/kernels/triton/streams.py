@@ -4,7 +4,7 @@ Eight entries of b bits are b bytes of a row's stream. So a lane decodes eight a
 it reads the aligned 32-bit words that hold them and shifts them together into one 64-bit number.
 Neighbouring lanes read neighbouring words. A row may begin at any byte. Entries are
 
-    (sum of the four bytes of (window · multiplier + increment) mod 2^32 − offset) · scale
+    (sum of the four bytes of a hash of the window − offset) · scale
 
 for every coder (see `ByteSum`). Codings differ only by numbers in the job table, so one launch runs
 matrices of any bits. Matrices that are rotated are decoded as they are stored.
@@ -22,7 +22,7 @@ from resmoe_dist.codecs import QuantizedMatrix
 from resmoe_dist.kernels.triton.columns import BITS, OCTET
 
 # Numbers that describe a matrix: see `stream_fields`.
-STREAM_FIELDS = tl.constexpr(15)
+STREAM_FIELDS = tl.constexpr(17)
 
 
 def stream_fields(matrix: QuantizedMatrix | None) -> list[int]:
@@ -30,19 +30,21 @@ def stream_fields(matrix: QuantizedMatrix | None) -> list[int]:
 
     0 whether there is one. Of the codes: 1 address, 2 row stride, 3 bits in a row. Of the scales: 4
     address, 5 row stride, 6 groups in a projection, 7 octets in a group, 8 bits of the float32
-    `top`. 9 columns of a projection. Of an entry: 10 bits, 11 bits of its window, 12 multiplier, 13
-    increment, 14 offset.
+    `top`. 9 columns of a projection. Of an entry: 10 bits, 11 bits of its window; of
+    the hash: 12 mark, 13 and 14 factors, 15 flipped bits, 16 offset.
     """
     if matrix is None:
         return [0] * STREAM_FIELDS.value
     codes, scales, coder = matrix.codes, matrix.scales, matrix.coder
+    code = coder.byte_sum
     assert codes.stride(1) == 1 and scales.stride(1) == 1
     return [
         *(True, codes.data_ptr(), codes.stride(0), 8 * codes.shape[1]),
         *(scales.data_ptr(), scales.stride(0), scales.shape[1] // matrix.blocks),
         # Rounded up for a group of a whole projection.
         *(triton.cdiv(matrix.group, OCTET.value), int(matrix.top.view(torch.int32))),
-        *(matrix.hidden, coder.bits, coder.window, *coder.byte_sum),
+        *(matrix.hidden, coder.bits, coder.window),
+        *(code.mark, *code.factors, code.flipped, code.offset),
     ]
 
 
@@ -66,12 +68,14 @@ def open_stream(matrix, row_R, held_R):
     hidden = tl.load(matrix + 9).to(tl.int32)
     bits = tl.load(matrix + 10).to(tl.int32)
     window = tl.load(matrix + 11).to(tl.int32)
-    multiplier = tl.load(matrix + 12).to(tl.uint32)
-    increment = tl.load(matrix + 13).to(tl.uint32)
-    offset = tl.load(matrix + 14).to(tl.int32)
+    mark = tl.load(matrix + 12).to(tl.uint32)
+    first = tl.load(matrix + 13).to(tl.uint32)
+    second = tl.load(matrix + 14).to(tl.uint32)
+    flipped = tl.load(matrix + 15).to(tl.uint32)
+    offset = tl.load(matrix + 16).to(tl.int32)
     codes = (word_R, skipped_R, tl.where(held_R, words_R, 0), bits, window)
     scales = (scale_R, held_R, groups, group_octets, top, hidden)
-    return tl.load(matrix) > 0, codes, (multiplier, increment, offset), scales
+    return tl.load(matrix) > 0, codes, (mark, first, second, flipped, offset), scales
 
 
 @triton.jit
@@ -110,11 +114,13 @@ def load_entries(stream, word, low, plan: tl.constexpr):
     which the projection ends are any finite number after its end; those of octets after it are 0.
     """
     is_there, codes, byte_sum, scales = stream
-    multiplier, increment, offset = byte_sum
+    mark, first, second, flipped, offset = byte_sum
     entry_RXY = tl.zeros([plan.R, plan.X, plan.Y], tl.float32)
     if is_there:
         octet_Y = word * (BITS // OCTET) + tl.arange(0, plan.Y)
-        hash_RXY = _load_windows(codes, octet_Y, low) * multiplier + increment
+        window_RXY = _load_windows(codes, octet_Y, low) | mark
+        hash_RXY = ((window_RXY * first) & 0xFFFF) | ((window_RXY * second) << 16)
+        hash_RXY ^= flipped
         # Two sums of two bytes, then both sums in the upper half.
         pair_RXY = (hash_RXY & 0x00FF00FF) + ((hash_RXY >> 8) & 0x00FF00FF)
         sum_RXY = (pair_RXY * 0x00010001).to(tl.int32) - (offset << 16)
