@@ -147,9 +147,9 @@ class LayerEntry(_Entry):
     the source's tensor names, which `restore` writes back. expert_map: the stored expert of each of
     the model's experts, or DROPPED; None if every expert is stored under its own number.
     source_rows: rows of the model's experts, if the stored ones have fewer. router: None if it is
-    the source's. groups: a partition of
-    the stored experts, in any order. A group's errors and norms are of its experts; of all the
-    model's experts if a method merged or dropped some, which takes a single group.
+    the source's. groups: a partition of the stored experts, in any order. A group's errors and
+    norms are of its experts; of all the model's experts if a method merged or dropped some, which
+    takes a single group.
     """
 
     only_if_set = frozenset({"router"})

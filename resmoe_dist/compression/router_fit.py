@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Weight of the old router in the fit, relative to the inputs' mean square per dimension and token.
-# From 1e-4 to 1, trained models differ by less than 0.0003 nats; the larger ones also hold for
-# fewer tokens than dimensions.
+# Weight of the old router in the fit, relative to the mean diagonal of XᵀX. Measured on trained
+# models with 4096 tokens and 128 dimensions: from 0.001 to 1, losses differ by at most 0.0003 nats.
+# A weight that large also holds for fewer tokens than dimensions.
 RIDGE = 0.1
 # Inputs are multiplied in float64 in blocks of so many rows, which bounds the memory they take.
 _ROWS_PER_SUM = 512
