@@ -46,7 +46,7 @@ class FaultKind:
         accused = rank if ranks > 2 else 1
         named = f"rank {rank}: " if rank else ""
         pattern = self.line.format(rank=rank, accused=accused, named=named, other=r"\d+")
-        return re.fullmatch(f"error: {pattern}", line) is not None
+        return re.fullmatch(f"error: (?:{pattern})", line) is not None
 
 
 def _signal(number: signal.Signals) -> Strike:
