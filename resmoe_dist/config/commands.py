@@ -173,7 +173,7 @@ class CompressConfig(StorageConfig):
         return self
 
 
-class CompareConfig(ScoredTextConfig, TasksConfig):
+class CompareConfig(TasksConfig, ScoredTextConfig):
     """compare compression methods on a model: bytes, errors, quality, in one table"""
 
     source: Path = option(help="Hugging Face model folder (safetensors)", positional=True)
@@ -280,7 +280,7 @@ class GridConfig(CommandConfig):
         return self
 
 
-class EvaluateConfig(ExecutionConfig, ScoredTextConfig, TasksConfig):
+class EvaluateConfig(ExecutionConfig, TasksConfig, ScoredTextConfig):
     """perplexity, or accuracy on tasks, of a source, dense or compressed model"""
 
     tasks: Names | None = option(

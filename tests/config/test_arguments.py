@@ -107,7 +107,7 @@ MISTAKES = {
         ["s", "o", "--ep", "1", "--keep", "1", "--target-bytes", "1"],
         "--keep and --target-bytes exclude each other",
     ),
-    "no data": (EvaluateConfig, ["m"], "give --text or --token-ids"),
+    "no data": (EvaluateConfig, ["m"], "give --text or --token-ids or --tasks"),
     "context of one": (
         EvaluateConfig,
         ["m", "--text", "t", "--context", "1"],
