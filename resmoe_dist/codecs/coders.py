@@ -35,7 +35,7 @@ BITS = (1, 2, 3, 4, 8)
 STATE_BITS = 12
 _MOST_TRELLIS_BITS = 4
 # Paths that a search with feedback keeps.
-_BEAM = 96
+_BEAM = 128
 # Hash of a window: (window | MARK) · factor modulo 2^16 for both factors. Found by trying random
 # ones on Gaussian noise.
 FACTORS, MARK = (59041, 5771), 14 << STATE_BITS
@@ -186,7 +186,7 @@ class TrellisCoder(Coder):
     """Sums of the bytes of hashed windows, with the path of least error (Viterbi's search)."""
 
     name = "trellis"
-    at_a_time = 32
+    at_a_time = 128
     look_ahead = 16
 
     def __init__(self, bits: int, window: int = STATE_BITS) -> None:

@@ -91,10 +91,9 @@ class _Rows:
         """
 
         def code(start: int, stop: int) -> Tensor:
-            weights = self._weights_IE[:, first + start : first + stop + self._coder.look_ahead]
-            end = start + weights.shape[1]
+            end = min(stop + self._coder.look_ahead, len(root))
             coded = self._coder.encode_with_feedback(
-                weights,
+                self._weights_IE[:, first + start : first + end],
                 self._scale_IE[:, first + start : first + end],
                 root[start:end, start:end],
                 self._last_I if first + start else None,

@@ -5,10 +5,11 @@ new ones at the top. Viterbi's algorithm keeps the best path into each of the S 
 of different entries have cross terms, the best path into a window also depends on its past, and a
 beam of the best paths so far is kept instead.
 
-Both are operations of the C++ library that `resmoe_dist.kernels` builds and loads. Without it,
-Viterbi's search runs in PyTorch, much slower, and cross terms are left out of the search.
+Both are operations of the C++ library that `resmoe_dist.kernels` builds and loads. Without it, both
+run in PyTorch, much slower.
 
-Legend: R rows, C entries of a row, S = 2^L windows, J = 2^bits predecessors of a window.
+Legend: R rows, C entries of a row, S = 2^L windows, J = 2^bits windows after or before a window,
+P paths, N = P·J continuations of them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from resmoe_dist.design_matrix import row_ranges
+
+# Rows that are searched together in PyTorch.
+_BEAM_ROWS = 64
 # In place of the window before a row: any first window may be chosen.
 FREE = -1
 
@@ -62,11 +67,23 @@ def search_beam(
     """
     if hasattr(torch.ops.resmoe, "search_beam"):
         found = torch.ops.resmoe.search_beam(
-            weights_RC, scales_RC, root_CC, values_S, before_R, bits, coded, width
+            weights_RC, scales_RC, root_CC, values_S, before_R, bits, coded, width, 0
         )
         return TrellisPath(*found)
-    target_RC = weights_RC / divisor_of(scales_RC)
-    return search_path(target_RC, values_S, before_R, bits=bits, coded=coded)
+    parts = [
+        search_beam_in_torch(
+            weights_RC[rows],
+            scales_RC[rows],
+            root_CC,
+            values_S,
+            before_R[rows],
+            bits=bits,
+            coded=coded,
+            width=width,
+        )
+        for rows in row_ranges(len(weights_RC), _BEAM_ROWS)
+    ]
+    return TrellisPath(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 def divisor_of(scales: Tensor) -> Tensor:
@@ -101,3 +118,67 @@ def search_in_torch(
     path_RC = torch.stack(path[::-1], dim=1)[:, :coded]
     symbols_RC = (path_RC >> (window_bits - bits)).to(torch.uint8)
     return TrellisPath(path_RC[:, 0].int(), symbols_RC, path_RC[:, -1].int())
+
+
+def search_beam_in_torch(
+    weights_RC: Tensor,
+    scales_RC: Tensor,
+    root_CC: Tensor,
+    values_S: Tensor,
+    before_R: Tensor,
+    *,
+    bits: int,
+    coded: int,
+    width: int,
+) -> TrellisPath:
+    """`search_beam` in PyTorch: the reference.
+
+    Per entry, the `width` cheapest continuations of all paths are kept, and of those that end in
+    the same window only the cheapest. Of equals, the first one counts; paths stay in order.
+    """
+    rows, window_bits = len(weights_RC), len(values_S).bit_length() - 1
+    new_bits, never = window_bits - bits, float("inf")
+    # One path for each end of a window that may come before the first entry.
+    end_P = torch.arange(1 << new_bits)
+    is_possible_RP = (before_R == FREE).unsqueeze(1) | ((before_R >> bits).unsqueeze(1) == end_P)
+    cost_RP = torch.zeros(is_possible_RP.shape).masked_fill(~is_possible_RP, never)
+    window_RP = (end_P << bits).expand(rows, -1)
+    error_RPC = torch.zeros(rows, len(end_P), 0)
+    path_RPC = torch.zeros(rows, len(end_P), 0, dtype=torch.int64)
+    for i, (weight_R1, scale_R1) in enumerate(
+        zip(weights_RC.split(1, 1), scales_RC.split(1, 1), strict=True)
+    ):
+        # The errors of a path, in units of U's diagonal, change what this entry should be.
+        unit = 1 / root_CC[i, i]
+        target_RP = (weight_R1 - error_RPC @ root_CC[:i, i]) * unit
+        next_RPJ = (window_RP >> bits).unsqueeze(2) | torch.arange(1 << bits) << new_bits
+        missed_RPJ = target_RP.unsqueeze(2) - (scale_R1 * unit).unsqueeze(2) * values_S[next_RPJ]
+        cost_RN = (cost_RP.unsqueeze(2) + missed_RPJ.square()).flatten(1)
+        kept_RP = cost_RN.sort(dim=1, stable=True).indices[:, :width].sort(dim=1).values
+        parent_RP1 = (kept_RP >> bits).unsqueeze(2)
+        missed_RP1 = missed_RPJ.flatten(1).gather(1, kept_RP).unsqueeze(2)
+        window_RP = next_RPJ.flatten(1).gather(1, kept_RP)
+        cost_RP = cost_RN.gather(1, kept_RP)
+        cost_RP = cost_RP.masked_fill(_has_cheaper_equal(window_RP, cost_RP), never)
+        error_RPC = torch.cat([_take(error_RPC, parent_RP1), missed_RP1], dim=2)
+        path_RPC = torch.cat([_take(path_RPC, parent_RP1), window_RP.unsqueeze(2)], dim=2)
+    best_R11 = cost_RP.argmin(1).view(-1, 1, 1)
+    path_RC = _take(path_RPC, best_R11).squeeze(1)[:, :coded]
+    return TrellisPath(
+        path_RC[:, 0].int(), (path_RC >> new_bits).to(torch.uint8), path_RC[:, -1].int()
+    )
+
+
+def _has_cheaper_equal(window_RP: Tensor, cost_RP: Tensor) -> Tensor:
+    """[R, P]: whether a path ends in the window of a cheaper one, or of an earlier equal one."""
+    order_P = torch.arange(window_RP.shape[1])
+    is_same_RPP = window_RP.unsqueeze(2) == window_RP.unsqueeze(1)
+    is_less_RPP = cost_RP.unsqueeze(1) < cost_RP.unsqueeze(2)
+    is_equal_RPP = cost_RP.unsqueeze(1) == cost_RP.unsqueeze(2)
+    is_before_PP = order_P < order_P.unsqueeze(1)
+    return (is_same_RPP & (is_less_RPP | is_equal_RPP & is_before_PP)).any(2)
+
+
+def _take(values_RPC: Tensor, path_RP1: Tensor) -> Tensor:
+    """The values of some paths."""
+    return values_RPC.gather(1, path_RP1.expand(-1, -1, values_RPC.shape[2]))

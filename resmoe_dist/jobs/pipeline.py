@@ -94,7 +94,7 @@ class Compression:
         routers: RouterRefit | None = None,
     ) -> None:
         self.source, self.output = source, output
-        self._measure, self._routers, self._may_join = measure, routers, may_join
+        self._measure, self._routers = measure, routers
         source.serve_as(STORED_DTYPES[settings.dtype] if settings.dtype else None)
         self.workers = workers or SingleWorker()
         self._staging = StagingFolder(output)
@@ -106,6 +106,8 @@ class Compression:
         compressor = GroupCompressor(source, settings, store, device=device)
         check_settings(source, settings, compressor)
         spends_bits = settings.residual_codec.codec.spends_bits
+        # Of no matter for other budgets: such runs are the same with and without it.
+        self._may_join = may_join and settings.target_bytes is not None and spends_bits
         if settings.target_bytes is not None and not spends_bits:
             sizes = [compressor.size(i, site.num_experts) for i, site in enumerate(source.sites)]
             keep = keep_for_target(settings, sizes)

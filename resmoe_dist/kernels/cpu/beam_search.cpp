@@ -5,170 +5,156 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <cstdint>
-#include <vector>
+#include <limits>
+
+#include "search_levels.h"
+#include "target.h"
+#include "vectors.h"
 
 namespace resmoe {
 
 namespace {
 
-struct Candidate {
-  float cost;
-  int32_t parent;
-  int32_t window;
-};
-
-struct Step {
-  int32_t parent;
-  int32_t window;
-};
-
 // What all rows have in common.
 struct Beam {
-  int64_t entries, coded, width;
-  int bits, window_bits;
+  int entries, coded, width, window_bits;
   const float* values;  // [1 << window_bits]
-  const float* root;    // [entries, entries], upper triangular
+  const float* root;    // [entries, stride], upper triangular, then zeros
+  const float* units;   // [entries]: one over the diagonal
+  int64_t stride;       // a multiple of 16, at least `entries` + 16
 };
 
-class RowSearch {
- public:
-  explicit RowSearch(const Beam& beam)
-      : beam_(beam),
-        corrections_(beam.width * beam.entries),
-        next_corrections_(beam.width * beam.entries),
-        steps_(beam.entries * beam.width),
-        owner_(size_t{1} << beam.window_bits, -1) {}
-
-  void run(const float* weights, const float* scales, int before, uint8_t* symbols, int32_t* first,
-           int32_t* last) {
-    std::vector<Candidate> paths;
-    for (int64_t i = 0; i < beam_.entries; ++i) {
-      extend(paths, i, weights[i], scales[i], before);
-      keep_best();
-      advance(i, weights[i], scales[i]);
-      paths.swap(candidates_);
-    }
-    const auto best = std::min_element(paths.begin(), paths.end(), cheaper);
-    trace(static_cast<int32_t>(best - paths.begin()), symbols, first, last);
-  }
-
- private:
-  static bool cheaper(const Candidate& a, const Candidate& b) { return a.cost < b.cost; }
-
-  // All continuations of all paths; of those that end in the same window, the cheapest.
-  void extend(const std::vector<Candidate>& paths, int64_t i, float weight, float scale,
-              int before) {
-    const int symbols = 1 << beam_.bits, prefix = beam_.window_bits - beam_.bits;
-    const float unit = 1.0f / beam_.root[i * beam_.entries + i];
-    candidates_.clear();
-    if (i == 0) {
-      const int windows = 1 << beam_.window_bits;
-      for (int window = 0; window < windows; ++window) {
-        if (before >= 0 && (window & ((1 << prefix) - 1)) != before >> beam_.bits) continue;
-        const float error = (weight - scale * beam_.values[window]) * unit;
-        candidates_.push_back({error * error, -1, window});
-      }
-      return;
-    }
-    for (size_t path = 0; path < paths.size(); ++path) {
-      const float target = weight + corrections_[path * beam_.entries + i];
-      for (int symbol = 0; symbol < symbols; ++symbol) {
-        const int window = paths[path].window >> beam_.bits | symbol << prefix;
-        const float error = (target - scale * beam_.values[window]) * unit;
-        const Candidate found{paths[path].cost + error * error, static_cast<int32_t>(path), window};
-        const int32_t other = owner_[window];
-        if (other < 0) {
-          owner_[window] = static_cast<int32_t>(candidates_.size());
-          candidates_.push_back(found);
-        } else if (found.cost < candidates_[other].cost) {
-          candidates_[other] = found;
-        }
-      }
-    }
-    for (const auto& each : candidates_) owner_[each.window] = -1;
-  }
-
-  void keep_best() {
-    if (static_cast<int64_t>(candidates_.size()) <= beam_.width) return;
-    std::nth_element(candidates_.begin(), candidates_.begin() + beam_.width, candidates_.end(),
-                     cheaper);
-    candidates_.resize(beam_.width);
-  }
-
-  // The errors of the new entries change what the later ones should be.
-  void advance(int64_t i, float weight, float scale) {
-    const int64_t entries = beam_.entries;
-    const float* root = beam_.root + i * entries;
-    for (size_t path = 0; path < candidates_.size(); ++path) {
-      const Candidate& found = candidates_[path];
-      steps_[i * beam_.width + path] = {found.parent, found.window};
-      float* __restrict to = next_corrections_.data() + path * entries;
-      const float* __restrict from = corrections_.data() + std::max(found.parent, 0) * entries;
-      const float corrected = found.parent < 0 ? weight : weight + from[i];
-      const float error = (corrected - scale * beam_.values[found.window]) / root[i];
-      if (found.parent < 0) {
-        for (int64_t j = i + 1; j < entries; ++j) to[j] = -error * root[j];
-      } else {
-        for (int64_t j = i + 1; j < entries; ++j) to[j] = from[j] - error * root[j];
-      }
-    }
-    corrections_.swap(next_corrections_);
-  }
-
-  void trace(int32_t path, uint8_t* symbols, int32_t* first, int32_t* last) const {
-    for (int64_t i = beam_.entries - 1; i >= 0; --i) {
-      const Step& step = steps_[i * beam_.width + path];
-      if (i == beam_.coded - 1) *last = step.window;
-      if (i < beam_.coded) {
-        symbols[i] = static_cast<uint8_t>(step.window >> (beam_.window_bits - beam_.bits));
-      }
-      if (i == 0) *first = step.window;
-      path = step.parent;
-    }
-  }
-
-  const Beam& beam_;
-  std::vector<float> corrections_, next_corrections_;
-  std::vector<Step> steps_;
-  std::vector<int32_t> owner_;
-  std::vector<Candidate> candidates_;
+// Pointers to the first of all rows.
+struct Rows {
+  const float *weights, *scales;
+  const int32_t* before;
+  uint8_t* symbols;
+  int32_t *first, *last;
 };
 
-// First windows [R], symbols [R, coded] and last windows [R].
+// The entry of a path at one place of a row.
+struct Step {
+  uint16_t parent, window;
+  float error;
+};
+
+// For each mask of eight bits, the places of the bits that are set.
+struct Packing {
+  alignas(8) uint8_t places[256][8];
+};
+
+constexpr Packing make_packing() {
+  Packing packing{};
+  for (int mask = 0; mask < 256; ++mask) {
+    int next = 0;
+    for (int bit = 0; bit < 8; ++bit) {
+      if (mask >> bit & 1) packing.places[mask][next++] = static_cast<uint8_t>(bit);
+    }
+  }
+  return packing;
+}
+
+constexpr Packing kPacking = make_packing();
+
+RESMOE_ROUND_ALIKE
+namespace portable {
+#define RESMOE_LANES 4
+#include "beam_row.h"
+#undef RESMOE_LANES
+}  // namespace portable
+
+#ifdef __x86_64__
+RESMOE_TARGET("avx2,fma,popcnt")
+#include <immintrin.h>
+namespace avx2 {
+#define RESMOE_LANES 8
+#include "beam_row.h"
+#undef RESMOE_LANES
+}  // namespace avx2
+RESMOE_TARGET_END
+
+RESMOE_TARGET("avx512f,avx512bw,avx512dq,avx512vl,fma,popcnt,prefer-vector-width=512")
+namespace avx512 {
+#define RESMOE_LANES 16
+#include "beam_row.h"
+#undef RESMOE_LANES
+}  // namespace avx512
+RESMOE_TARGET_END
+#endif
+RESMOE_ROUND_ALIKE_END
+
+template <class Search>
+void search_rows(const Beam& beam, const Rows& rows, int64_t begin, int64_t end) {
+  Search search(beam);
+  for (int64_t row = begin; row < end; ++row) {
+    search.run(rows.weights + row * beam.entries, rows.scales + row * beam.entries,
+               rows.before[row], rows.symbols + row * beam.coded, rows.first + row,
+               rows.last + row);
+  }
+}
+
+template <template <int> class Search>
+auto search_of(int64_t bits) {
+  switch (bits) {
+    case 1: return search_rows<Search<1>>;
+    case 2: return search_rows<Search<2>>;
+    case 3: return search_rows<Search<3>>;
+    case 4: return search_rows<Search<4>>;
+  }
+  TORCH_CHECK(false, "no search for ", bits, " bits");
+}
+
+auto search_for(int64_t bits, int64_t lanes) {
+#ifdef __x86_64__
+  if (lanes == 16) return search_of<avx512::BeamSearch>(bits);
+  if (lanes == 8) return search_of<avx2::BeamSearch>(bits);
+#endif
+  return search_of<portable::BeamSearch>(bits);
+}
+
+// First windows [R], symbols [R, coded] and last windows [R]. lanes: 4, 8 or 16 floats in a vector,
+// for tests; 0 for the most that the machine has.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> search_beam(
     const at::Tensor& weights_RC, const at::Tensor& scales_RC, const at::Tensor& root_CC,
     const at::Tensor& values_S, const at::Tensor& before_R, int64_t bits, int64_t coded,
-    int64_t width) {
-  const int64_t rows = weights_RC.size(0), entries = weights_RC.size(1);
+    int64_t width, int64_t lanes) {
   TORCH_CHECK(weights_RC.scalar_type() == at::kFloat && scales_RC.scalar_type() == at::kFloat &&
                   root_CC.scalar_type() == at::kFloat && values_S.scalar_type() == at::kFloat &&
                   before_R.scalar_type() == at::kInt,
               "weights, scales, root and values must be float32, windows int32");
-  TORCH_CHECK(scales_RC.sizes() == weights_RC.sizes() && root_CC.size(0) == entries &&
-                  root_CC.size(1) == entries && before_R.numel() == rows && coded >= 1 &&
-                  coded <= entries && width >= 1 && bits >= 1 && bits <= 8,
+  TORCH_CHECK(weights_RC.dim() == 2, "weights must be a matrix");
+  const int64_t rows = weights_RC.size(0), entries = weights_RC.size(1);
+  TORCH_CHECK(scales_RC.sizes() == weights_RC.sizes() && root_CC.dim() == 2 &&
+                  root_CC.size(0) == entries && root_CC.size(1) == entries &&
+                  before_R.numel() == rows && coded >= 1 && coded <= entries,
               "shapes contradict each other");
-  Beam beam{entries, coded, width, static_cast<int>(bits), 0, nullptr, nullptr};
-  while ((int64_t{1} << beam.window_bits) < values_S.numel()) ++beam.window_bits;
-  TORCH_CHECK((int64_t{1} << beam.window_bits) == values_S.numel() && beam.window_bits > bits,
+  // Paths and windows have 16 bits, and numbers of all continuations 31.
+  TORCH_CHECK(width >= 1 && width < 1 << 16 && entries * width < int64_t{1} << 31,
+              "too many paths: ", width);
+  int window_bits = 0;
+  while ((int64_t{1} << window_bits) < values_S.numel()) ++window_bits;
+  TORCH_CHECK((int64_t{1} << window_bits) == values_S.numel() && window_bits > bits &&
+                  window_bits <= 16,
               "the number of windows must be a power of two");
+  TORCH_CHECK((lanes == 0 || lanes == 4 || lanes == 8 || lanes == 16) && lanes <= widest_lanes(),
+              "this machine does not have vectors of ", lanes, " floats");
   const auto weights = weights_RC.contiguous(), scales = scales_RC.contiguous();
-  const auto root = root_CC.contiguous(), values = values_S.contiguous();
-  const auto before = before_R.contiguous();
-  beam.values = values.data_ptr<float>();
-  beam.root = root.data_ptr<float>();
-  auto first = at::empty({rows}, at::kInt), last = at::empty({rows}, at::kInt);
-  auto symbols = at::empty({rows, coded}, at::kByte);
-  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-    RowSearch search(beam);
-    for (int64_t row = begin; row < end; ++row) {
-      search.run(weights.data_ptr<float>() + row * entries, scales.data_ptr<float>() + row * entries,
-                 before.data_ptr<int32_t>()[row], symbols.data_ptr<uint8_t>() + row * coded,
-                 first.data_ptr<int32_t>() + row, last.data_ptr<int32_t>() + row);
-    }
-  });
+  const auto values = values_S.contiguous(), before = before_R.contiguous();
+  const int64_t stride = (entries + 31) / 16 * 16;
+  const auto root = at::zeros({entries, stride}, at::kFloat);
+  root.narrow(1, 0, entries).copy_(root_CC);
+  const auto units = root_CC.diagonal().reciprocal();
+  const auto first = at::empty({rows}, at::kInt), last = at::empty({rows}, at::kInt);
+  const auto symbols = at::empty({rows, coded}, at::kByte);
+  const Beam beam{static_cast<int>(entries), static_cast<int>(coded), static_cast<int>(width),
+                  window_bits,               values.data_ptr<float>(), root.data_ptr<float>(),
+                  units.data_ptr<float>(),   stride};
+  const Rows all{weights.data_ptr<float>(),    scales.data_ptr<float>(),
+                 before.data_ptr<int32_t>(),   symbols.data_ptr<uint8_t>(),
+                 first.data_ptr<int32_t>(),    last.data_ptr<int32_t>()};
+  const auto run = search_for(bits, lanes ? lanes : widest_lanes());
+  at::parallel_for(0, rows, 1,
+                   [&](int64_t begin, int64_t end) { run(beam, all, begin, end); });
   return {first, symbols, last};
 }
 

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "search_levels.h"
 #include "target.h"
 
 namespace resmoe {
@@ -38,11 +39,8 @@ using Search = decltype(&PortableSearch<1>::run);
 template <int bits>
 Search search_for_machine() {
 #ifdef __x86_64__
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq")) {
-    return Avx512Search<bits>::run;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Avx2Search<bits>::run;
+  if (widest_lanes() == 16) return Avx512Search<bits>::run;
+  if (widest_lanes() == 8) return Avx2Search<bits>::run;
 #endif
   return PortableSearch<bits>::run;
 }

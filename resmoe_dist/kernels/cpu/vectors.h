@@ -48,6 +48,7 @@ struct VectorTypes;
     typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));    \
     typedef uint16_t Halves __attribute__((vector_size(2 * kWidth))); \
   };
+RESMOE_VECTOR_TYPES(2)
 RESMOE_VECTOR_TYPES(4)
 RESMOE_VECTOR_TYPES(8)
 RESMOE_VECTOR_TYPES(16)
