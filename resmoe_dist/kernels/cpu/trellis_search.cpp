@@ -55,11 +55,9 @@ Search search_of(int64_t bits) {
   TORCH_CHECK(false, "no search for ", bits, " bits");
 }
 
-// First windows [R], symbols [R, coded] and last windows [R].
-std::tuple<at::Tensor, at::Tensor, at::Tensor> search_path(const at::Tensor& target_RC,
-                                                           const at::Tensor& values_S,
-                                                           const at::Tensor& before_R,
-                                                           int64_t bits, int64_t coded) {
+// Windows [R, coded].
+at::Tensor search_path(const at::Tensor& target_RC, const at::Tensor& values_S,
+                       const at::Tensor& before_R, int64_t bits, int64_t coded) {
   TORCH_CHECK(target_RC.dim() == 2 && target_RC.scalar_type() == at::kFloat &&
                   values_S.scalar_type() == at::kFloat && before_R.scalar_type() == at::kInt,
               "targets and values must be float32, windows int32");
@@ -71,19 +69,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> search_path(const at::Tensor& tar
               "the number of windows must be a power of two");
   const auto target = target_RC.contiguous(), values = values_S.contiguous();
   const auto before = before_R.contiguous();
-  auto first = at::empty({rows}, at::kInt), last = at::empty({rows}, at::kInt);
-  auto symbols = at::empty({rows, coded}, at::kByte);
+  auto path = at::empty({rows, coded}, at::kInt);
   const Search run = search_of(bits);
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> floats;
     std::vector<uint8_t> bytes;
     for (int64_t row = begin; row < end; ++row) {
       run(target.data_ptr<float>() + row * entries, entries, values.data_ptr<float>(), window_bits,
-          before.data_ptr<int32_t>()[row], coded, symbols.data_ptr<uint8_t>() + row * coded,
-          first.data_ptr<int32_t>() + row, last.data_ptr<int32_t>() + row, floats, bytes);
+          before.data_ptr<int32_t>()[row], coded, path.data_ptr<int32_t>() + row * coded, floats,
+          bytes);
     }
   });
-  return {first, symbols, last};
+  return path;
 }
 
 }  // namespace
