@@ -31,7 +31,7 @@ def search_path(
     target_RC, values_S: float32, of order 1. before_R: int32, the window before a row, or FREE.
     """
     if hasattr(torch.ops.resmoe, "search_path"):
-        return torch.ops.resmoe.search_path(target_RC, values_S, before_R, bits, coded)
+        return torch.ops.resmoe.search_path(target_RC, values_S, before_R, bits, coded, 0)
     return search_in_torch(target_RC, values_S, before_R, bits=bits, coded=coded)
 
 

@@ -15,36 +15,42 @@ from resmoe_dist.codecs.trellis import (
     FREE,
     search_beam_in_torch,
     search_in_torch,
-    search_path,
 )
 from resmoe_dist.kernels.cpu.build import load_kernels
 
-BeamSearch = Callable[..., Tensor]
+Search = Callable[..., Tensor]
 LANES = (4, 8, 16)
 
 
-@pytest.fixture(params=["torch", "C++"])
-def search(request):
-    """Both of Viterbi's searches; the C++ one is used from then on if it was loaded once."""
-    if request.param == "C++":
-        assert load_kernels()
-        return search_path
-    return search_in_torch
-
-
-def _beam(lanes: int) -> BeamSearch:
-    """The C++ search with vectors of so many floats, if the machine has them."""
+def _in_cpp(name: str, lanes: int) -> Search:
+    """A search with vectors of so many floats, if the machine has them; 0 for the longest ones."""
     assert load_kernels()
 
-    def search(*tensors: Tensor, bits: int, coded: int, width: int) -> Tensor:
+    def search(*tensors: Tensor, bits: int, coded: int, **width: int) -> Tensor:
+        operation = getattr(torch.ops.resmoe, name)
         try:
-            return torch.ops.resmoe.search_beam(*tensors, bits, coded, width, lanes)
+            return operation(*tensors, bits, coded, *width.values(), lanes)
         except RuntimeError as error:
             if "does not have vectors" in str(error):
                 pytest.skip(str(error).splitlines()[0])
             raise
 
     return search
+
+
+_path = partial(_in_cpp, "search_path")
+_beam = partial(_in_cpp, "search_beam")
+
+
+@pytest.fixture(params=["torch", *LANES])
+def search(request) -> Search:
+    """Viterbi's searches."""
+    return search_in_torch if request.param == "torch" else _path(request.param)
+
+
+@pytest.fixture(params=["torch", *LANES])
+def beam(request) -> Search:
+    return search_beam_in_torch if request.param == "torch" else _beam(request.param)
 
 
 def _paths(window_bits: int, bits: int, entries: int, before: int) -> Iterator[list[int]]:
@@ -77,11 +83,6 @@ def test_the_search_finds_the_best_path(search, bits):
 
 
 # Under cross terms
-
-
-@pytest.fixture(params=["torch", *LANES])
-def beam(request) -> BeamSearch:
-    return search_beam_in_torch if request.param == "torch" else _beam(request.param)
 
 
 @pytest.mark.parametrize("before", [FREE, 9])
@@ -173,19 +174,22 @@ def test_the_beam_loses_what_the_reference_loses(bits):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_all_vectors_and_threads_give_the_same_codes(bits):
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_all_vectors_and_threads_give_the_same_codes(bits, lanes, threads):
     torch.manual_seed(bits)
     tensors = _correlated_rows(40, 90)
-    options = {"bits": bits, "coded": 80, "width": 48}
-    expected = _beam(4)(*tensors, **options)
-    threads = torch.get_num_threads()
-    for lanes, count in itertools.product(LANES, (1, 3)):
-        torch.set_num_threads(count)
-        try:
-            found = _beam(lanes)(*tensors, **options)
-        finally:
-            torch.set_num_threads(threads)
-        assert torch.equal(found, expected)
+    target, values, before = tensors[0], *tensors[3:]
+    options = {"bits": bits, "coded": 80}
+    path = _path(4)(target, values, before, **options)
+    beam = _beam(4)(*tensors, **options, width=48)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(_path(lanes)(target, values, before, **options), path)
+        assert torch.equal(_beam(lanes)(*tensors, **options, width=48), beam)
+    finally:
+        torch.set_num_threads(threads_before)
 
 
 @pytest.mark.parametrize("lanes", LANES)
@@ -205,5 +209,7 @@ def test_the_beam_refuses_what_it_cannot_do():
         _beam(0)(*tensors, bits=2, coded=8, width=1 << 16)
     with pytest.raises(RuntimeError, match="shapes contradict"):
         _beam(0)(*tensors, bits=2, coded=9, width=4)
+    with pytest.raises(RuntimeError, match="vectors of 5 floats"):
+        torch.ops.resmoe.search_beam(*tensors, 2, 8, 4, 5)
     with pytest.raises(RuntimeError, match="power of two"):
         _beam(0)(*tensors[:3], tensors[3][:1000], tensors[4], bits=2, coded=8, width=4)

@@ -110,8 +110,7 @@ auto search_for(int64_t bits, int64_t lanes) {
   return search_of<portable::BeamSearch>(bits);
 }
 
-// Windows [R, coded]. lanes: 4, 8 or 16 floats in a vector, for tests; 0 for the most that the
-// machine has.
+// Windows [R, coded]. lanes: see `choose_lanes`.
 at::Tensor search_beam(const at::Tensor& weights_RC, const at::Tensor& scales_RC,
                        const at::Tensor& root_CC, const at::Tensor& values_S,
                        const at::Tensor& before_R, int64_t bits, int64_t coded, int64_t width,
@@ -134,8 +133,6 @@ at::Tensor search_beam(const at::Tensor& weights_RC, const at::Tensor& scales_RC
   TORCH_CHECK((int64_t{1} << window_bits) == values_S.numel() && window_bits > bits &&
                   window_bits <= 16,
               "the number of windows must be a power of two");
-  TORCH_CHECK((lanes == 0 || lanes == 4 || lanes == 8 || lanes == 16) && lanes <= widest_lanes(),
-              "this machine does not have vectors of ", lanes, " floats");
   const auto weights = weights_RC.contiguous(), scales = scales_RC.contiguous();
   const auto values = values_S.contiguous(), before = before_R.contiguous();
   const int64_t stride = (entries + 31) / 16 * 16;
@@ -148,7 +145,7 @@ at::Tensor search_beam(const at::Tensor& weights_RC, const at::Tensor& scales_RC
                   units.data_ptr<float>(), stride};
   const Rows all{weights.data_ptr<float>(), scales.data_ptr<float>(), before.data_ptr<int32_t>(),
                  paths.data_ptr<int32_t>()};
-  const auto run = search_for(bits, lanes ? lanes : widest_lanes());
+  const auto run = search_for(bits, choose_lanes(lanes));
   at::parallel_for(0, rows, 1,
                    [&](int64_t begin, int64_t end) { run(beam, all, begin, end); });
   return paths;
