@@ -26,7 +26,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from resmoe_dist.codecs.trellis import FREE, TrellisPath, divisor_of, search_beam, search_path
+from resmoe_dist.codecs.trellis import FREE, divisor_of, search_beam, search_path
 
 CoderName = Literal["scalar", "trellis"]
 BITS = (1, 2, 3, 4, 8)
@@ -220,14 +220,14 @@ class TrellisCoder(Coder):
         return ((unsigned ^ 0x80) - 0x80).sum((0, 1)).float()
 
     def encode(self, target_RC: Tensor, before_R: Tensor | None, coded: int) -> CodedRows:
-        path = search_path(
+        windows_RC = search_path(
             target_RC / _BYTES_DEVIATION,
             self._values_S / _BYTES_DEVIATION,
             _before(before_R, len(target_RC)),
             bits=self.bits,
             coded=coded,
         )
-        return self._coded(path)
+        return self._coded(windows_RC)
 
     def encode_with_feedback(
         self,
@@ -237,7 +237,7 @@ class TrellisCoder(Coder):
         before_R: Tensor | None,
         coded: int,
     ) -> CodedRows:
-        path = search_beam(
+        windows_RC = search_beam(
             weights_RC,
             scales_RC,
             root_CC,
@@ -247,24 +247,17 @@ class TrellisCoder(Coder):
             coded=coded,
             width=_BEAM,
         )
-        return self._coded(path)
+        return self._coded(windows_RC)
 
-    def _coded(self, path: TrellisPath) -> CodedRows:
-        windows_RC = self._windows(path)
-        prefix_R = path.first_R & ((1 << self.prefix_bits) - 1)
-        return CodedRows(prefix_R, path.symbols_RC, self._values_S[windows_RC], path.last_R)
+    def _coded(self, windows_RC: Tensor) -> CodedRows:
+        prefix_R = windows_RC[:, 0] & ((1 << self.prefix_bits) - 1)
+        symbols_RC = (windows_RC >> self.prefix_bits).to(torch.uint8)
+        integers_RC = self._values_S[windows_RC.long()]
+        return CodedRows(prefix_R, symbols_RC, integers_RC, windows_RC[:, -1])
 
     @cached_property
     def _values_S(self) -> Tensor:
         return self.integers(torch.arange(1 << self.window))
-
-    def _windows(self, path: TrellisPath) -> Tensor:
-        """[R, C] int64: the windows along a path."""
-        window_R, windows = path.first_R.long(), [path.first_R.long()]
-        for symbol_R in path.symbols_RC[:, 1:].long().unbind(1):
-            window_R = (window_R >> self.bits) | (symbol_R << self.prefix_bits)
-            windows.append(window_R)
-        return torch.stack(windows, dim=1)
 
 
 def _before(before_R: Tensor | None, rows: int) -> Tensor:

@@ -14,12 +14,8 @@ P paths, N = P·J continuations of them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-
-from resmoe_dist.design_matrix import row_ranges
 
 # Rows that are searched together in PyTorch.
 _BEAM_ROWS = 64
@@ -27,25 +23,15 @@ _BEAM_ROWS = 64
 FREE = -1
 
 
-class TrellisPath(NamedTuple):
-    """first_R: windows of the first entries. symbols_RC: the new bits of each window, uint8.
-    last_R: windows of the last coded entries."""
-
-    first_R: Tensor
-    symbols_RC: Tensor
-    last_R: Tensor
-
-
 def search_path(
     target_RC: Tensor, values_S: Tensor, before_R: Tensor, *, bits: int, coded: int
-) -> TrellisPath:
-    """The path with the least squared error over all C entries, its first `coded` ones.
+) -> Tensor:
+    """Windows [R, coded], int32: the path with the least squared error over all C entries.
 
     target_RC, values_S: float32, of order 1. before_R: int32, the window before a row, or FREE.
     """
     if hasattr(torch.ops.resmoe, "search_path"):
-        found = torch.ops.resmoe.search_path(target_RC, values_S, before_R, bits, coded)
-        return TrellisPath(*found)
+        return torch.ops.resmoe.search_path(target_RC, values_S, before_R, bits, coded, 0)
     return search_in_torch(target_RC, values_S, before_R, bits=bits, coded=coded)
 
 
@@ -59,31 +45,24 @@ def search_beam(
     bits: int,
     coded: int,
     width: int,
-) -> TrellisPath:
-    """A path with a small error Σ_j (e_j / U_jj)², its first `coded` entries.
+) -> Tensor:
+    """Windows [R, coded], int32: a path with a small error Σ_j (e_j / U_jj)² over all C entries.
 
     e_j: error of entry j after those before it were fed back to it (see `feedback.py`), with the
     upper U = `root_CC`. An entry stands for its value times its scale. width: paths that are kept.
     """
     if hasattr(torch.ops.resmoe, "search_beam"):
-        found = torch.ops.resmoe.search_beam(
+        return torch.ops.resmoe.search_beam(
             weights_RC, scales_RC, root_CC, values_S, before_R, bits, coded, width, 0
         )
-        return TrellisPath(*found)
+    split = (tensor_R.split(_BEAM_ROWS) for tensor_R in (weights_RC, scales_RC, before_R))
     parts = [
         search_beam_in_torch(
-            weights_RC[rows],
-            scales_RC[rows],
-            root_CC,
-            values_S,
-            before_R[rows],
-            bits=bits,
-            coded=coded,
-            width=width,
+            weights_rC, scales_rC, root_CC, values_S, before_r, bits=bits, coded=coded, width=width
         )
-        for rows in row_ranges(len(weights_RC), _BEAM_ROWS)
+        for weights_rC, scales_rC, before_r in zip(*split, strict=True)
     ]
-    return TrellisPath(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    return torch.cat(parts)
 
 
 def divisor_of(scales: Tensor) -> Tensor:
@@ -93,9 +72,9 @@ def divisor_of(scales: Tensor) -> Tensor:
 
 def search_in_torch(
     target_RC: Tensor, values_S: Tensor, before_R: Tensor, *, bits: int, coded: int
-) -> TrellisPath:
+) -> Tensor:
     """`search_path` in PyTorch: the reference."""
-    window_bits, step = len(values_S).bit_length() - 1, 1 << bits
+    step = 1 << bits
     keep = len(values_S) // step
     window_S = torch.arange(len(values_S))
     cost_RS = (target_RC[:, :1] - values_S) ** 2
@@ -115,9 +94,7 @@ def search_in_torch(
         kept_R = window_R % keep
         window_R = kept_R * step + from_RK.gather(1, kept_R.unsqueeze(1)).squeeze(1)
         path.append(window_R)
-    path_RC = torch.stack(path[::-1], dim=1)[:, :coded]
-    symbols_RC = (path_RC >> (window_bits - bits)).to(torch.uint8)
-    return TrellisPath(path_RC[:, 0].int(), symbols_RC, path_RC[:, -1].int())
+    return torch.stack(path[::-1], dim=1)[:, :coded].int()
 
 
 def search_beam_in_torch(
@@ -130,7 +107,7 @@ def search_beam_in_torch(
     bits: int,
     coded: int,
     width: int,
-) -> TrellisPath:
+) -> Tensor:
     """`search_beam` in PyTorch: the reference.
 
     Per entry, the `width` cheapest continuations of all paths are kept, and of those that end in
@@ -163,10 +140,7 @@ def search_beam_in_torch(
         error_RPC = torch.cat([_take(error_RPC, parent_RP1), missed_RP1], dim=2)
         path_RPC = torch.cat([_take(path_RPC, parent_RP1), window_RP.unsqueeze(2)], dim=2)
     best_R11 = cost_RP.argmin(1).view(-1, 1, 1)
-    path_RC = _take(path_RPC, best_R11).squeeze(1)[:, :coded]
-    return TrellisPath(
-        path_RC[:, 0].int(), (path_RC >> new_bits).to(torch.uint8), path_RC[:, -1].int()
-    )
+    return _take(path_RPC, best_R11).squeeze(1)[:, :coded].int()
 
 
 def _has_cheaper_equal(window_RP: Tensor, cost_RP: Tensor) -> Tensor:

@@ -13,46 +13,48 @@ from torch import Tensor
 from resmoe_dist.codecs.moments import inverse_root
 from resmoe_dist.codecs.trellis import (
     FREE,
-    TrellisPath,
     search_beam_in_torch,
     search_in_torch,
-    search_path,
 )
 from resmoe_dist.kernels.cpu.build import load_kernels
 
-BeamSearch = Callable[..., TrellisPath]
+Search = Callable[..., Tensor]
 LANES = (4, 8, 16)
 
 
-@pytest.fixture(params=["torch", "C++"])
-def search(request):
-    """Both of Viterbi's searches; the C++ one is used from then on if it was loaded once."""
-    if request.param == "C++":
-        assert load_kernels()
-        return search_path
-    return search_in_torch
-
-
-def _beam(lanes: int) -> BeamSearch:
-    """The C++ search with vectors of so many floats, if the machine has them."""
+def _in_cpp(name: str, lanes: int) -> Search:
+    """A search with vectors of so many floats, if the machine has them; 0 for the longest ones."""
     assert load_kernels()
 
-    def search(*tensors: Tensor, bits: int, coded: int, width: int) -> TrellisPath:
+    def search(*tensors: Tensor, bits: int, coded: int, **width: int) -> Tensor:
+        operation = getattr(torch.ops.resmoe, name)
         try:
-            found = torch.ops.resmoe.search_beam(*tensors, bits, coded, width, lanes)
+            return operation(*tensors, bits, coded, *width.values(), lanes)
         except RuntimeError as error:
             if "does not have vectors" in str(error):
                 pytest.skip(str(error).splitlines()[0])
             raise
-        return TrellisPath(*found)
 
     return search
 
 
-def _paths(
-    window_bits: int, bits: int, entries: int, before: int
-) -> Iterator[tuple[list[int], list[int]]]:
-    """All paths that may follow a window: the windows and their new bits."""
+_path = partial(_in_cpp, "search_path")
+_beam = partial(_in_cpp, "search_beam")
+
+
+@pytest.fixture(params=["torch", *LANES])
+def search(request) -> Search:
+    """Viterbi's searches."""
+    return search_in_torch if request.param == "torch" else _path(request.param)
+
+
+@pytest.fixture(params=["torch", *LANES])
+def beam(request) -> Search:
+    return search_beam_in_torch if request.param == "torch" else _beam(request.param)
+
+
+def _paths(window_bits: int, bits: int, entries: int, before: int) -> Iterator[list[int]]:
+    """The windows of all paths that may follow a window."""
     new_bits = window_bits - bits
     for first in range(1 << window_bits):
         if before != FREE and first % (1 << new_bits) != before >> bits:
@@ -61,7 +63,7 @@ def _paths(
             path = [first]
             for symbol in symbols:
                 path.append(path[-1] >> bits | symbol << new_bits)
-            yield path, [window >> new_bits for window in path]
+            yield path
 
 
 @pytest.mark.parametrize("bits", [1, 2])
@@ -73,21 +75,14 @@ def test_the_search_finds_the_best_path(search, bits):
     before = torch.tensor([FREE, 9, 0], dtype=torch.int32)
     found = search(target, values, before, bits=bits, coded=3)
     for row in range(3):
-        path, symbols = min(
+        best = min(
             _paths(window_bits, bits, entries, int(before[row])),
-            key=lambda found, row=row: float((values[found[0]] - target[row]).square().sum()),
+            key=lambda path, row=row: float((values[path] - target[row]).square().sum()),
         )
-        assert int(found.first_R[row]) == path[0]
-        assert int(found.last_R[row]) == path[2]
-        assert found.symbols_RC[row].tolist() == symbols[:3]
+        assert found[row].tolist() == best[:3]
 
 
 # Under cross terms
-
-
-@pytest.fixture(params=["torch", *LANES])
-def beam(request) -> BeamSearch:
-    return search_beam_in_torch if request.param == "torch" else _beam(request.param)
 
 
 @pytest.mark.parametrize("before", [FREE, 9])
@@ -116,12 +111,7 @@ def test_a_wide_beam_finds_the_best_path_under_cross_terms(beam, before):
         delta = (weights[0] - scales[0] * values[path]).double()
         return float(delta @ damped @ delta)
 
-    path, symbols = min(
-        _paths(window_bits, bits, entries, before), key=lambda found: error(found[0])
-    )
-    assert int(found.first_R[0]) == path[0]
-    assert int(found.last_R[0]) == path[-1]
-    assert found.symbols_RC[0].tolist() == symbols
+    assert found.tolist() == [min(_paths(window_bits, bits, entries, before), key=error)]
 
 
 def _moment(hidden: int) -> Tensor:
@@ -148,12 +138,8 @@ def test_the_beam_is_the_reference_s(lanes, bits, width):
             torch.randint(FREE, windows, (rows,)).int(),  # windows before
         )
         options = {"bits": bits, "coded": (entries + 1) // 2, "width": width}
-        for found, expected in zip(
-            _beam(lanes)(*tensors, **options),
-            search_beam_in_torch(*tensors, **options),
-            strict=True,
-        ):
-            assert torch.equal(found, expected)
+        expected = search_beam_in_torch(*tensors, **options)
+        assert torch.equal(_beam(lanes)(*tensors, **options), expected)
 
 
 def _correlated_rows(rows: int, entries: int) -> tuple[Tensor, ...]:
@@ -168,18 +154,11 @@ def _correlated_rows(rows: int, entries: int) -> tuple[Tensor, ...]:
     )
 
 
-def _cost(tensors: tuple[Tensor, ...], path: TrellisPath, bits: int) -> Tensor:
+def _cost(tensors: tuple[Tensor, ...], path_RC: Tensor) -> Tensor:
     """[R] Σ (e_j / U_jj)² of whole rows, in float64."""
     weights_RC, scales_RC, root_CC, values, _ = (tensor.double() for tensor in tensors)
-    window_R, errors = path.first_R.long(), []
-    for i, symbol_R in enumerate(path.symbols_RC.long().unbind(1)):
-        if i:
-            window_R = window_R >> bits | symbol_R << (10 - bits)
-        before_R = torch.stack(errors, 1) @ root_CC[:i, i] if i else 0
-        errors.append(
-            (weights_RC[:, i] - before_R - scales_RC[:, i] * values[window_R]) / root_CC[i, i]
-        )
-    return torch.stack(errors, 1).square().sum(1)
+    delta_RC = weights_RC - scales_RC * values[path_RC.long()]
+    return torch.linalg.solve_triangular(root_CC, delta_RC, upper=True, left=False).square().sum(1)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
@@ -188,27 +167,29 @@ def test_the_beam_loses_what_the_reference_loses(bits):
     torch.manual_seed(bits)
     tensors = _correlated_rows(24, 70)
     options = {"bits": bits, "coded": 70, "width": 32}
-    found = _cost(tensors, _beam(0)(*tensors, **options), bits)
-    expected = _cost(tensors, search_beam_in_torch(*tensors, **options), bits)
+    found = _cost(tensors, _beam(0)(*tensors, **options))
+    expected = _cost(tensors, search_beam_in_torch(*tensors, **options))
     assert ((found - expected).abs() < 1e-4 * expected).float().mean() > 0.8
     torch.testing.assert_close(found.mean(), expected.mean(), rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_all_vectors_and_threads_give_the_same_codes(bits):
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_all_vectors_and_threads_give_the_same_codes(bits, lanes, threads):
     torch.manual_seed(bits)
     tensors = _correlated_rows(40, 90)
-    options = {"bits": bits, "coded": 80, "width": 48}
-    expected = _beam(4)(*tensors, **options)
-    threads = torch.get_num_threads()
-    for lanes, count in itertools.product(LANES, (1, 3)):
-        torch.set_num_threads(count)
-        try:
-            found = _beam(lanes)(*tensors, **options)
-        finally:
-            torch.set_num_threads(threads)
-        for part, expected_part in zip(found, expected, strict=True):
-            assert torch.equal(part, expected_part)
+    target, values, before = tensors[0], *tensors[3:]
+    options = {"bits": bits, "coded": 80}
+    path = _path(4)(target, values, before, **options)
+    beam = _beam(4)(*tensors, **options, width=48)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(_path(lanes)(target, values, before, **options), path)
+        assert torch.equal(_beam(lanes)(*tensors, **options, width=48), beam)
+    finally:
+        torch.set_num_threads(threads_before)
 
 
 @pytest.mark.parametrize("lanes", LANES)
@@ -217,8 +198,7 @@ def test_the_beam_survives_numbers_that_are_not_finite(lanes, number):
     tensors = _correlated_rows(4, 40)
     tensors[0][:, 17] = number
     found = _beam(lanes)(*tensors, bits=2, coded=40, width=16)
-    assert int(found.symbols_RC.max()) < 4
-    assert 0 <= int(found.last_R.min()) <= int(found.last_R.max()) < 1 << 10
+    assert 0 <= int(found.min()) <= int(found.max()) < 1 << 10
 
 
 def test_the_beam_refuses_what_it_cannot_do():
@@ -229,5 +209,7 @@ def test_the_beam_refuses_what_it_cannot_do():
         _beam(0)(*tensors, bits=2, coded=8, width=1 << 16)
     with pytest.raises(RuntimeError, match="shapes contradict"):
         _beam(0)(*tensors, bits=2, coded=9, width=4)
+    with pytest.raises(RuntimeError, match="vectors of 5 floats"):
+        torch.ops.resmoe.search_beam(*tensors, 2, 8, 4, 5)
     with pytest.raises(RuntimeError, match="power of two"):
         _beam(0)(*tensors[:3], tensors[3][:1000], tensors[4], bits=2, coded=8, width=4)

@@ -7,10 +7,11 @@
 
 // A search for codes of `bits` bits; its buffers serve one row after the other.
 //
-// The errors of a path change what its later entries should be. The changes are kept in two parts.
-// `near`, of each path: what errors in this stretch of kNear entries change in this stretch and the
-// next. `far`: what earlier errors change from this stretch on. A far part is shared by all paths
-// that were the same path when the last stretch began, and after a few entries most were.
+// The errors of a path change what its later entries should be. A row is searched in stretches of
+// kNear entries, and changes are kept in two parts. `near`, of each path: all changes of entries in
+// this stretch, and what errors in this stretch change in the next one. `far`: what errors before
+// the last stretch change from this stretch on. Paths that were the same when the last stretch began
+// share a far part, so there are few of those.
 template <int bits>
 class BeamSearch : CheapestCosts {
  public:
@@ -40,21 +41,21 @@ class BeamSearch : CheapestCosts {
     for (size_t i = 0; i < all_.size(); ++i) all_[i] = static_cast<int32_t>(i);
   }
 
-  void run(const float* weights, const float* scales, int before, uint8_t* symbols, int32_t* first,
-           int32_t* last) {
+  // path: the windows of the first `coded` entries.
+  void run(const float* weights, const float* scales, int before, int32_t* path) {
     start(before);
     for (int i = 0; i < beam_.entries; ++i) {
       if (i > 0 && i % kNear == 0) start_stretch(i);
       const float unit = beam_.units[i], scale = scales[i] * unit;
-      for (int path = 0; path < now_.count; ++path) {
-        target_[path] = (weights[i] + now_.near[path].changes[i % kNear]) * unit;
+      for (int k = 0; k < now_.count; ++k) {
+        target_[k] = (weights[i] + now_.near[k].changes[i % kNear]) * unit;
       }
       extend(now_, target_.data(), table_.data(), scale, costs_.data());
       merge(keep_cheapest(now_.count * kStep));
       advance(i, scale);
       std::swap(now_, next_);
     }
-    trace(symbols, first, last);
+    trace(path);
   }
 
  private:
@@ -112,8 +113,8 @@ class BeamSearch : CheapestCosts {
     }
   }
 
-  // The numbers of the `width` cheapest of so many continuations, the first ones of equals, in order
-  // in `kept_`, and their costs in `kept_costs_`. Returns how many they are.
+  // The numbers of the `width` cheapest of so many continuations, the first ones of equals, in
+  // order, in `kept_`, and their costs in `kept_costs_`. Returns how many they are.
   int keep_cheapest(int count) {
     const int width = beam_.width;
     fill_up(costs_.data() + count);
@@ -127,7 +128,7 @@ class BeamSearch : CheapestCosts {
       some = kept_costs_.data();
     }
     const auto range = range_of(some, found);
-    const int32_t guess = std::clamp(limit_, range.least, range.most);
+    const int32_t guess = std::max(range.least, std::min(limit_, range.most));
     limit_ = limit_for(some, found, range, guess, width, width + width / 2);
     found = keep(costs_.data(), all_.data(), count, limit_);
     limit_ = limit_for(kept_costs_.data(), found, {range.least, limit_}, -1, width, width);
@@ -187,7 +188,8 @@ class BeamSearch : CheapestCosts {
       const int parent = parents[path];
       const float error = target[parent] - scale * table[entries[path]];
       next_origins[path] = origins[parent];
-      steps[path] = {static_cast<uint16_t>(parent), static_cast<uint16_t>(next_windows[path]), error};
+      steps[path] = {static_cast<uint16_t>(parent), static_cast<uint16_t>(next_windows[path]),
+                     error};
       const float* from = now_.near[parent].changes;
       float* to = next_.near[path].changes;
       for (int k = 0; k < kVectors; ++k) {
@@ -196,8 +198,8 @@ class BeamSearch : CheapestCosts {
     }
   }
 
-  // Entry i begins a stretch: far parts get the errors of the stretch before the last one, and paths
-  // get the far changes of this stretch.
+  // Entry i begins a stretch: far parts get the errors of the stretch before the last one, and near
+  // parts the far changes of this stretch.
   void start_stretch(int i) {
     std::fill_n(far_of_origin_.begin(), beam_.width, -1);
     int fars = 0;
@@ -219,7 +221,7 @@ class BeamSearch : CheapestCosts {
     std::swap(far_, next_far_);
   }
 
-  // The far changes of a path of the last start of a stretch, with its errors in the stretch before.
+  // The new far part of a path that was there when the last stretch began.
   void add_far(int i, int path, float* to) const {
     const float* from = far_.data() + far_of_[path] * beam_.stride;
     const int begin = std::max(i - 2 * kNear, 0);
@@ -237,33 +239,31 @@ class BeamSearch : CheapestCosts {
     }
   }
 
-  void trace(uint8_t* symbols, int32_t* first, int32_t* last) const {
+  void trace(int32_t* windows) const {
     const auto* costs = now_.cost.data();
     auto path = static_cast<int>(std::min_element(costs, costs + now_.count) - costs);
     for (int i = beam_.entries - 1; i >= 0; --i) {
       const Step& step = steps_[i * beam_.width + path];
-      if (i == beam_.coded - 1) *last = step.window;
-      if (i < beam_.coded) symbols[i] = static_cast<uint8_t>(step.window >> prefix_);
-      if (i == 0) *first = step.window;
+      if (i < beam_.coded) windows[i] = step.window;
       path = step.parent;
     }
   }
 
   const Beam& beam_;
   const int prefix_;  // bits that a window shares with the next
-  const int most_;    // paths
-  std::vector<float> table_;  // values of windows; the continuations of a path are neighbours
+  const int most_;    // paths, at most
+  std::vector<float> table_;  // values of windows; continuations of a path are neighbours
   std::vector<int32_t> all_;  // 0, 1, 2, …
-  std::vector<float> costs_;  // of continuation `symbol` of a path: number path << bits | symbol
+  std::vector<float> costs_;  // of continuation path << bits | symbol
   std::vector<int32_t> kept_;
   std::vector<float> kept_costs_;
-  std::vector<float> target_;             // of the present paths, in units of the errors
-  std::vector<int32_t> parent_, entry_;   // of the next paths; entry: place in `table_`
-  std::vector<int32_t> owner_;            // of a window: stamp_ + the path that ends in it
+  std::vector<float> target_;            // of each path, in units of the errors
+  std::vector<int32_t> parent_, entry_;  // of each next path; entry: its place in `table_`
+  std::vector<int32_t> owner_;           // of a window: stamp_ + the next path that ends in it
   Paths now_, next_;
-  std::vector<int32_t> far_of_;         // of paths when the stretch began: numbers of far parts
+  std::vector<int32_t> far_of_;  // far part of each path that was there when the stretch began
   std::vector<int32_t> far_of_origin_;
-  std::vector<float> far_, next_far_;
+  std::vector<float> far_, next_far_;  // [parts, stride]
   std::vector<Step> steps_;
   int32_t limit_ = 0;
   int32_t stamp_ = 0;

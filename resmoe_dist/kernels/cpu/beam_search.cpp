@@ -28,8 +28,7 @@ struct Beam {
 struct Rows {
   const float *weights, *scales;
   const int32_t* before;
-  uint8_t* symbols;
-  int32_t *first, *last;
+  int32_t* paths;  // windows
 };
 
 // The entry of a path at one place of a row.
@@ -88,8 +87,7 @@ void search_rows(const Beam& beam, const Rows& rows, int64_t begin, int64_t end)
   Search search(beam);
   for (int64_t row = begin; row < end; ++row) {
     search.run(rows.weights + row * beam.entries, rows.scales + row * beam.entries,
-               rows.before[row], rows.symbols + row * beam.coded, rows.first + row,
-               rows.last + row);
+               rows.before[row], rows.paths + row * beam.coded);
   }
 }
 
@@ -112,12 +110,11 @@ auto search_for(int64_t bits, int64_t lanes) {
   return search_of<portable::BeamSearch>(bits);
 }
 
-// First windows [R], symbols [R, coded] and last windows [R]. lanes: 4, 8 or 16 floats in a vector,
-// for tests; 0 for the most that the machine has.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> search_beam(
-    const at::Tensor& weights_RC, const at::Tensor& scales_RC, const at::Tensor& root_CC,
-    const at::Tensor& values_S, const at::Tensor& before_R, int64_t bits, int64_t coded,
-    int64_t width, int64_t lanes) {
+// Windows [R, coded]. lanes: see `choose_lanes`.
+at::Tensor search_beam(const at::Tensor& weights_RC, const at::Tensor& scales_RC,
+                       const at::Tensor& root_CC, const at::Tensor& values_S,
+                       const at::Tensor& before_R, int64_t bits, int64_t coded, int64_t width,
+                       int64_t lanes) {
   TORCH_CHECK(weights_RC.scalar_type() == at::kFloat && scales_RC.scalar_type() == at::kFloat &&
                   root_CC.scalar_type() == at::kFloat && values_S.scalar_type() == at::kFloat &&
                   before_R.scalar_type() == at::kInt,
@@ -136,26 +133,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> search_beam(
   TORCH_CHECK((int64_t{1} << window_bits) == values_S.numel() && window_bits > bits &&
                   window_bits <= 16,
               "the number of windows must be a power of two");
-  TORCH_CHECK((lanes == 0 || lanes == 4 || lanes == 8 || lanes == 16) && lanes <= widest_lanes(),
-              "this machine does not have vectors of ", lanes, " floats");
   const auto weights = weights_RC.contiguous(), scales = scales_RC.contiguous();
   const auto values = values_S.contiguous(), before = before_R.contiguous();
   const int64_t stride = (entries + 31) / 16 * 16;
   const auto root = at::zeros({entries, stride}, at::kFloat);
   root.narrow(1, 0, entries).copy_(root_CC);
   const auto units = root_CC.diagonal().reciprocal();
-  const auto first = at::empty({rows}, at::kInt), last = at::empty({rows}, at::kInt);
-  const auto symbols = at::empty({rows, coded}, at::kByte);
+  const auto paths = at::empty({rows, coded}, at::kInt);
   const Beam beam{static_cast<int>(entries), static_cast<int>(coded), static_cast<int>(width),
-                  window_bits,               values.data_ptr<float>(), root.data_ptr<float>(),
-                  units.data_ptr<float>(),   stride};
-  const Rows all{weights.data_ptr<float>(),    scales.data_ptr<float>(),
-                 before.data_ptr<int32_t>(),   symbols.data_ptr<uint8_t>(),
-                 first.data_ptr<int32_t>(),    last.data_ptr<int32_t>()};
-  const auto run = search_for(bits, lanes ? lanes : widest_lanes());
+                  window_bits, values.data_ptr<float>(), root.data_ptr<float>(),
+                  units.data_ptr<float>(), stride};
+  const Rows all{weights.data_ptr<float>(), scales.data_ptr<float>(), before.data_ptr<int32_t>(),
+                 paths.data_ptr<int32_t>()};
+  const auto run = search_for(bits, choose_lanes(lanes));
   at::parallel_for(0, rows, 1,
                    [&](int64_t begin, int64_t end) { run(beam, all, begin, end); });
-  return {first, symbols, last};
+  return paths;
 }
 
 }  // namespace

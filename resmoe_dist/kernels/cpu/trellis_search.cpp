@@ -16,6 +16,7 @@ namespace resmoe {
 
 namespace {
 
+RESMOE_ROUND_ALIKE
 #define RESMOE_SEARCH PortableSearch
 #include "trellis_search.h"
 #undef RESMOE_SEARCH
@@ -33,33 +34,32 @@ RESMOE_TARGET("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
 #undef RESMOE_SEARCH
 RESMOE_TARGET_END
 #endif
+RESMOE_ROUND_ALIKE_END
 
 using Search = decltype(&PortableSearch<1>::run);
 
 template <int bits>
-Search search_for_machine() {
+Search search_with(int64_t lanes) {
 #ifdef __x86_64__
-  if (widest_lanes() == 16) return Avx512Search<bits>::run;
-  if (widest_lanes() == 8) return Avx2Search<bits>::run;
+  if (lanes == 16) return Avx512Search<bits>::run;
+  if (lanes == 8) return Avx2Search<bits>::run;
 #endif
   return PortableSearch<bits>::run;
 }
 
-Search search_of(int64_t bits) {
+Search search_of(int64_t bits, int64_t lanes) {
   switch (bits) {
-    case 1: return search_for_machine<1>();
-    case 2: return search_for_machine<2>();
-    case 3: return search_for_machine<3>();
-    case 4: return search_for_machine<4>();
+    case 1: return search_with<1>(lanes);
+    case 2: return search_with<2>(lanes);
+    case 3: return search_with<3>(lanes);
+    case 4: return search_with<4>(lanes);
   }
   TORCH_CHECK(false, "no search for ", bits, " bits");
 }
 
-// First windows [R], symbols [R, coded] and last windows [R].
-std::tuple<at::Tensor, at::Tensor, at::Tensor> search_path(const at::Tensor& target_RC,
-                                                           const at::Tensor& values_S,
-                                                           const at::Tensor& before_R,
-                                                           int64_t bits, int64_t coded) {
+// Windows [R, coded]. lanes: see `choose_lanes`.
+at::Tensor search_path(const at::Tensor& target_RC, const at::Tensor& values_S,
+                       const at::Tensor& before_R, int64_t bits, int64_t coded, int64_t lanes) {
   TORCH_CHECK(target_RC.dim() == 2 && target_RC.scalar_type() == at::kFloat &&
                   values_S.scalar_type() == at::kFloat && before_R.scalar_type() == at::kInt,
               "targets and values must be float32, windows int32");
@@ -71,19 +71,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> search_path(const at::Tensor& tar
               "the number of windows must be a power of two");
   const auto target = target_RC.contiguous(), values = values_S.contiguous();
   const auto before = before_R.contiguous();
-  auto first = at::empty({rows}, at::kInt), last = at::empty({rows}, at::kInt);
-  auto symbols = at::empty({rows, coded}, at::kByte);
-  const Search run = search_of(bits);
+  auto path = at::empty({rows, coded}, at::kInt);
+  const Search run = search_of(bits, choose_lanes(lanes));
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> floats;
     std::vector<uint8_t> bytes;
     for (int64_t row = begin; row < end; ++row) {
       run(target.data_ptr<float>() + row * entries, entries, values.data_ptr<float>(), window_bits,
-          before.data_ptr<int32_t>()[row], coded, symbols.data_ptr<uint8_t>() + row * coded,
-          first.data_ptr<int32_t>() + row, last.data_ptr<int32_t>() + row, floats, bytes);
+          before.data_ptr<int32_t>()[row], coded, path.data_ptr<int32_t>() + row * coded, floats,
+          bytes);
     }
   });
-  return {first, symbols, last};
+  return path;
 }
 
 }  // namespace

@@ -8,11 +8,11 @@ struct RESMOE_SEARCH {
   static constexpr int kStep = 1 << bits;  // predecessors of a window
 
   // target[0, entries): what the values of the path should be close to. values[0, 1 << window_bits):
-  // of each window. before: the window before the row, or negative. symbols: of the first `coded`
-  // entries.
+  // of each window. before: the window before the row, or negative. path: the windows of the first
+  // `coded` entries.
   static void run(const float* target, int64_t entries, const float* values, int window_bits,
-                  int before, int64_t coded, uint8_t* symbols, int32_t* first, int32_t* last,
-                  std::vector<float>& floats, std::vector<uint8_t>& bytes) {
+                  int before, int64_t coded, int32_t* path, std::vector<float>& floats,
+                  std::vector<uint8_t>& bytes) {
     const int windows = 1 << window_bits, kept = windows >> bits;
     floats.resize(windows + kept);
     bytes.resize(static_cast<size_t>(entries) * kept);
@@ -29,14 +29,12 @@ struct RESMOE_SEARCH {
       }
     }
     int window = static_cast<int>(std::min_element(cost, cost + windows) - cost);
-    for (int64_t i = entries - 1;; --i) {
-      if (i == coded - 1) *last = window;
-      if (i < coded) symbols[i] = static_cast<uint8_t>(window >> (window_bits - bits));
+    for (int64_t i = entries - 1; i >= 0; --i) {
+      if (i < coded) path[i] = window;
       if (i == 0) break;
       const int remains = window & (kept - 1);
       window = remains << bits | bytes[i * kept + remains];
     }
-    *first = window;
   }
 
   static void start(float target, const float* values, int window_bits, int before, float* cost) {
