@@ -66,7 +66,7 @@ def layout_of(config: PlanConfig, structure: ModelStructure) -> Layout:
         residual = with_budget(residual, config.keep)
     settings = CompressionSettings(
         groups=config.groups or config.ep,
-        groups_per_rank=1 if config.groups_per_rank is None else config.groups_per_rank,
+        groups_per_rank=config.clusters,
         method=MethodSpec(name="resmoe"),
         center_codec=center,
         residual_codec=residual,

@@ -71,6 +71,11 @@ class StorageConfig(CommandConfig):
     dtype: Dtype | None = option(None, "of stored values (default: the source's)")
 
     @property
+    def clusters(self) -> int:
+        """Centres per EP rank, unless one for all ranks loses less."""
+        return 1 if self.groups_per_rank is None else self.groups_per_rank
+
+    @property
     def residual_text(self) -> str:
         """The residuals' codec as `--codec` is written, with `--bits`."""
         codec = self.codec or self._default_codec

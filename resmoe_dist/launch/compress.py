@@ -133,7 +133,7 @@ def settings_of(
         raise UserError(f"--method {config.method}: {error}") from error
     return CompressionSettings(
         groups=config.ep,
-        groups_per_rank=1 if config.groups_per_rank is None else config.groups_per_rank,
+        groups_per_rank=config.clusters,
         method=method,
         center_codec=center,
         residual_codec=residual,

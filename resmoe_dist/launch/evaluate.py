@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 
+from transformers import PreTrainedModel
+
 from resmoe_dist.checkpoints.format import STORED_DTYPES
 from resmoe_dist.checkpoints.tensor_files import check_writable, write_json
 from resmoe_dist.config.arguments import parse
@@ -59,7 +61,11 @@ def run() -> None:
         rank_timeout=config.rank_timeout,
         facts=facts_of(config, served, sequences),
     )
-    result = _run(config, served, tasks, sequences, topology, config.dispatch)
+    result: Evaluation | TaskScores
+    if tasks:
+        result = run_tasks(config, served, tasks, topology, config.dispatch)
+    else:
+        result = run_evaluate(config, served, sequences, topology, config.dispatch)
     if topology.rank == 0:
         report(result, config)
 
@@ -77,8 +83,10 @@ def run_alone(config: EvaluateConfig) -> int:
     """`resmoe-dist evaluate`, in one process; exit code 0."""
     quiet_libraries()
     served, tasks = read_model(config), read_tasks(config)
-    sequences = [] if tasks else read_sequences(config, served)
-    report(_run(config, served, tasks, sequences), config)
+    if tasks:
+        report(run_tasks(config, served, tasks), config)
+    else:
+        report(run_evaluate(config, served, read_sequences(config, served)), config)
     return 0
 
 
@@ -107,31 +115,15 @@ def read_sequences(config: EvaluateConfig, served: ServedFolder) -> list[list[in
     return sequences
 
 
-def _run(
+def run_evaluate(
     config: EvaluateConfig,
     served: ServedFolder,
-    tasks: Tasks | None,
     sequences: list[list[int]],
     topology: Topology = SINGLE_PROCESS,
     dispatch: str = "auto",
-) -> Evaluation | TaskScores:
-    """Score tasks, or sequences, on a grid; the result is the same on every rank."""
-    tokenizer = load_tokenizer(config.model) if tasks else None
-    execution = execution_of(config)
-    dtype = STORED_DTYPES[config.dtype] if config.dtype else None
-    model = load_model(
-        served,
-        dtype=dtype,
-        topology=topology,
-        execution=execution,
-        dispatch=dispatch,
-        verify=config.verify,
-    )
-    check_runs(config.model, model)
-    if config.check:
-        check_steps(model, topology)
-    if tasks is not None and tokenizer is not None:
-        return tasks.score(model, tokenizer)
+) -> Evaluation:
+    """Score sequences on a grid; the result is the same on every rank."""
+    model = _load(config, served, topology, dispatch)
     check_vocabulary(config.data, sequences, vocabulary_of(model))
     result = evaluate(model, sequences, topology)
     if not math.isfinite(result.nll):
@@ -140,6 +132,36 @@ def _run(
             "damaged: choose another --dtype, or run resmoe-dist verify"
         )
     return result
+
+
+def run_tasks(
+    config: EvaluateConfig,
+    served: ServedFolder,
+    tasks: Tasks,
+    topology: Topology = SINGLE_PROCESS,
+    dispatch: str = "auto",
+) -> TaskScores:
+    """Score tasks on a grid of one lane; the result is on rank 0."""
+    tokenizer = load_tokenizer(config.model)
+    return tasks.score(_load(config, served, topology, dispatch), tokenizer)
+
+
+def _load(
+    config: EvaluateConfig, served: ServedFolder, topology: Topology, dispatch: str
+) -> PreTrainedModel:
+    """The model on this rank, after a trial."""
+    model = load_model(
+        served,
+        dtype=STORED_DTYPES[config.dtype] if config.dtype else None,
+        topology=topology,
+        execution=execution_of(config),
+        dispatch=dispatch,
+        verify=config.verify,
+    )
+    check_runs(config.model, model)
+    if config.check:
+        check_steps(model, topology)
+    return model
 
 
 def report(result: Evaluation | TaskScores, config: EvaluateConfig) -> None:
