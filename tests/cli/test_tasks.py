@@ -141,7 +141,7 @@ def test_compare_has_a_column_for_each_metric(model, tasks, tmp_path):
         (("--tasks", "sums", "--task-folder", "nowhere"), "--task-folder nowhere: no such folder"),
         (("--tasks", "piqa"), "--tasks piqa: cannot be scored ("),
         (("--text", "a.txt", "--task-limit", 3), "--task-limit: needs --tasks"),
-        (("--text", "a.txt", "--tasks", "piqa"), "--tasks and --text exclude each other"),
+        (("--text", "a.txt", "--tasks", "piqa"), "--text and --tasks exclude each other"),
         (("--tasks", "piqa", "--task-limit", 0), "--task-limit"),
     ],
 )
