@@ -40,7 +40,8 @@ from benchmarks.synthetic import add_model_arguments, model_of
 from benchmarks.tables import Row
 from benchmarks.timing import Clock, summary
 from benchmarks.ways import DENSE, MODES, against_dense, try_ways, workspace_bytes
-from resmoe_dist.checkpoints.format import STORED_DTYPES, is_compressed
+from resmoe_dist.checkpoints.entries import STORED_DTYPES
+from resmoe_dist.checkpoints.format import is_compressed
 from resmoe_dist.checkpoints.restore import restore_checkpoint
 from resmoe_dist.checkpoints.tensor_files import read_json, write_json
 from resmoe_dist.config.commands import CompressConfig

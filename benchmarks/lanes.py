@@ -47,7 +47,7 @@ from benchmarks.steps import collectives_of_step
 from benchmarks.synthetic import add_model_arguments
 from benchmarks.tables import Row
 from benchmarks.timing import Clock, summary
-from resmoe_dist.checkpoints.format import STORED_DTYPES
+from resmoe_dist.checkpoints.entries import STORED_DTYPES
 from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import load_tokenizer
 from resmoe_dist.parallel.entry_point import launched_rank

@@ -48,7 +48,7 @@ from benchmarks.synthetic import add_model_arguments
 from benchmarks.tables import Row
 from benchmarks.timing import Clock
 from benchmarks.wire import Message, WireCount
-from resmoe_dist.checkpoints.format import STORED_DTYPES
+from resmoe_dist.checkpoints.entries import STORED_DTYPES
 from resmoe_dist.parallel.topology import build_topology, lane_choices
 from resmoe_dist.runtime.loading import load_model
 from resmoe_dist.testing.child_ranks import run_alone, run_on_ranks

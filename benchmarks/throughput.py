@@ -79,7 +79,8 @@ from benchmarks.synthetic import add_model_arguments
 from benchmarks.tables import Row
 from benchmarks.timing import Clock, summary
 from benchmarks.ways import DENSE
-from resmoe_dist.checkpoints.format import STORED_DTYPES, is_compressed
+from resmoe_dist.checkpoints.entries import STORED_DTYPES
+from resmoe_dist.checkpoints.format import is_compressed
 from resmoe_dist.config.commands import CompressConfig
 from resmoe_dist.errors import first_line
 from resmoe_dist.launch.compress import compress

@@ -22,14 +22,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from resmoe_dist.checkpoints.entries import STORED_DTYPES, FileEntry, GroupEntry, LayerEntry
 from resmoe_dist.checkpoints.format import (
     INDEX_FILE,
     LISTS_ALL_FILES,
-    STORED_DTYPES,
     CheckpointIndex,
-    FileEntry,
-    GroupEntry,
-    LayerEntry,
     index_digest,
     read_index,
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 from resmoe_dist.checkpoints.companions import copy_companions
 from resmoe_dist.checkpoints.completeness import check_range
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint, GroupFile
-from resmoe_dist.checkpoints.format import LayerEntry
+from resmoe_dist.checkpoints.entries import LayerEntry
 from resmoe_dist.checkpoints.model_folder import (
     ModelFiles,
     set_dtype,

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from resmoe_dist.checkpoints.completeness import check_complete, check_present
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
-from resmoe_dist.checkpoints.format import LayerEntry
+from resmoe_dist.checkpoints.entries import LayerEntry
 from resmoe_dist.checkpoints.model_folder import ModelFiles, drop_quantization
 from resmoe_dist.checkpoints.tensor_files import read_json_object
 from resmoe_dist.errors import UserError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
-from resmoe_dist.checkpoints.format import STORED_DTYPES
+from resmoe_dist.checkpoints.entries import STORED_DTYPES
 from resmoe_dist.checkpoints.restore import restore_checkpoint
 from resmoe_dist.checkpoints.tensor_files import check_writable, write_json
 from resmoe_dist.config.commands import InspectConfig, RestoreConfig, VerifyConfig

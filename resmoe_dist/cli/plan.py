@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from resmoe_dist.checkpoints.format import (
-    STORED_DTYPES,
-    CompressionSettings,
-    MethodSpec,
-    is_compressed,
-)
+from resmoe_dist.checkpoints.entries import STORED_DTYPES
+from resmoe_dist.checkpoints.format import CompressionSettings, MethodSpec, is_compressed
 from resmoe_dist.checkpoints.tensor_files import check_writable, write_json
-from resmoe_dist.config.commands import PlanConfig, StorageConfig
+from resmoe_dist.config.commands import PlanConfig
+from resmoe_dist.config.storage import StorageConfig
 from resmoe_dist.errors import UserError
 from resmoe_dist.footprint.grid import Footprint, footprint, grid_for, grids_up_to
 from resmoe_dist.footprint.layout import CheckpointLayout, Layout, SettingsLayout

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
-from resmoe_dist.checkpoints.format import STORED_DTYPES, LayerEntry
+from resmoe_dist.checkpoints.entries import STORED_DTYPES, LayerEntry
 from resmoe_dist.checkpoints.tensor_files import tensor_bytes
 from resmoe_dist.codecs import BYTE_KINDS, ByteKind
 from resmoe_dist.evaluation.tables import human_bytes, text_table

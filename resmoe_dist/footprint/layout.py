@@ -8,13 +8,8 @@ from pathlib import Path
 
 import torch
 
-from resmoe_dist.checkpoints.format import (
-    STORED_DTYPES,
-    CompressionSettings,
-    GroupEntry,
-    LayerEntry,
-    read_index,
-)
+from resmoe_dist.checkpoints.entries import STORED_DTYPES, GroupEntry, LayerEntry
+from resmoe_dist.checkpoints.format import CompressionSettings, read_index
 from resmoe_dist.codecs import DENSE, CodecSpec
 from resmoe_dist.compression.encoding import GroupCodecs
 from resmoe_dist.compression.stored_size import StoredSize, share_of

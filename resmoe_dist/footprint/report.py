@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from resmoe_dist.checkpoints.format import dtype_name
+from resmoe_dist.checkpoints.entries import dtype_name
 from resmoe_dist.codecs import CodecSpec
 from resmoe_dist.evaluation.tables import human_bytes, text_table
 from resmoe_dist.footprint.grid import Footprint

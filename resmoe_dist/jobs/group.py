@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from resmoe_dist.checkpoints.compressed import group_tensors, residual_bytes
-from resmoe_dist.checkpoints.format import STORED_DTYPES, CompressionSettings
+from resmoe_dist.checkpoints.entries import STORED_DTYPES
+from resmoe_dist.checkpoints.format import CompressionSettings
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.compression.activations import LayerActivations
 from resmoe_dist.compression.blocks import CPU

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from resmoe_dist.checkpoints.format import GroupEntry, LayerEntry, dtype_name
+from resmoe_dist.checkpoints.entries import GroupEntry, LayerEntry, dtype_name
 from resmoe_dist.jobs.group import GroupCompressor
 from resmoe_dist.jobs.tasks import GroupTask
 

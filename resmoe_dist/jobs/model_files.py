@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resmoe_dist.checkpoints.companions import copy_companions
+from resmoe_dist.checkpoints.entries import FileEntry, LayerEntry
 from resmoe_dist.checkpoints.format import (
     INDEX_FILE,
     CheckpointIndex,
     CompressionSettings,
-    FileEntry,
-    LayerEntry,
     write_index,
 )
 from resmoe_dist.checkpoints.model_folder import (

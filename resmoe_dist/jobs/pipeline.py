@@ -19,16 +19,14 @@ from typing import Any
 
 import torch
 
-from resmoe_dist.checkpoints.format import (
+from resmoe_dist.checkpoints.entries import (
     STORED_DTYPES,
-    CheckpointIndex,
-    CompressionSettings,
     FileEntry,
     GroupEntry,
     LayerEntry,
     RouterEntry,
-    read_index,
 )
+from resmoe_dist.checkpoints.format import CheckpointIndex, CompressionSettings, read_index
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.checkpoints.tensor_files import write_tensors
 from resmoe_dist.checkpoints.upgrade import FORMAT_VERSION

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from resmoe_dist.checkpoints.compressed import GroupFile
-from resmoe_dist.checkpoints.format import LayerEntry, RouterEntry
+from resmoe_dist.checkpoints.entries import LayerEntry, RouterEntry
 from resmoe_dist.checkpoints.restore import restored_expert
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.checkpoints.tensor_files import is_finite

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from resmoe_dist.checkpoints.format import RouterEntry, group_file_name
+from resmoe_dist.checkpoints.entries import RouterEntry
+from resmoe_dist.checkpoints.format import group_file_name
 from resmoe_dist.checkpoints.tensor_files import TensorFile, read_json, write_json, write_tensors
 from resmoe_dist.compression.stages import stage
 from resmoe_dist.errors import UserError

@@ -15,16 +15,13 @@ from pathlib import Path
 import torch
 
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
-from resmoe_dist.checkpoints.format import (
-    STORED_DTYPES,
-    CheckpointIndex,
-    CompressionSettings,
-    MethodSpec,
-)
+from resmoe_dist.checkpoints.entries import STORED_DTYPES
+from resmoe_dist.checkpoints.format import CheckpointIndex, CompressionSettings, MethodSpec
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.compression.assignment import check_solver
 from resmoe_dist.config.arguments import parse
-from resmoe_dist.config.commands import CompressConfig, StorageConfig
+from resmoe_dist.config.commands import CompressConfig
+from resmoe_dist.config.storage import StorageConfig
 from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import check_vocabulary, load_tokenizer
 from resmoe_dist.evaluation.report import describe, layer_table

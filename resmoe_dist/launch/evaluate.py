@@ -9,7 +9,7 @@ import math
 
 from transformers import PreTrainedModel
 
-from resmoe_dist.checkpoints.format import STORED_DTYPES
+from resmoe_dist.checkpoints.entries import STORED_DTYPES
 from resmoe_dist.checkpoints.tensor_files import check_writable, write_json
 from resmoe_dist.config.arguments import parse
 from resmoe_dist.config.commands import EvaluateConfig, GridEvaluateConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from resmoe_dist.config.commands import ExecutionConfig
+from resmoe_dist.config.grid import ExecutionConfig
 from resmoe_dist.errors import UserError
 from resmoe_dist.runtime.execution import Execution
 from resmoe_dist.runtime.planning import execution_for

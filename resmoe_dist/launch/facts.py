@@ -6,7 +6,7 @@ import hashlib
 import json
 
 from resmoe_dist.checkpoints.format import INDEX_FILE
-from resmoe_dist.config.commands import GridConfig
+from resmoe_dist.config.grid import GridConfig
 from resmoe_dist.runtime.served_folder import ServedFolder
 
 # Paths may differ from host to host. Of files, the content counts.

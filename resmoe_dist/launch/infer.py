@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from resmoe_dist.checkpoints.format import STORED_DTYPES
+from resmoe_dist.checkpoints.entries import STORED_DTYPES
 from resmoe_dist.checkpoints.tensor_files import check_writable, write_json
 from resmoe_dist.config.arguments import parse
 from resmoe_dist.config.commands import InferConfig

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from resmoe_dist.checkpoints.format import DROPPED
+from resmoe_dist.checkpoints.entries import DROPPED
 from resmoe_dist.codecs import DENSE, EncodedMatrix
 from resmoe_dist.compression.encoding import GroupCodecs
 from resmoe_dist.compression.losses import loss_against

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
-from resmoe_dist.checkpoints.format import LayerEntry
+from resmoe_dist.checkpoints.entries import LayerEntry
 from resmoe_dist.codecs import EncodedMatrix
 from resmoe_dist.design_matrix import row_range
 from resmoe_dist.kernels import Activation, Backend, LayerWeights, backend_for

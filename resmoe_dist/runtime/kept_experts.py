@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from resmoe_dist.checkpoints.format import LayerEntry
+from resmoe_dist.checkpoints.entries import LayerEntry
 from resmoe_dist.errors import UserError
 from resmoe_dist.families.router_blocks import RouterBlock, router_blocks
 from resmoe_dist.families.sites import find_expert_sites

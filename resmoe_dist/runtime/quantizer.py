@@ -22,7 +22,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
-from resmoe_dist.checkpoints.format import INDEX_FILE, CheckpointIndex, LayerEntry
+from resmoe_dist.checkpoints.entries import LayerEntry
+from resmoe_dist.checkpoints.format import INDEX_FILE, CheckpointIndex
 from resmoe_dist.checkpoints.model_folder import SHARD_INDEX, ModelFiles
 from resmoe_dist.errors import UserError
 from resmoe_dist.families.adapters import ExpertsAdapter, adapter_for

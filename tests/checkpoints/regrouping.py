@@ -16,14 +16,8 @@ from resmoe_dist.checkpoints.compressed import (
     group_tensors,
     residual_bytes,
 )
-from resmoe_dist.checkpoints.format import (
-    DROPPED,
-    FileEntry,
-    GroupEntry,
-    LayerEntry,
-    group_file_name,
-    write_index,
-)
+from resmoe_dist.checkpoints.entries import DROPPED, FileEntry, GroupEntry, LayerEntry
+from resmoe_dist.checkpoints.format import group_file_name, write_index
 from resmoe_dist.checkpoints.restore import restored_expert
 from resmoe_dist.checkpoints.tensor_files import sha256_of, write_tensors
 from resmoe_dist.checkpoints.upgrade import FORMAT_VERSION

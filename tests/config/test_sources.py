@@ -8,7 +8,12 @@ import pytest
 import yaml
 
 from resmoe_dist.config.arguments import parse
-from resmoe_dist.config.commands import CompressConfig, GridEvaluateConfig, InferConfig, PlanConfig
+from resmoe_dist.config.commands import (
+    CompressConfig,
+    GridEvaluateConfig,
+    InferConfig,
+    PlanConfig,
+)
 from resmoe_dist.config.sources import build_config, presets
 from resmoe_dist.errors import UserError
 from tests.checkpoints.damage import mistake

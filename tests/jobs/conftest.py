@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.checkpoints.damage import edit_text, sharded_copy
+from tests.jobs.refits import save_source
 from tests.jobs.runs import contents, run
 
 
@@ -33,3 +36,17 @@ def expected(sharded_source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("expected") / "c"
     run(sharded_source, folder)
     return contents(folder)
+
+
+@pytest.fixture(scope="session")
+def three_layers(tmp_path_factory):
+    """three_layers(family): a model of three MoE layers, made once."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family)
+            save_source(family, made[family])
+        return made[family]
+
+    return make

@@ -7,53 +7,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from resmoe_dist import load_model
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
-from resmoe_dist.checkpoints.format import CheckpointIndex, MethodSpec
-from resmoe_dist.checkpoints.restore import restore_checkpoint, restored_expert
-from resmoe_dist.checkpoints.source import SourceCheckpoint
+from resmoe_dist.checkpoints.restore import restore_checkpoint
 from resmoe_dist.compression.router_fit import RIDGE
-from resmoe_dist.jobs import pipeline, router_refit
-from resmoe_dist.jobs.calibration import measure_activations
-from resmoe_dist.jobs.group import GroupCompressor
-from resmoe_dist.jobs.pipeline import Compression
-from resmoe_dist.jobs.router_refit import RouterRefit
-from resmoe_dist.jobs.workers import DeepSpeedWorkers, Workers
-from tests.all_families import tiny_model
-from tests.checkpoints.damage import edit_tensors, mistake, names_in
-from tests.compress_settings import compression_settings
-from tests.jobs.runs import before_each_task, contents, staging_of
-from tests.models import FAMILIES, dense_model, logits_of, random_sequences, save_family
-from tests.ranks import run_on_ranks
+from tests.jobs.refits import SEQUENCES, WEIGHTS, compress, router_names, tensors_of
+from tests.jobs.runs import contents
+from tests.models import dense_model, logits_of, random_sequences
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SEQUENCES = random_sequences(*[20] * 48)
 HELD_OUT = torch.tensor(random_sequences(*[31] * 64)[32:])
-# Three MoE layers: the last routers read what two compressed layers made of the tokens.
-SIZES: dict[str, dict[str, int]] = {
-    "mixtral": {"num_hidden_layers": 3},
-    "qwen3_moe": {"num_hidden_layers": 3},
-    "deepseek_v3": {"num_hidden_layers": 4},
-    "gpt_oss": {"num_hidden_layers": 3},
-    "switch": {"num_layers": 4, "num_decoder_layers": 4, "num_sparse_encoder_layers": 2},
-}
-# The weight of a router, in the block around the experts.
-WEIGHTS = {
-    "mixtral": "gate.weight",
-    "qwen3_moe": "gate.weight",
-    "deepseek_v3": "gate.weight",
-    "gpt_oss": "router.weight",
-    "switch": "router.classifier.weight",
-}
+
 CASES = [
     ("mixtral", {"keep": 0.1}),
     ("mixtral", {"codec": "quantized:bits=1", "center_codec": "quantized:bits=2"}),
@@ -65,63 +35,16 @@ CASES = [
 NAMES = ["mixtral", "mixtral-quantized", "qwen3_moe-low_rank", "deepseek_v3", "gpt_oss", "switch"]
 
 
-def compress(
-    source: Path,
-    output: Path,
-    workers: Workers | None = None,
-    *,
-    refit: bool = True,
-    resume: bool = False,
-    measured: list[list[int]] = SEQUENCES,
-    **options: Any,
-) -> CheckpointIndex:
-    """Compress with a calibration, and refit the routers. measured: tokens of the calibration."""
-    checkpoint = SourceCheckpoint(source)
-    values = {"groups": 1, "layers": list(range(len(checkpoint.sites)))} | options
-    settings = compression_settings(calibration="0" * 64, recalibrate_router=refit, **values)
-    run = Compression(
-        checkpoint,
-        output,
-        settings,
-        workers,
-        measure=lambda samples: measure_activations(checkpoint, measured, samples=samples),
-        routers=RouterRefit(checkpoint, SEQUENCES) if refit else None,
-    )
-    return run.run(resume=resume)
-
-
-def _bias_choices(tensors: dict[str, Tensor]) -> None:
-    """Give a bias to the choices of routers that have one (DeepSeek-V3)."""
-    for name in tensors:
-        if name.endswith("e_score_correction_bias"):
-            tensors[name] = torch.linspace(-0.1, 0.1, len(tensors[name]))
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    """sources(family): a model of three MoE layers."""
-    made: dict[str, Path] = {}
-
-    def make(family: str) -> Path:
-        if family not in made:
-            made[family] = tmp_path_factory.mktemp(family)
-            save_family(FAMILIES[family], made[family], **SIZES[family])
-            edit_tensors(made[family] / "model.safetensors", _bias_choices)
-        return made[family]
-
-    return make
-
-
 @pytest.fixture(scope="module", params=CASES, ids=NAMES)
-def case(request, sources, tmp_path_factory):
+def case(request, three_layers, tmp_path_factory):
     """The family, its source, and a folder with compressed `plain` and `refitted`, and `restored`
     from `plain`."""
     family, options = request.param
     folder = tmp_path_factory.mktemp("case")
-    compress(sources(family), folder / "plain", refit=False, **options)
-    compress(sources(family), folder / "refitted", **options)
+    compress(three_layers(family), folder / "plain", refit=False, **options)
+    compress(three_layers(family), folder / "refitted", **options)
     restore_checkpoint(folder / "plain", folder / "restored")
-    return family, sources(family), folder
+    return family, three_layers(family), folder
 
 
 class _Watched:
@@ -181,26 +104,13 @@ def _modules(folder: Path) -> list[str]:
     return [layer.module for layer in CompressedCheckpoint(folder).index.layers]
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder outside its group files."""
-    files = folder.glob("model*.safetensors")
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
-def _router_names(folder: Path, family: str) -> list[str]:
-    """The routers' names in the files, in the order of the layers."""
-    ending = f".{WEIGHTS[family]}"
-    names = [name for name in _tensors(folder) if name.endswith(ending)]
-    return sorted(names, key=lambda name: ("decoder" in name, name))
-
-
 @torch.no_grad()
 def test_routers_are_the_least_squares_answer_layer_by_layer(case):
     family, source, folder = case
     modules, ids_BS = _modules(folder / "plain"), torch.tensor(SEQUENCES)
     full, compressed = (_Watched(each, family, modules) for each in (source, folder / "restored"))
     expected = full.run(ids_BS)
-    found = [_tensors(folder / "refitted")[name] for name in _router_names(source, family)]
+    found = [tensors_of(folder / "refitted")[name] for name in router_names(source, family)]
     assert len(found) == len(modules) == 3
 
     for layer, weight_EH in enumerate(found):
@@ -224,10 +134,10 @@ def test_nothing_else_differs_from_a_run_without_the_option(case):
         if not name.startswith("model") and name != "resmoe.json":
             assert refitted[name] == plain[name], name
 
-    mine, theirs = _tensors(folder / "refitted"), _tensors(folder / "plain")
+    mine, theirs = tensors_of(folder / "refitted"), tensors_of(folder / "plain")
     assert mine.keys() == theirs.keys()
     changed = [name for name in mine if not torch.equal(mine[name], theirs[name])]
-    assert sorted(changed) == sorted(_router_names(folder / "plain", family)[1:])
+    assert sorted(changed) == sorted(router_names(folder / "plain", family)[1:])
     assert all(mine[name].dtype == theirs[name].dtype for name in mine)
     index = json.loads(refitted["resmoe.json"])
     assert index["settings"].pop("recalibrate_router") is True
@@ -286,173 +196,3 @@ def test_restored_model_is_the_served_one_and_the_folder_is_whole(case, tmp_path
     torch.testing.assert_close(served, restored, rtol=1e-4, atol=1e-4 * float(served.abs().max()))
     plain = logits_of(load_model(folder / "plain"))
     assert (served - plain).abs().max() > 1e-3 * plain.abs().max()
-
-
-# One run
-
-
-def test_routers_before_the_first_compressed_layer_stay(sources, tmp_path):
-    index = compress(sources("mixtral"), tmp_path / "c", layers=[1], keep=0.1)
-
-    assert [layer.router is None for layer in index.layers] == [True, True, False]
-    mine, theirs = _tensors(tmp_path / "c"), _tensors(sources("mixtral"))
-    names = _router_names(sources("mixtral"), "mixtral")
-    assert [torch.equal(mine[name], theirs[name]) for name in names] == [True, True, False]
-
-
-def test_routers_keep_their_stored_dtype(sources, tmp_path):
-    dense_model(sources("qwen3_moe")).bfloat16().save_pretrained(tmp_path / "source")
-
-    compress(tmp_path / "source", tmp_path / "c", keep=0.1, dtype="float32")
-
-    routers = [_tensors(tmp_path / "c")[n] for n in _router_names(tmp_path / "c", "qwen3_moe")]
-    assert [router.dtype for router in routers] == [torch.bfloat16] * 3
-    assert json.loads((tmp_path / "c" / "config.json").read_text())["dtype"] == "float32"
-
-
-def test_a_folder_without_the_option_has_no_new_field(sources, tmp_path):
-    compress(sources("mixtral"), tmp_path / "c", refit=False)
-
-    index = json.loads((tmp_path / "c" / "resmoe.json").read_text())
-    assert "recalibrate_router" not in index["settings"]
-    assert all("router" not in layer for layer in index["layers"])
-
-
-class _StoppedError(Exception):
-    pass
-
-
-def _stop(*_: Any) -> None:
-    raise _StoppedError
-
-
-@pytest.mark.parametrize("where", ["compress", "refit", "finish"])
-def test_resumed_run_gives_the_bytes_of_an_uninterrupted_one(sources, tmp_path, monkeypatch, where):
-    source = sources("mixtral")
-    compress(source, tmp_path / "whole", keep=0.1)
-    with monkeypatch.context() as patch:
-        if where == "compress":
-            before_each_task(patch, _stop)
-        elif where == "refit":
-            patch.setattr(RouterRefit, "run", _stop)
-        else:
-            patch.setattr(pipeline, "write_model_files", _stop)
-        with pytest.raises(_StoppedError):
-            compress(source, tmp_path / "c", keep=0.1)
-    assert names_in(tmp_path) == {"whole", "c.partial"}
-    if where == "finish":
-        monkeypatch.setattr(RouterRefit, "run", _stop)  # is done already
-
-    compress(source, tmp_path / "c", keep=0.1, resume=True)
-
-    assert contents(tmp_path / "c") == contents(tmp_path / "whole")
-    assert names_in(tmp_path) == {"whole", "c"}
-
-
-@pytest.mark.parametrize("lost", ["routers.json", "model-00002-of-00002.safetensors"])
-def test_routers_are_made_again_if_half_of_what_they_leave_is_lost(
-    sources, tmp_path, monkeypatch, lost
-):
-    source = sources("mixtral")
-    compress(source, tmp_path / "whole", keep=0.1)
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "write_model_files", _stop)
-        with pytest.raises(_StoppedError):
-            compress(source, tmp_path / "c", keep=0.1)
-    (path,) = staging_of(tmp_path / "c").rglob(lost)
-    path.write_bytes(path.read_bytes()[:20])
-
-    compress(source, tmp_path / "c", keep=0.1, resume=True)
-
-    assert contents(tmp_path / "c") == contents(tmp_path / "whole")
-
-
-def test_resume_with_or_without_the_option_is_another_run(sources, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(RouterRefit, "run", _stop)
-        with pytest.raises(_StoppedError):
-            compress(sources("mixtral"), tmp_path / "c")
-
-    with mistake("the unfinished run had other options"):
-        compress(sources("mixtral"), tmp_path / "c", refit=False, resume=True)
-
-
-def _on_a_rank(source: Path, output: Path) -> None:
-    compress(source, output, DeepSpeedWorkers(), keep=0.1, groups=2)
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_number_of_ranks_does_not_change_the_routers(sources, tmp_path, ranks):
-    compress(sources("deepseek_v3"), tmp_path / "one", keep=0.1, groups=2)
-
-    run_on_ranks(ranks, _on_a_rank, sources("deepseek_v3"), tmp_path / "many")
-
-    assert contents(tmp_path / "many") == contents(tmp_path / "one")
-
-
-# Refused
-
-
-def test_without_calibration_it_is_refused(sources, tmp_path):
-    checkpoint = SourceCheckpoint(sources("mixtral"))
-    settings = compression_settings(groups=1, layers=[0, 1, 2], recalibrate_router=True)
-
-    with mistake("--recalibrate-router: needs --calibration TEXT"):
-        Compression(checkpoint, tmp_path / "c", settings)
-
-
-def test_methods_that_store_other_experts_are_refused(sources, tmp_path):
-    checkpoint = SourceCheckpoint(sources("mixtral"))
-    settings = compression_settings(
-        groups=1, layers=[0, 1, 2], recalibrate_router=True, calibration="0" * 64
-    )
-    reap = settings.model_copy(update={"method": MethodSpec(name="reap")})
-
-    with mistake("--recalibrate-router: --method reap stores other experts than the source's"):
-        Compression(checkpoint, tmp_path / "c", reap)
-
-
-def test_a_family_whose_logits_are_not_recorded_is_refused(sources, monkeypatch):
-    parts = dense_model(sources("mixtral")).modules()
-    for kind in {type(part) for part in parts if isinstance(part, PreTrainedModel)}:
-        monkeypatch.setattr(kind, "_can_record_outputs", {}, raising=False)
-
-    with mistake("--recalibrate-router: transformers does not record all router logits of a Mixt"):
-        RouterRefit(SourceCheckpoint(sources("mixtral")), SEQUENCES)
-
-
-@pytest.mark.parametrize(
-    ("family", "why"),
-    [
-        ("gemma4", "router computes more than a product with one weight per expert"),
-        ("longcat_flash", "router computes more than a product with one weight per expert"),
-        ("deepseek_v4", "transformers does not record all router logits of a DeepseekV4"),
-        ("diffusion_gemma", "experts shares its experts with model"),
-    ],
-)
-def test_routers_that_no_product_describes_are_refused(tmp_path, family, why):
-    tiny_model(family).save_pretrained(tmp_path)
-
-    with mistake(f"--recalibrate-router: .*{why}.*; leave the option out"):
-        RouterRefit(SourceCheckpoint(tmp_path), SEQUENCES)
-
-
-def test_a_router_that_runs_twice_is_refused_before_the_work(sources, tmp_path, monkeypatch):
-    monkeypatch.setattr(GroupCompressor, "compress", _stop)
-
-    # Two lengths: two batches.
-    with mistake("--recalibrate-router: model.layers.0.mlp.gate runs several times"):
-        compress(sources("mixtral"), tmp_path / "c", measured=random_sequences(8, 9))
-    assert names_in(tmp_path) == set()
-
-
-def test_activations_that_are_not_finite_are_refused(sources, tmp_path, monkeypatch):
-    def overflow(*args: Any) -> tuple[Tensor, None]:
-        matrix_ID, bias_H = restored_expert(*args)
-        return matrix_ID * 3e38, bias_H
-
-    monkeypatch.setattr(router_refit, "restored_expert", overflow)
-
-    with mistake("model.layers.1.mlp.gate: activations of the compressed model are NaN or inf"):
-        compress(sources("mixtral"), tmp_path / "c")
-    assert names_in(tmp_path) == set()

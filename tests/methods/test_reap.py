@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from resmoe_dist import load_model
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
-from resmoe_dist.checkpoints.format import DROPPED, CompressionSettings, MethodSpec
+from resmoe_dist.checkpoints.entries import DROPPED
+from resmoe_dist.checkpoints.format import CompressionSettings, MethodSpec
 from resmoe_dist.checkpoints.restore import restore_checkpoint
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.codecs import CodecSpec
