@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from resmoe_dist.checkpoints.entries import dtype_name
+from resmoe_dist.checkpoints.format import CompressionSettings
 from resmoe_dist.codecs import CodecSpec
 from resmoe_dist.evaluation.tables import human_bytes, text_table
 from resmoe_dist.footprint.grid import Footprint
@@ -19,8 +20,7 @@ def footprint_table(
     """What a rank of one grid holds, compressed and dense. gpu_memory: bytes of each rank."""
     grid, dense_disk = found.grid, dense_bytes(structure)
     rows = [
-        ["centres", human_bytes(found.experts.center), "-"],
-        ["residuals", human_bytes(found.experts.residual), human_bytes(found.dense_experts)],
+        *_expert_rows(found),
         ["everything else", human_bytes(found.other), human_bytes(found.other)],
         ["KV cache", human_bytes(found.cache), human_bytes(found.cache)],
         ["together", human_bytes(found.total), human_bytes(found.dense_total)],
@@ -49,6 +49,16 @@ def footprint_table(
             f"{dtype_name(structure.source_dtype)}"
         )
     return "\n".join(lines)
+
+
+def _expert_rows(found: Footprint) -> list[list[str]]:
+    dense = human_bytes(found.dense_experts)
+    if _are_bits_chosen(found.stored.settings):
+        return [["experts", human_bytes(found.experts.total), dense]]
+    return [
+        ["centres", human_bytes(found.experts.center), "-"],
+        ["residuals", human_bytes(found.experts.residual), dense],
+    ]
 
 
 def grid_table(footprints: Sequence[Footprint], gpu_memory: int | None = None) -> str:
@@ -139,14 +149,26 @@ def _fits(total: int, gpu_memory: int) -> str:
 
 
 def _codecs(stored: StoredExperts) -> str:
-    """`dense centres and pruned (keep 0.25) residuals, 4 groups a layer`."""
+    """`dense + pruned (keep 0.25), groups per layer 4`: centres, then residuals."""
     settings = stored.settings
+    if _are_bits_chosen(settings):
+        codecs = (
+            f"{settings.residual_codec.name}, {settings.target_bytes:.2%} of the dense bytes with "
+            "centres"
+        )
+    else:
+        codecs = f"{_codec(settings.center_codec)} + {_codec(settings.residual_codec)}"
     groups = " or ".join(str(n) for n in sorted({len(layer.groups) for layer in stored.layers}))
     layers = f" in {len(settings.layers)} of {len(stored.layers)} layers"
     return (
-        f"{_codec(settings.center_codec)} + {_codec(settings.residual_codec)}, groups per layer "
+        f"{codecs}, groups per layer "
         f"{groups}{layers if len(settings.layers) < len(stored.layers) else ''}"
     )
+
+
+def _are_bits_chosen(settings: CompressionSettings) -> bool:
+    """Whether `compress` chooses the bits of centres and residuals, to meet a size."""
+    return settings.target_bytes is not None and settings.residual_codec.codec.spends_bits
 
 
 def _codec(spec: CodecSpec) -> str:

@@ -123,6 +123,16 @@ def test_grids_that_miss_the_target_are_named(run, mixtral):
     assert "ep 4: --target-bytes 0.5: centres, indices" in out
 
 
+def test_a_size_is_shown_without_bits_that_only_compress_can_choose(run, mixtral):
+    code, out, _ = run("plan", mixtral, "--target-bits", 8, "--ranks", 1)
+
+    assert code == 0
+    assert "experts as quantized, 25.00% of the dense bytes with centres, groups per layer 1" in out
+    assert re.search("^experts  ", out, re.MULTILINE)
+    assert "residuals" not in out
+    assert "bits 3" not in out
+
+
 def test_a_quantised_source_is_named(run, mixtral, tmp_path):
     config = json.loads(mixtral.read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
     edit_text(tmp_path / "config.json", json.dumps(config))
