@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -17,6 +18,10 @@ quiet_libraries()
 settings.register_profile("few", max_examples=20)
 # Background jobs of a shell ignore SIGINT and their children inherit that. Tests send SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Tests run on several workers at a time. More threads than cores would spin while they wait for
+# one another.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(workers)))
 
 
 @pytest.fixture(autouse=True)

@@ -133,12 +133,13 @@ class LayerEntry(Entry):
     the source's tensor names, which `restore` writes back. expert_map: the stored expert of each of
     the model's experts, or DROPPED; None if every expert is stored under its own number.
     source_rows: rows of the model's experts, if the stored ones have fewer. router: None if it is
-    the source's. groups: a partition of the stored experts, in any order. A group's errors and
-    norms are of its experts; of all the model's experts if a method merged or dropped some, which
-    takes a single group.
+    the source's. sensitivity: of the predictions to errors of the experts, in nats per token and
+    share of their energy lost; None if bits were not chosen by it. groups: a partition of the
+    stored experts, in any order. A group's errors and norms are of its experts; of all the model's
+    experts if a method merged or dropped some, which takes a single group.
     """
 
-    only_if_set = frozenset({"router"})
+    only_if_set = frozenset({"router", "sensitivity"})
 
     module: str
     num_experts: Count
@@ -155,6 +156,7 @@ class LayerEntry(Entry):
     expert_map: list[Annotated[int, Field(ge=DROPPED)]] | None = None
     source_rows: Count | None = None
     router: RouterEntry | None = None
+    sensitivity: Annotated[FiniteFloat, Field(gt=0)] | None = None
     groups: Annotated[list[GroupEntry], Field(min_length=1)]
 
     @property

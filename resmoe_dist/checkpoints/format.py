@@ -61,6 +61,11 @@ class CompressionSettings(Entry):
     layers: list[int]
     dtype: DtypeName | None = None
 
+    @property
+    def chooses_bits(self) -> bool:
+        """Whether `target_bytes` is met by the bits of each centre and residual."""
+        return self.target_bytes is not None and self.residual_codec.codec.spends_bits
+
 
 class CheckpointIndex(Entry):
     """The content of resmoe.json. format_version: of the folder, also if older than this program's.

@@ -15,7 +15,7 @@ Legend: E experts of a group.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from resmoe_dist.codecs import CodecSpec
@@ -52,6 +52,15 @@ class GroupEnergies:
             for name, value in fields.items()
         }
         return cls(**given)
+
+    @property
+    def whole(self) -> float:
+        """The weighted error if all of the experts were lost."""
+        return sum(w * energy for w, energy in zip(self.weight_E, self.whole_E, strict=True))
+
+    def weighted(self, factor: float) -> GroupEnergies:
+        """The same with all weights multiplied."""
+        return replace(self, weight_E=tuple(factor * weight for weight in self.weight_E))
 
     def error(self, bits: int) -> float:
         """D(b)."""

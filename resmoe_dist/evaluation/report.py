@@ -23,8 +23,9 @@ def describe(checkpoint: CompressedCheckpoint) -> dict[str, Any]:
     appendix A.6), `relative_error` its share of (1/E) Σ_k ‖W_k‖², `weighted_relative_error` the
     same in the activation-weighted norm. `keep` is the share of residual entries kept. The last two
     are None if the index does not have them. `router` is the agreement of a refitted router with
-    the source's, None if it is the source's. `groups_without_center` does not count layers that the
-    settings left out. Bytes are those in the files' headers, `residual_bytes` by kind.
+    the source's, None if it is the source's. `sensitivity` is the layer's, in nats per token and
+    share of energy lost, None if the index has none. `groups_without_center` does not count layers
+    that the settings left out. Bytes are those in the files' headers, `residual_bytes` by kind.
     `dense_bytes` is what the experts would take dense in the stored dtype, `source_bytes` what they
     took in the source.
 
@@ -83,6 +84,7 @@ def _describe_layer(
         "groups": len(layer.groups),
         "groups_without_center": without_center if is_compressed else 0,
         "router": None if layer.router is None else layer.router.model_dump(),
+        "sensitivity": layer.sensitivity,
         "rows": layer.rows,
         "columns": layer.shape.columns,
         "bits": _counted(bits for group in layer.groups for bits in group.residual_bits or []),
@@ -243,6 +245,7 @@ def _row(name: str, codecs: str, values: dict[str, Any]) -> dict[str, str]:
         "error": cell(values["error"], ".4g"),
         "relative": cell(values["relative_error"], ".4f"),
         "weighted": cell(values["weighted_relative_error"], ".4f"),
+        "sensitivity": cell(values.get("sensitivity"), ".3g"),
         "routing": _shown_router(values["router"]),
         "before": human_bytes(values["source_bytes"]),
         "centre": human_bytes(values["center_bytes"]),

@@ -64,9 +64,9 @@ class SettingsLayout(Layout):
         if not self.fixed_groups:
             settings = settings.model_copy(update={"groups": ep})
         check_choices(self.structure.sites, settings)
+        if settings.chooses_bits:
+            return self._stored(self._of_size(settings), settings)
         if settings.target_bytes is not None:
-            if settings.residual_codec.codec.spends_bits:
-                return self._stored(self._of_size(settings), settings)
             keep = keep_for_target(settings, self._sizes(settings))
             residual = settings.residual_codec.with_keep(keep)
             settings = settings.model_copy(update={"residual_codec": residual})

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from resmoe_dist.checkpoints.entries import dtype_name
-from resmoe_dist.checkpoints.format import CompressionSettings
 from resmoe_dist.codecs import CodecSpec
 from resmoe_dist.evaluation.tables import human_bytes, text_table
 from resmoe_dist.footprint.grid import Footprint
@@ -53,7 +52,7 @@ def footprint_table(
 
 def _expert_rows(found: Footprint) -> list[list[str]]:
     dense = human_bytes(found.dense_experts)
-    if _are_bits_chosen(found.stored.settings):
+    if found.stored.settings.chooses_bits:
         return [["experts", human_bytes(found.experts.total), dense]]
     return [
         ["centres", human_bytes(found.experts.center), "-"],
@@ -151,7 +150,7 @@ def _fits(total: int, gpu_memory: int) -> str:
 def _codecs(stored: StoredExperts) -> str:
     """`dense + pruned (keep 0.25), groups per layer 4`: centres, then residuals."""
     settings = stored.settings
-    if _are_bits_chosen(settings):
+    if settings.chooses_bits:
         codecs = (
             f"{settings.residual_codec.name}, {settings.target_bytes:.2%} of the dense bytes with "
             "centres"
@@ -164,11 +163,6 @@ def _codecs(stored: StoredExperts) -> str:
         f"{codecs}, groups per layer "
         f"{groups}{layers if len(settings.layers) < len(stored.layers) else ''}"
     )
-
-
-def _are_bits_chosen(settings: CompressionSettings) -> bool:
-    """Whether `compress` chooses the bits of centres and residuals, to meet a size."""
-    return settings.target_bytes is not None and settings.residual_codec.codec.spends_bits
 
 
 def _codec(spec: CodecSpec) -> str:

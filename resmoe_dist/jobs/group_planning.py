@@ -9,12 +9,13 @@ experts share its bytes, but it is further from each. The partition that loses l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from resmoe_dist.checkpoints.format import CompressionSettings
 from resmoe_dist.checkpoints.source import SourceCheckpoint
-from resmoe_dist.compression.bits import error_of
+from resmoe_dist.compression.bits import GroupEnergies, error_of
 from resmoe_dist.compression.budget import allocate_over_model
 from resmoe_dist.jobs.bit_budget import bits_for_target
 from resmoe_dist.jobs.group import GroupCompressor
@@ -29,7 +30,9 @@ Plans = dict[GroupTask, GroupPlan]
 class GroupPlanning:
     """Makes the tasks of a run.
 
-    may_join: whether one group for all ranks may take the place of one for each.
+    may_join: whether one group for all ranks may take the place of one for each. sensitivity: of
+    the predictions to the error of each compressed layer (see `jobs/sensitivity.py`); None: all
+    errors count alike.
     """
 
     source: SourceCheckpoint
@@ -37,12 +40,13 @@ class GroupPlanning:
     compressor: GroupCompressor
     files: TaskFiles
     may_join: bool = False
+    sensitivity: Mapping[int, float] | None = None
 
     def run(self, schedule: Schedule) -> tuple[list[GroupTask], Plans]:
         """All groups, those with the most work first; plans of those that have one."""
         settings = self.settings
         tasks = self._tasks(schedule, settings.groups, settings.groups_per_rank)
-        if not self._chooses_bits:
+        if not settings.chooses_bits:
             return tasks, self._with_shared_keeps(schedule, tasks)
         partitions = [tasks]
         if self.may_join and settings.groups > 1 and self._aligns_rows:
@@ -82,12 +86,6 @@ class GroupPlanning:
         return task.layer in self.settings.layers, entries
 
     @property
-    def _chooses_bits(self) -> bool:
-        """Whether a target of bytes is met by the bits of each matrix."""
-        settings = self.settings
-        return settings.target_bytes is not None and settings.residual_codec.codec.spends_bits
-
-    @property
     def _aligns_rows(self) -> bool:
         return any(self.compressor.method(layer).aligns_rows for layer in self.settings.layers)
 
@@ -104,11 +102,22 @@ class GroupPlanning:
         sizes = [
             self.compressor.size(i, site.num_experts) for i, site in enumerate(self.source.sites)
         ]
-        energies = [plan.energies for plan in plans.values() if plan.energies is not None]
+        energies = self._weighted_energies(plans)
         bits = bits_for_target(self.settings, sizes, energies)
         error = sum(error_of(e, b) for e, b in zip(energies, bits, strict=True))
         chosen = zip(plans.items(), bits, strict=True)
         return {task: replace(plan, bits=each) for (task, plan), each in chosen}, error
+
+    def _weighted_energies(self, plans: Plans) -> list[GroupEnergies]:
+        """The plans' energies, with weights that turn errors into a loss of the model."""
+        found = [(task.layer, plan.energies) for task, plan in plans.items() if plan.energies]
+        if self.sensitivity is None:
+            return [energies for _, energies in found]
+        whole: dict[int, float] = defaultdict(float)
+        for layer, energies in found:
+            whole[layer] += energies.whole
+        factors = {layer: self.sensitivity[layer] / (whole[layer] or 1) for layer in whole}
+        return [energies.weighted(factors[layer]) for layer, energies in found]
 
     def _plans(self, schedule: Schedule, tasks: list[GroupTask]) -> Plans:
         def plan(task: GroupTask) -> GroupPlan:

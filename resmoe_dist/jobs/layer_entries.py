@@ -19,20 +19,28 @@ class FinishedGroup:
 
 
 def layer_entries(
-    compressor: GroupCompressor, finished: Mapping[GroupTask, FinishedGroup]
+    compressor: GroupCompressor,
+    finished: Mapping[GroupTask, FinishedGroup],
+    sensitivity: Mapping[int, float],
 ) -> list[LayerEntry]:
-    """Entries of all layers, from all groups of all of them."""
+    """Entries of all layers, from all groups of all of them. sensitivity: of those with one."""
     in_order = sorted(finished, key=lambda task: task.group)
     return [
         _layer_entry(
-            compressor, layer, [finished[task] for task in in_order if task.layer == layer]
+            compressor,
+            layer,
+            [finished[task] for task in in_order if task.layer == layer],
+            sensitivity.get(layer),
         )
         for layer in range(len(compressor.source.sites))
     ]
 
 
 def _layer_entry(
-    compressor: GroupCompressor, layer: int, groups: list[FinishedGroup]
+    compressor: GroupCompressor,
+    layer: int,
+    groups: list[FinishedGroup],
+    sensitivity: float | None,
 ) -> LayerEntry:
     site, codecs = compressor.source.sites[layer], compressor.codecs(layer)
     method = compressor.method(layer)
@@ -53,5 +61,6 @@ def _layer_entry(
         storage=compressor.source.storages[layer],
         # Experts are merged or dropped only if one group holds the whole layer.
         expert_map=groups[0].expert_map,
+        sensitivity=sensitivity,
         groups=[group.entry for group in groups],
     )

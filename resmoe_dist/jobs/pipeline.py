@@ -1,6 +1,6 @@
 """Source checkpoint to compressed checkpoint: one (layer, group) at a time, one file each.
 
-    calibrate   measure activations, if errors are weighted
+    calibrate   measure activations, if errors are weighted, and which layers matter most
     plan        which experts share a centre, and what budget each group gets (`group_planning`)
     compress    read a group, compress it by the layer's method, write it
     refit       run the compressed model and write its routers, if they are to be refitted
@@ -28,7 +28,7 @@ from resmoe_dist.checkpoints.entries import (
 )
 from resmoe_dist.checkpoints.format import CheckpointIndex, CompressionSettings, read_index
 from resmoe_dist.checkpoints.source import SourceCheckpoint
-from resmoe_dist.checkpoints.tensor_files import write_tensors
+from resmoe_dist.checkpoints.tensor_files import read_json, write_json, write_tensors
 from resmoe_dist.checkpoints.upgrade import FORMAT_VERSION
 from resmoe_dist.compression.activations import (
     LayerActivations,
@@ -59,19 +59,22 @@ from resmoe_dist.jobs.workers import RetryableError, SingleWorker, Workers, gath
 from resmoe_dist.methods import GroupPlan, method_of
 
 _ACTIVATIONS = "activations.safetensors"
+_SENSITIVITY = "sensitivity.json"
 
 
 # Measures activations, and stores samples if it is given files for them.
 Measure = Callable[[SampleFiles | None], Sequence[LayerActivations]]
+# Measures the sensitivity of some layers (see `jobs/sensitivity.py`).
+MeasureSensitivity = Callable[[Sequence[int]], Sequence[float] | None]
 
 
 class Compression:
     """One run of `resmoe-dist compress`.
 
     device: where to compute. max_memory: bytes of anonymous memory that each rank may take.
-    measure: returns the activations of each MoE layer, to weigh errors by; called on one rank.
-    may_join: see `GroupPlanning`.
-    routers: to refit, if the settings say so.
+    measure: returns the activations of each MoE layer, to weigh errors by; measure_sensitivity:
+    of layers that are to share a number of bytes. Both are called on one rank. may_join: see
+    `GroupPlanning`. routers: to refit, if the settings say so.
 
     Raises UserError for a source that cannot be compressed (see `SourceCheckpoint`), settings that
     do not fit the model or each other, and an output folder that exists; ValueError for an unknown
@@ -88,11 +91,13 @@ class Compression:
         device: torch.device = CPU,
         max_memory: int | None = None,
         measure: Measure | None = None,
+        measure_sensitivity: MeasureSensitivity | None = None,
         may_join: bool = False,
         routers: RouterRefit | None = None,
     ) -> None:
         self.source, self.output = source, output
         self._measure, self._routers = measure, routers
+        self._measure_sensitivity = measure_sensitivity
         source.serve_as(STORED_DTYPES[settings.dtype] if settings.dtype else None)
         self.workers = workers or SingleWorker()
         self._staging = StagingFolder(output)
@@ -103,10 +108,9 @@ class Compression:
         store = ExpertStore(self._staging.scratch, max_memory)
         compressor = GroupCompressor(source, settings, store, device=device)
         check_settings(source, settings, compressor)
-        spends_bits = settings.residual_codec.codec.spends_bits
-        # Of no matter for other budgets: such runs are the same with and without it.
-        self._may_join = may_join and settings.target_bytes is not None and spends_bits
-        if settings.target_bytes is not None and not spends_bits:
+        # Other budgets ignore it: such runs are the same with and without it.
+        self._may_join = may_join and settings.chooses_bits
+        if settings.target_bytes is not None and not settings.chooses_bits:
             sizes = [compressor.size(i, site.num_experts) for i, site in enumerate(source.sites)]
             keep = keep_for_target(settings, sizes)
             residual_codec = settings.residual_codec.with_keep(keep)
@@ -200,8 +204,14 @@ class Compression:
         try:
             if self._measure is not None:
                 self._compressor.activations = self._calibrate(schedule, self._measure)
+            sensitivity = self._sensitivity(schedule)
             planning = GroupPlanning(
-                self.source, self.settings, self._compressor, self._files, self._may_join
+                self.source,
+                self.settings,
+                self._compressor,
+                self._files,
+                self._may_join,
+                sensitivity,
             )
             tasks, planned = planning.run(schedule)
 
@@ -230,7 +240,7 @@ class Compression:
                 else:
                     assert isinstance(entry, FileEntry)
                     files[task] = entry
-            layers = layer_entries(self._compressor, groups)
+            layers = layer_entries(self._compressor, groups, sensitivity or {})
             if routers is not None:
                 files[routers], layers = self._refit_routers(schedule, routers, layers)
 
@@ -273,6 +283,25 @@ class Compression:
 
         schedule.run_phase("calibrating", ["calibration"], calibrate, lambda _: is_whole(path))
         return load_activations(path, sites)
+
+    def _sensitivity(self, schedule: Schedule) -> dict[int, float] | None:
+        """Of each compressed layer, measured by one rank or by an earlier run.
+
+        None if nothing depends on it, or it is not known.
+        """
+        path, layers = self._staging.scratch / _SENSITIVITY, self.settings.layers
+        measure = self._measure_sensitivity
+        if measure is None or not self.settings.chooses_bits or len(layers) < 2:
+            return None
+
+        def run(_: str) -> list[float] | None:
+            if not path.exists():
+                write_json(path, measure(layers))
+            return read_json(path)
+
+        phase = schedule.run_phase("weighing layers", [path.name], run, lambda _: path.exists())
+        found = phase[path.name]
+        return None if found is None else dict(zip(layers, found, strict=True))
 
     def _refit_routers(
         self, schedule: Schedule, shard: Shard, layers: list[LayerEntry]

@@ -72,17 +72,22 @@ class StreamedExperts(nn.Module):
         for expert in range(self.reader.num_experts):
             token_R, slot_R = torch.where(top_k_index == expert)
             if len(token_R):
-                y_RH = self._run_expert(expert, hidden_states[token_R])
+                y_RH = self.run_expert(expert, hidden_states[token_R], token_R)
                 y_RH = y_RH * top_k_weights[token_R, slot_R, None]
                 out_TH.index_add_(0, token_R, y_RH.to(out_TH.dtype))
         return out_TH
 
-    def _run_expert(self, expert: int, x_RH: Tensor) -> Tensor:
+    def run_expert(self, expert: int, x_RH: Tensor, token_R: Tensor) -> Tensor:
+        """The output [R, H] of an expert. token_R: which tokens of the call it receives."""
         # Returning frees the expert before the next one is read.
+        return self.run_with(expert, *self.reader.read(expert), x_RH)
+
+    def run_with(
+        self, expert: int, matrix_ID: Tensor, bias_H: Tensor | None, x_RH: Tensor
+    ) -> Tensor:
+        """The output [R, H] of an expert with this design matrix."""
         shape = self.reader.shape
-        matrix_ID, bias_H = self.reader.read(expert)
-        matrix_ID = matrix_ID.to(x_RH.dtype)
-        weights = from_rows(shape, matrix_ID)
+        weights = from_rows(shape, matrix_ID.to(x_RH.dtype))
         inputs = [F.linear(x_RH, weights[n], weights.get(f"{n}_bias")) for n in shape.inputs]
         h_RI = self.activation(*inputs)
         self.see_neurons(expert, h_RI)
@@ -187,11 +192,13 @@ def run_streamed(
     description: str,
     *,
     progress: bool = True,
+    with_head: bool = False,
 ) -> None:
     """Run a model of `load_streamed` on batches of token ids [B, S], up to the last hidden states.
 
-    description: of the progress bar, which is shown on a terminal if `progress` is set. An
-    encoder-decoder model encodes the first half of each sequence and decodes the second.
+    description: of the progress bar, which is shown on a terminal if `progress` is set. with_head:
+    run the head too. An encoder-decoder model encodes the first half of each sequence and decodes
+    the second.
 
     Raises UserError if the model does not run.
     """
@@ -210,13 +217,13 @@ def run_streamed(
         hooks = [module.register_forward_hook(advance) for module in experts]
         for ids_BS in batches:
             with refusing(source.folder, "the model does not run on the calibration text"):
-                _run_without_head(model, ids_BS)
+                _run_model(model, ids_BS, with_head)
         for hook in hooks:
             hook.remove()
 
 
-def _run_without_head(model: PreTrainedModel, ids_BS: Tensor) -> None:
-    """Run a forward pass up to the last hidden states: logits would take [B, S, vocabulary]."""
+def _run_model(model: PreTrainedModel, ids_BS: Tensor, with_head: bool) -> None:
+    """Run a forward pass. Without the head: logits would take [B, S, vocabulary]."""
     decoder = model.get_decoder()
     if "decoder_input_ids" in inspect.signature(decoder.forward).parameters:
         # A model that reads a context and denoises what follows.
@@ -224,11 +231,14 @@ def _run_without_head(model: PreTrainedModel, ids_BS: Tensor) -> None:
         model.base_model(input_ids=ids_BS[:, :half], decoder_input_ids=ids_BS[:, half:])
         return
     if not model.config.is_encoder_decoder:
-        decoder(input_ids=ids_BS, use_cache=False)
+        (model if with_head else decoder)(input_ids=ids_BS, use_cache=False)
         return
     half = ids_BS.shape[1] // 2
-    encoded = model.get_encoder()(input_ids=ids_BS[:, :half]).last_hidden_state
     # To predict the second half, the decoder reads a start token, then all but the last token.
     decoder_ids_BS = ids_BS[:, half - 1 : -1].clone()
     decoder_ids_BS[:, 0] = model.config.decoder_start_token_id
+    if with_head:
+        model(input_ids=ids_BS[:, :half], decoder_input_ids=decoder_ids_BS, use_cache=False)
+        return
+    encoded = model.get_encoder()(input_ids=ids_BS[:, :half]).last_hidden_state
     decoder(input_ids=decoder_ids_BS, encoder_hidden_states=encoded, use_cache=False)

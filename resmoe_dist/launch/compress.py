@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import socket
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,9 @@ from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
 from resmoe_dist.checkpoints.entries import STORED_DTYPES
 from resmoe_dist.checkpoints.format import CheckpointIndex, CompressionSettings, MethodSpec
 from resmoe_dist.checkpoints.source import SourceCheckpoint
+from resmoe_dist.compression.activations import LayerActivations
 from resmoe_dist.compression.assignment import check_solver
+from resmoe_dist.compression.samples import SampleFiles
 from resmoe_dist.config.arguments import parse
 from resmoe_dist.config.commands import CompressConfig
 from resmoe_dist.config.storage import StorageConfig
@@ -26,8 +29,9 @@ from resmoe_dist.errors import UserError
 from resmoe_dist.evaluation.perplexity import check_vocabulary, load_tokenizer
 from resmoe_dist.evaluation.report import describe, layer_table
 from resmoe_dist.jobs.calibration import calibration_sequences, measure_activations
-from resmoe_dist.jobs.pipeline import Compression, Measure
+from resmoe_dist.jobs.pipeline import Compression
 from resmoe_dist.jobs.router_refit import RouterRefit
+from resmoe_dist.jobs.sensitivity import measure_sensitivity
 from resmoe_dist.jobs.settings import parse_codecs, parse_layers, with_budget
 from resmoe_dist.jobs.workers import SingleWorker, Workers, find_workers
 from resmoe_dist.methods import method_named, method_of
@@ -77,10 +81,11 @@ def compress(config: CompressConfig, workers: Workers | None = None) -> Checkpoi
     source = SourceCheckpoint(config.source, drop_unused=config.drop_unused)
     if workers.rank == 0 and (line := source.unused_line()):
         logger.warning(line)
-    digest, measure, routers = None, None, None
+    digest, measure, sensitivity, routers = None, None, None, None
     if config.calibration is not None:
         digest, sequences = calibration_of(source, config.calibration)
-        measure = _measuring(source, sequences)
+        measure = partial(_activations, source, sequences)
+        sensitivity = partial(measure_sensitivity, source, sequences)
         if config.recalibrate_router:
             routers = RouterRefit(source, sequences)
     run = Compression(
@@ -96,6 +101,7 @@ def compress(config: CompressConfig, workers: Workers | None = None) -> Checkpoi
         device=device,
         max_memory=config.max_memory,
         measure=measure,
+        measure_sensitivity=sensitivity,
         # One group for all ranks takes more memory.
         may_join=config.groups_per_rank is None and config.max_memory is None,
         routers=routers,
@@ -171,8 +177,10 @@ def calibration_of(source: SourceCheckpoint, text: Path) -> tuple[str, list[list
     return hashlib.sha256(json.dumps(sequences).encode()).hexdigest(), sequences
 
 
-def _measuring(source: SourceCheckpoint, sequences: list[list[int]]) -> Measure:
-    return lambda samples: measure_activations(source, sequences, samples=samples)
+def _activations(
+    source: SourceCheckpoint, sequences: list[list[int]], samples: SampleFiles | None
+) -> list[LayerActivations]:
+    return measure_activations(source, sequences, samples=samples)
 
 
 if __name__ == "__main__":

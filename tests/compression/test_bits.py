@@ -101,5 +101,15 @@ def test_the_more_an_expert_counts_the_more_bits_it_gets():
     assert math.isfinite(_error(GROUPS["seldom used"], found))
 
 
+def test_weights_of_a_group_are_multiplied_together():
+    group = GROUPS["seldom used"]
+
+    found = group.weighted(3.0)
+
+    assert found.whole == pytest.approx(3 * group.whole)
+    assert found.whole_E == group.whole_E
+    assert group.whole == sum(w * e for w, e in zip(group.weight_E, group.whole_E, strict=True))
+
+
 def test_too_small_a_target_is_none():
     assert allocate_bits([GROUPS["alike"]], 249) is None

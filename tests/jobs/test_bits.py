@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import statistics
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,16 @@ from torch import Tensor
 
 from resmoe_dist import load_model
 from resmoe_dist.checkpoints.compressed import CompressedCheckpoint
-from resmoe_dist.checkpoints.format import CompressionSettings, MethodSpec
+from resmoe_dist.checkpoints.format import CheckpointIndex, CompressionSettings, MethodSpec
 from resmoe_dist.checkpoints.restore import restore_checkpoint
 from resmoe_dist.checkpoints.source import SourceCheckpoint
 from resmoe_dist.checkpoints.tensor_files import tensor_bytes
 from resmoe_dist.codecs import DENSE, CodecSpec
 from resmoe_dist.compression.samples import SampleFiles
 from resmoe_dist.errors import UserError
-from resmoe_dist.evaluation.report import describe
+from resmoe_dist.evaluation.report import describe, layer_table
 from resmoe_dist.jobs.calibration import measure_activations
-from resmoe_dist.jobs.pipeline import Compression
+from resmoe_dist.jobs.pipeline import Compression, MeasureSensitivity
 from resmoe_dist.jobs.workers import Workers, find_workers
 from resmoe_dist.parallel.topology import build_topology
 from tests.checkpoints.damage import copy_of, edit_tensors
@@ -68,6 +70,7 @@ def _run(
     resume: bool = False,
     groups: int = 2,
     may_join: bool = False,
+    measure_sensitivity: MeasureSensitivity | None = None,
     workers: Workers | None = None,
 ) -> Any:
     residual = CodecSpec.parse(codec)
@@ -91,6 +94,7 @@ def _run(
         settings,
         workers,
         measure=measure if calibrated else None,
+        measure_sensitivity=measure_sensitivity,
         may_join=may_join,
     )
     return run.run(resume=resume)
@@ -147,6 +151,69 @@ def test_the_restored_model_computes_the_same(source, tmp_path):
     assert relative_difference(expected, logits_of(dense_model(source))) > 1e-2
 
 
+def _layer_bits(index: CheckpointIndex) -> list[float]:
+    """Mean bits of the residuals of each layer."""
+    bits = [[b for group in layer.groups for b in group.residual_bits] for layer in index.layers]
+    return [statistics.fmean(each) for each in bits]
+
+
+def _interrupt(workers: Workers) -> None:
+    raise KeyboardInterrupt
+
+
+def test_sensitive_layers_get_more_bits(source, tmp_path):
+    asked = []
+
+    def measure(layers: Sequence[int]) -> list[float]:
+        asked.append(list(layers))
+        return [0.02, 2.0]
+
+    even = _run(source, tmp_path / "even", target=0.08)
+    found = _run(source, tmp_path / "c", target=0.08, measure_sensitivity=measure)
+
+    assert asked == [[0, 1]]
+    assert abs(_layer_bits(even)[0] - _layer_bits(even)[1]) < 0.3
+    assert _layer_bits(found)[1] > _layer_bits(found)[0] + 1
+    assert [layer.sensitivity for layer in found.layers] == [0.02, 2.0]
+    assert [layer.sensitivity for layer in even.layers] == [None, None]
+    columns = layer_table(describe(CompressedCheckpoint(tmp_path / "c"))).splitlines()
+    assert "sensitivity" in columns[0]
+
+
+def test_unknown_sensitivities_change_nothing(source, tmp_path):
+    _run(source, tmp_path / "even", target=0.08)
+    _run(source, tmp_path / "unknown", target=0.08, measure_sensitivity=lambda layers: None)
+
+    assert contents(tmp_path / "unknown") == contents(tmp_path / "even")
+
+
+def test_sensitivity_is_not_measured_if_nothing_depends_on_it(source, tmp_path):
+    def measure(layers: Sequence[int]) -> list[float]:
+        raise AssertionError
+
+    _run(source, tmp_path / "c", measure_sensitivity=measure)
+
+
+def test_a_resumed_run_does_not_measure_sensitivity_again(source, tmp_path, monkeypatch):
+    count = 0
+
+    def measure(layers: Sequence[int]) -> list[float]:
+        nonlocal count
+        count += 1
+        return [1.0, 30.0]
+
+    options = {"target": 0.08, "measure_sensitivity": measure}
+    _run(source, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        before_each_task(patch, _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            _run(source, tmp_path / "c", **options)
+    _run(source, tmp_path / "c", resume=True, **options)
+
+    assert count == 2
+    assert contents(tmp_path / "c") == contents(tmp_path / "whole")
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_an_interrupted_run_resumes_to_the_same_bytes(source, tmp_path, monkeypatch):
     options = {"target": 2.5 / 32, "calibrated": True}
@@ -168,14 +235,26 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(source, tmp_path, monkeypa
     assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
 
 
+def _compress(source: Path, output: Path, workers: Workers | None = None) -> None:
+    _run(
+        source,
+        output,
+        target=2.5 / 32,
+        calibrated=True,
+        may_join=True,
+        measure_sensitivity=lambda layers: [1.0, 10.0],
+        workers=workers,
+    )
+
+
 def _compress_on_rank(source: Path, output: Path) -> None:
     torch.set_num_threads(1)
-    _run(source, output, target=2.5 / 32, calibrated=True, may_join=True, workers=find_workers())
+    _compress(source, output, find_workers())
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_ranks_write_the_bytes_of_one_process(source, tmp_path):
-    _run(source, tmp_path / "one", target=2.5 / 32, calibrated=True, may_join=True)
+    _compress(source, tmp_path / "one")
 
     run_on_ranks(3, _compress_on_rank, source, tmp_path / "three")
 
