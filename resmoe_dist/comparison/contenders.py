@@ -63,7 +63,7 @@ MERGING, WIDTH, ROUNDING = "merging experts", "fewer neurons", "fewer bits"
 CONTENDERS: dict[str, Contender] = {
     "resmoe": Contender(OURS, "the default: for a size few bits, for a share kept entries"),
     "resmoe-calibrated": Contender(
-        OURS, "the same, errors weighted by activations", calibrated=True
+        OURS, "the same by what a calibration text shows of errors and layers", calibrated=True
     ),
     "resmoe-pruned": Contender(
         OURS,
@@ -80,7 +80,7 @@ CONTENDERS: dict[str, Contender] = {
     ),
     "gptq": Contender(
         ROUNDING,
-        "ours reduced to GPTQ: no centre, no rotation, scalar codes, groups of 64",
+        "ours reduced to GPTQ: no centre, no rotation, scalar codes; bits chosen like ours",
         {
             "codec": "quantized:coder=scalar,rotate=false,group_size=64",
             "center": "none",

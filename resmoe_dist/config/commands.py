@@ -48,7 +48,7 @@ class CompressConfig(StorageConfig):
     )
     calibration: Path | None = option(
         None,
-        "weight errors by the activations that this UTF-8 text causes",
+        "weight errors by what this UTF-8 text shows: activations, and which layers matter most",
         metavar="TEXT",
     )
     recalibrate_router: bool = option(

@@ -155,7 +155,12 @@ def _divergences(head: nn.Module, inputs_CNH: Tensor) -> list[float]:
     """The mean divergence of each copy's predictions from those of the first."""
     totals = torch.zeros(len(inputs_CNH) - 1, dtype=torch.float64)
     for inputs_CnH in inputs_CNH.split(_TOKENS_AT_A_TIME, dim=1):
-        own_nV, *others = (head(each_nH).float().log_softmax(-1) for each_nH in inputs_CnH)
-        for copy, changed_nV in enumerate(others):
+        own_nV = _log_probabilities(head, inputs_CnH[0])
+        for copy, changed_nH in enumerate(inputs_CnH[1:]):
+            changed_nV = _log_probabilities(head, changed_nH)
             totals[copy] += F.kl_div(changed_nV, own_nV, reduction="sum", log_target=True).double()
     return (totals / inputs_CNH.shape[1]).tolist()
+
+
+def _log_probabilities(head: nn.Module, inputs_nH: Tensor) -> Tensor:
+    return head(inputs_nH).float().log_softmax(-1)
