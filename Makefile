@@ -16,8 +16,10 @@ demo: $(VENV)/installed
 	    || export DS_ACCELERATOR=cpu; \
 	$(RUN) deepspeed --quiet launch/infer.py --ep 4 --tp 2 --temperature 0.7 --max-new-tokens 120
 
+# Several files at a time. Threads that wait leave their core to other processes.
 test: $(VENV)/installed lint
-	$(RUN) $(BIN)/python -m pytest
+	$(RUN) OMP_WAIT_POLICY=passive $(BIN)/python -m pytest \
+	    --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -11,6 +11,8 @@ from tests.benchmarks.runs import SMALL
 from tests.ranks import run_on_ranks
 
 TINY = ("--layers", 2, "--hidden", 256, "--rows", 48, "--experts", 4, "--dtype", "float32")
+# Collectives per layer of two layers: two or three messages each, and one for both.
+_OF_DECODE, _OF_EXCHANGE = 2.5, 3.5
 LENGTHS = ("--input-len", 5, "--output-len", 4, "--repeats", 2)
 
 
@@ -23,10 +25,10 @@ def test_one_prompt_on_every_number_of_lanes(tmp_path):
     one, two = run_on_ranks(2, _run, tmp_path)[0]
 
     assert (one["lanes"], two["lanes"]) == (1, 2)
-    # One lane: two sums per layer, and one of the embedding that the ranks divide. Two lanes:
-    # nothing but decode's two messages per layer, and the sizes once.
+    # One lane: two sums per layer, and one of the embedding that the ranks divide. Two lanes: the
+    # sizes once, and each layer's messages. Which form is faster depends on the machine's load.
     assert one["collectives"] >= 2
-    assert two["collectives"] == 2.5
+    assert two["collectives"] in (_OF_DECODE, _OF_EXCHANGE)
     assert min(one["above_best"], two["above_best"]) == 0
     assert sorted([one["chosen"], two["chosen"]]) == ["", "yes"]
     for row in (one, two):
