@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--bound", type=float, default=60, help="seconds that an end may take")
     parser.add_argument("--json", type=Path, metavar="F", help="write every outcome here")
     args = parser.parse_args()
-    model = embedded_checkpoint(args.ranks)
+    model = embedded_checkpoint(args.ranks, may_join=False)
     draw = random.Random(args.seed)
     outcomes: list[Outcome] = []
     for number in range(args.count):

@@ -15,6 +15,9 @@ from resmoe_dist.testing import cached_tiny_model
 from resmoe_dist.user_cache import cache_root
 from resmoe_dist.version import __version__
 
+# Of each weight of the experts, everything counted.
+EMBEDDED_BITS = 3.0
+
 DEMO_PROMPTS = [
     "def __init__(self, ",
     "import os\nimport sys\n\n",
@@ -27,10 +30,11 @@ DEMO_PROMPTS = [
 ]
 
 
-def embedded_checkpoint(groups: int) -> Path:
-    """The embedded Mixtral, compressed at keep 0.25 with `groups` groups, in the user's cache.
+def embedded_checkpoint(groups: int, *, may_join: bool = True) -> Path:
+    """The embedded Mixtral for EP `groups`, at three bits per weight, in the user's cache.
 
-    Trained and compressed on first use. Raises UserError if its experts do not divide into that
+    It is what `compress --ep GROUPS --target-bits 3` makes. may_join: whether all ranks may share
+    one group; otherwise each rank has its own files. Trained and compressed on first use. Raises UserError if its experts do not divide into that
     many groups.
     """
     # Imported here: serving a model from --model needs neither POT nor SciPy's optimisers.
@@ -38,20 +42,24 @@ def embedded_checkpoint(groups: int) -> Path:
 
     source_folder = cached_tiny_model()
     made_by = f"{__version__}-format{FORMAT_VERSION}"
-    folder = cache_root() / "compressed" / f"{source_folder.name}-ep{groups}-{made_by}"
+    centers = "shared" if may_join else "own"
+    name = f"{source_folder.name}-ep{groups}-{EMBEDDED_BITS:g}bits-{centers}-{made_by}"
+    folder = cache_root() / "compressed" / name
     if not is_compressed(folder):
         source = SourceCheckpoint(source_folder)
         settings = CompressionSettings(
             groups=groups,
             method=MethodSpec(name="resmoe"),
-            residual_codec=CodecSpec(name="pruned", options={"keep": 0.25}),
+            residual_codec=CodecSpec(name="quantized"),
+            center_codec=CodecSpec(name="quantized"),
+            target_bytes=EMBEDDED_BITS / (8 * source.dtype(0).itemsize),
             layers=list(range(len(source.sites))),
         )
         # Processes may do this at the same time: each writes a separate folder, and the first to
         # finish renames it.
         written = folder.with_name(f"{folder.name}.{os.getpid()}")
         try:
-            Compression(source, written, settings).run()
+            Compression(source, written, settings, may_join=may_join).run()
             with suppress(OSError):
                 written.rename(folder)
         except KeyboardInterrupt as interruption:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from tests.kernels.mlp_problems import (
     H_ROUNDING,
     MLP_CASES,
     MlpCase,
+    Outputs,
     activate,
     assert_outputs,
     outputs,
@@ -121,6 +123,13 @@ LARGE = {
 }
 
 
+@cache
+def large_problem(name: str, dtype: torch.dtype, share_center: bool) -> tuple[Problem, Outputs]:
+    """A problem and what `mlp` should give. NumPy is slow, and all instruction sets share it."""
+    problem = LARGE[name].build(dtype)
+    return problem, outputs(problem, share_center=share_center)
+
+
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("name", LARGE)
 @shared_or_not
@@ -128,12 +137,12 @@ LARGE = {
 def test_large_problems_are_exact_on_any_number_of_threads(
     instruction_set, dtype, share_center, name, count, threads
 ):
-    problem = LARGE[name].build(dtype)
+    problem, expected = large_problem(name, dtype, share_center)
     threads(count)
 
     found = mlp(problem, share_center=share_center)
 
-    assert_outputs(found, outputs(problem, share_center=share_center))
+    assert_outputs(found, expected)
     assert torch.equal(mlp(problem, share_center=share_center), found)
 
 

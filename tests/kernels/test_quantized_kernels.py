@@ -7,6 +7,7 @@ multiplied with rows that were decoded to the layer's dtype.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from tests.kernels.problems import PlainActivation, Problem
 from tests.kernels.quantized_problems import (
     CODINGS,
     Coding,
+    Outputs,
     QuantizedCase,
     QuantizedExpert,
     assert_close,
@@ -42,6 +44,13 @@ shared_or_not = pytest.mark.parametrize("share_center", [True, False], ids=["sha
 # entry, and so are activations. Decoded rows, tokens and activations are rounded to 2^-9 each.
 FEW = {torch.float32: 5e-6, torch.bfloat16: 1e-3}
 MANY = {torch.float32: 5e-6, torch.bfloat16: 1e-2}
+
+
+@cache
+def solved(case: QuantizedCase, dtype: torch.dtype) -> tuple[Problem, Outputs]:
+    """A problem and what `mlp` should give. NumPy is slow, and all instruction sets share it."""
+    problem = case.build(dtype)
+    return problem, quantized_outputs(problem)
 
 
 def mlp(problem: Problem, *, share_center: bool) -> Tensor:
@@ -89,12 +98,10 @@ def test_each_coding_is_exact_for_centre_and_residual(instruction_set, dtype, hi
             first_row=1,
             last_rows=1,
         )
-        problem = case.build(dtype)
+        problem, expected = solved(case, dtype)
 
         for share_center in (True, False):
-            found = mlp(problem, share_center=share_center)
-
-            assert_close(found, quantized_outputs(problem), FEW[dtype])
+            assert_close(mlp(problem, share_center=share_center), expected, FEW[dtype])
 
 
 def group(size: int, copies: int) -> tuple[QuantizedExpert, ...]:
@@ -135,12 +142,12 @@ LARGE = {
 def test_large_problems_are_exact_on_any_number_of_threads(
     instruction_set, dtype, share_center, name, count, threads
 ):
-    problem = LARGE[name].build(dtype)
+    problem, expected = solved(LARGE[name], dtype)
     threads(count)
 
     found = mlp(problem, share_center=share_center)
 
-    assert_close(found, quantized_outputs(problem), MANY[dtype])
+    assert_close(found, expected, MANY[dtype])
     assert torch.equal(mlp(problem, share_center=share_center), found)
 
 
@@ -182,20 +189,25 @@ def test_any_rows_and_columns_are_restored(instruction_set, dtype, case, row_bia
         assert bool((out[:, columns:] == 99).all())
 
 
+@cache
+def large_output(dtype: torch.dtype) -> tuple[Problem, np.ndarray]:
+    """A layer, and its only expert [I, D] restored in float64."""
+    rows = (17 << 20) // (dtype.itemsize * 3 * 512) + 1
+    problem = QuantizedCase(rows=rows, hidden=512).build(dtype)
+    layer = problem.layer
+    return problem, sum(decoded(matrix) for matrix in (*layer.residuals, *layer.centers))
+
+
 @every_dtype
 def test_large_outputs_are_restored_on_any_number_of_threads(instruction_set, dtype, threads):
-    case = QuantizedCase(rows=(17 << 20) // (dtype.itemsize * 3 * 512) + 1, hidden=512)
-    problem = case.build(dtype)
-    out = torch.empty(case.rows, 3 * 512, dtype=dtype)
+    problem, expected = large_output(dtype)
+    out = torch.empty(expected.shape, dtype=dtype)
     for count in (1, 3):
         threads(count)
         out.fill_(99)
 
         QuantizedCpuBackend(problem.layer).restore(0, out)
 
-        expected = sum(
-            decoded(matrix) for matrix in (*problem.layer.residuals, *problem.layer.centers)
-        )
         error = abs(out.double().numpy() - expected)
         assert (error <= 1e-6 * abs(expected).max() + torch.finfo(dtype).eps * abs(expected)).all()
 

@@ -16,9 +16,8 @@ FAULTY = {"kill": 0, "stop": 0, "launcher": 0, "limit": 1, "damage": 1, "grid": 
 
 @pytest.mark.parametrize("kind", FAULTY)
 def test_a_fault_ends_all_processes_with_one_line(kind):
-    outcome = inject(
-        kind, FAULTY[kind], embedded_checkpoint(2), ranks=2, delay=4, number=9, rank_timeout=4
-    )
+    model = embedded_checkpoint(2, may_join=False)
+    outcome = inject(kind, FAULTY[kind], model, ranks=2, delay=4, number=9, rank_timeout=4)
 
     # Before ranks have joined, they get twice as long.
     assert outcome.problems(bound=30 if kind == "stop" else 20) == [], outcome
