@@ -34,8 +34,9 @@ def embedded_checkpoint(groups: int, *, may_join: bool = True) -> Path:
     """The embedded Mixtral for EP `groups`, at three bits per weight, in the user's cache.
 
     It is what `compress --ep GROUPS --target-bits 3` makes. may_join: whether all ranks may share
-    one group; otherwise each rank has its own files. Trained and compressed on first use. Raises UserError if its experts do not divide into that
-    many groups.
+    one group; otherwise each rank has its own files. Trained and compressed on first use.
+
+    Raises UserError if its experts do not divide into that many groups.
     """
     # Imported here: serving a model from --model needs neither POT nor SciPy's optimisers.
     from resmoe_dist.jobs.pipeline import Compression
