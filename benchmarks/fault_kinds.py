@@ -132,7 +132,7 @@ KINDS = {
         _CHECKED,
     ),
     "values": FaultKind(
-        "--check: NaN among the weights of one rank's experts",
+        "--check: NaN from one rank's experts",
         # The first steps try the folder: all ranks have the same logits, and any may be first.
         f"rank {{rank}}: the experts' output is not finite {_IN_LAYER}"
         r"|rank \d+: the model's logits are NaN; .*",

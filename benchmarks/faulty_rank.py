@@ -104,8 +104,8 @@ def _change_router(block: Any) -> None:
 
 
 def _damage_experts(block: Any) -> None:
-    for residual in block.experts.experts.layer.residuals:
-        residual.values.fill_(math.nan)
+    # Not their weights: kernels may keep a copy.
+    block.experts.experts.register_forward_hook(lambda module, args, y_RH: y_RH * math.nan)
 
 
 def _change_option(fault: Fault) -> None:
