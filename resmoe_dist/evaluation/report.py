@@ -103,7 +103,7 @@ def _describe_layer(
 
 
 def _mean_agreement(routers: Sequence[dict[str, float] | None]) -> dict[str, float] | None:
-    """The mean over the refitted routers; None if there are none."""
+    """The mean over the refitted routers; None if no router was refitted."""
     refitted = [router for router in routers if router is not None]
     if not refitted:
         return None

@@ -1,4 +1,4 @@
-"""Sensitivity of layers: against plain transformers with noise of its own, and what it decides.
+"""Sensitivity of layers, against plain transformers with noise in one layer.
 
 Legend: B batch, S sequence, V vocabulary.
 """
@@ -145,7 +145,7 @@ def test_a_layer_that_changes_nothing_counts_a_little(tmp_path):
     assert found[1] == pytest.approx(others / 4 * 0.01, rel=1e-6)
 
 
-def test_a_family_without_a_head_of_its_own_has_none(tmp_path):
+def test_it_is_unknown_if_the_head_is_not_seen(tmp_path):
     tiny_model("diffusion_gemma").save_pretrained(tmp_path)
     source = SourceCheckpoint(tmp_path)
 
