@@ -7,7 +7,6 @@ H hidden, I intermediate rows.
 from __future__ import annotations
 
 from collections import defaultdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +99,7 @@ class _MeasuredExperts(StreamedExperts):
         activation: nn.Module,
     ) -> None:
         site = source.sites[layer]
-        read = partial(source.read_expert, layer)
-        super().__init__(ExpertReader(site.num_experts, site.shape, read), adapter, activation)
+        super().__init__(ExpertReader.of_source(source, layer), adapter, activation)
         self.source, self.layer = source, layer
         # Plain attributes on the CPU: transformers builds the model on the meta device, and
         # replaces all buffers by uninitialised ones.

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -55,9 +54,7 @@ def measure_sensitivity(
     """
 
     def make(layer: int, adapter: ExpertsAdapter, activation: nn.Module) -> _NoisyExperts:
-        site = source.sites[layer]
-        reader = ExpertReader(site.num_experts, site.shape, partial(source.read_expert, layer))
-        return _NoisyExperts(reader, adapter, activation, layer)
+        return _NoisyExperts(ExpertReader.of_source(source, layer), adapter, activation, layer)
 
     model = load_streamed(source, make)
     head = model.get_output_embeddings()

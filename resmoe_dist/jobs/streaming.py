@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +46,12 @@ class ExpertReader:
     num_experts: int
     shape: ExpertShape
     read: Callable[[int], tuple[Tensor, Tensor | None]]
+
+    @classmethod
+    def of_source(cls, source: SourceCheckpoint, layer: int) -> ExpertReader:
+        """Reads a layer of the model as it was. layer: position in `source.sites`."""
+        site = source.sites[layer]
+        return cls(site.num_experts, site.shape, partial(source.read_expert, layer))
 
 
 class StreamedExperts(nn.Module):
