@@ -55,23 +55,25 @@ class RoutedTokens:
 
     @classmethod
     def from_routing(
-        cls, x_TH: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor, num_experts: int
+        cls,
+        x_TH: Tensor,
+        top_k_index_TK: Tensor,
+        top_k_weights_TK: Tensor,
+        num_experts: int,
+        first_expert: int = 0,
     ) -> RoutedTokens:
-        """The copies that a router asks for, when every expert is local.
+        """The copies for local experts, of all that a router asks for.
 
-        top_k_index_TK: expert numbers, NO_EXPERT for a dropped copy.
+        top_k_index_TK: expert numbers, NO_EXPERT for a dropped copy. num_experts, first_expert: of
+        the local experts. Copies for other experts count as dropped.
         """
         top_k = top_k_index_TK.shape[1]
-        index_S, weight_S = top_k_index_TK.flatten(), top_k_weights_TK.flatten().float()
-        dropped_S = index_S == NO_EXPERT
+        local_S = top_k_index_TK.flatten() - first_expert
+        dropped_S = (local_S < 0) | (local_S >= num_experts)
         # Dropped copies sort behind every expert.
-        expert_N, slot_N = index_S.masked_fill(dropped_S, num_experts).sort(stable=True)
-        return cls(
-            x_TH,
-            slot_N // top_k,
-            weight_S.masked_fill(dropped_S, 0.0)[slot_N],
-            expert_offsets(expert_N, num_experts),
-        )
+        expert_N, slot_N = local_S.masked_fill(dropped_S, num_experts).sort(stable=True)
+        weight_S = top_k_weights_TK.flatten().float().masked_fill(dropped_S, 0.0)
+        return cls(x_TH, slot_N // top_k, weight_S[slot_N], expert_offsets(expert_N, num_experts))
 
     def without_dropped(self) -> RoutedTokens:
         """Only the copies that an expert runs. On a GPU this waits for the device."""

@@ -35,6 +35,16 @@ def test_dropped_copies_come_last_with_weight_zero():
     assert routed.expert_N.tolist() == [3] + [EXPERTS] * 5
 
 
+def test_copies_for_experts_that_are_not_local_are_dropped():
+    index_TK, weights_TK = torch.tensor([[5, 2, 4], [1, 7, NO_EXPERT]]), torch.full((2, 3), 0.5)
+
+    routed = RoutedTokens.from_routing(torch.randn(2, HIDDEN), index_TK, weights_TK, 3, 4)
+
+    assert routed.offsets_L.tolist() == [0, 1, 2, 2]
+    assert routed.without_dropped().token_N.tolist() == [0, 0]
+    assert routed.weight_N.tolist() == [0.5] * 2 + [0.0] * 4
+
+
 def test_a_token_that_chooses_an_expert_twice_has_two_copies():
     routed = route([[2, 2, 5]], [[0.5, 0.25, 1.0]])
 

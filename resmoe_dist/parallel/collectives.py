@@ -45,7 +45,7 @@ def gather(rows: Tensor, group: Group) -> Tensor:
     """The rows of all ranks, in the order of the ranks: [R, …] -> [P·R, …]."""
     ranks = torch.distributed.get_world_size(group)
     if torch.distributed.get_backend(group) == "gloo":
-        return exchange(rows.repeat(ranks, *[1] * (rows.dim() - 1)), group)
+        return exchange(rows.expand(ranks, *rows.shape), group).flatten(0, 1)
     gathered = rows.new_empty(ranks * len(rows), *rows.shape[1:])
     dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
     return gathered

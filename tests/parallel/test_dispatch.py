@@ -5,6 +5,7 @@ One world per grid runs all forms and cases; the tests then look at what its ran
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import NamedTuple
 
@@ -183,6 +184,11 @@ def test_number_of_collectives(ranks):
             assert alone or largest > 32 or len(seen.calls) == expected["decode"]
 
 
+def _message_bytes(dtype: torch.dtype) -> int:
+    """A token in whole words of four bytes; a number and a weight for each of its copies."""
+    return 4 * math.ceil(HIDDEN * dtype.itemsize / 4) + 8 * TOP_K
+
+
 @pytest.mark.slow
 def test_exchange_sends_a_token_once_to_each_rank_that_has_some_of_its_experts(ranks):
     for place, form, name, seen in _each(ranks):
@@ -199,8 +205,7 @@ def test_exchange_sends_a_token_once_to_each_rank_that_has_some_of_its_experts(r
         _, rows, sums, *_ = seen.calls
         assert rows.send_sizes == sent
         dtype = CASES[name].dtype
-        # The token, and a number and a weight of four bytes for each of its copies.
-        assert rows.given_bytes == sum(sent) * (HIDDEN * dtype.itemsize + 8 * TOP_K)
+        assert rows.given_bytes == sum(sent) * _message_bytes(dtype)
         assert sums.given_bytes == len(seen.routed.x_RH) * HIDDEN * dtype.itemsize
 
 
@@ -211,11 +216,11 @@ def test_bytes_of_decode_follow_from_the_largest_lane(ranks):
             continue
         mine = place.dp_rank * place.replica_lanes
         capacity = max(CASES[name].tokens[mine : mine + place.replica_lanes])
-        row_bytes = HIDDEN * CASES[name].dtype.itemsize
+        dtype, others = CASES[name].dtype, place.replica_lanes - 1
         _, out, back = seen.calls
-        others = place.replica_lanes - 1
-        assert out.wire_bytes == others * capacity * (row_bytes + 8 * TOP_K)
-        assert back.wire_bytes == (place.replica_size - 1) * capacity * row_bytes
+        assert out.wire_bytes == others * capacity * _message_bytes(dtype)
+        sums_bytes = HIDDEN * dtype.itemsize
+        assert back.wire_bytes == (place.replica_size - 1) * capacity * sums_bytes
 
 
 @pytest.mark.slow

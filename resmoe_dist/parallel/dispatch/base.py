@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from resmoe_dist.parallel.topology import Topology
-from resmoe_dist.routing import NO_EXPERT, RoutedTokens
+from resmoe_dist.routing import RoutedTokens
 
 
 class Dispatcher(ABC):
@@ -55,10 +55,9 @@ class Dispatcher(ABC):
 
     def routed_to_local(self, x_RH: Tensor, index_RK: Tensor, weights_RK: Tensor) -> RoutedTokens:
         """The copies that go to this rank's experts, from numbers of the whole layer's experts."""
-        local_RK = index_RK - self.first_local_expert
-        elsewhere_RK = (local_RK < 0) | (local_RK >= self.num_local_experts)
-        local_RK = local_RK.masked_fill(elsewhere_RK, NO_EXPERT)
-        routed = RoutedTokens.from_routing(x_RH, local_RK, weights_RK, self.num_local_experts)
+        routed = RoutedTokens.from_routing(
+            x_RH, index_RK, weights_RK, self.num_local_experts, self.first_local_expert
+        )
         # On a GPU the host would wait for the number of copies, and shapes would not be static.
         return routed.without_dropped() if x_RH.device.type == "cpu" else routed
 

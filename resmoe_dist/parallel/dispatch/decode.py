@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from resmoe_dist.parallel.collectives import add_up, exchange, gather
@@ -48,9 +47,7 @@ class DecodeDispatcher(Dispatcher):
     ) -> tuple[RoutedTokens, DecodeMetadata]:
         (T, H), K = x_TH.shape, top_k_index_TK.shape[1]
         assert self.capacity >= T, f"{T} tokens, capacity {self.capacity}"
-        # Rows of zeros are tokens without experts.
-        padding = (0, 0, 0, self.capacity - T)
-        rows_CB = F.pad(pack(x_TH, top_k_index_TK, top_k_weights_TK), padding)
+        rows_CB = pack(x_TH, top_k_index_TK, top_k_weights_TK, rows=self.capacity)
         peers = self.topology.peer_group
         assert peers is not None, "one lane needs no dispatch"
         rows_RB = gather(rows_CB, peers)
@@ -60,7 +57,8 @@ class DecodeDispatcher(Dispatcher):
     def combine(self, y_RH: Tensor, metadata: DecodeMetadata) -> Tensor:
         place = self.topology
         assert place.replica_group is not None
-        y_GCH = y_RH.view(place.replica_lanes, metadata.capacity, y_RH.shape[1])
+        G, C, H = place.replica_lanes, metadata.capacity, y_RH.shape[1]
         # The ranks of a lane are neighbours.
-        parts_PCH = exchange(y_GCH.repeat_interleave(place.lane_size, 0), place.replica_group)
+        sent_PCH = y_RH.view(G, 1, C, H).expand(-1, place.lane_size, -1, -1).flatten(0, 1)
+        parts_PCH = exchange(sent_PCH, place.replica_group)
         return add_up(parts_PCH)[: metadata.tokens]
