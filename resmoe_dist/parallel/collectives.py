@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resmoe_dist.kernels.sums import add_up
+
 Group = torch.distributed.ProcessGroup
 
 # Up to here the latency of a second collective costs more than sending everything everywhere.
@@ -65,15 +67,3 @@ def sum_over(y_TH: Tensor, group: Group) -> Tensor:
     padded = F.pad(y_TH, (0, 0, 0, share * ranks - T))
     parts = exchange(padded, group).view(ranks, share, H)
     return gather(add_up(parts), group)[:T]
-
-
-def add_up(parts_PTH: Tensor) -> Tensor:
-    """The sum over the first dimension, in its order, in float32, rounded once to the dtype.
-
-    `Tensor.sum` may use another order for some entries, so a token's sum would depend on its place.
-    """
-    first, *others = parts_PTH
-    total_TH = first.float() if first.dtype != torch.float32 else first.clone()
-    for part_TH in others:
-        total_TH += part_TH
-    return total_TH.to(parts_PTH.dtype)

@@ -12,6 +12,7 @@
 #include "quantized_mlp.h"
 #include "rotation.h"
 #include "rows.h"
+#include "sums.h"
 
 namespace {
 
@@ -25,6 +26,7 @@ constexpr Kernels kernels_of() {
           quantized_mlp_rows<kPlanes>,
           rotate_tokens,
           tokens_to_levels<kPlanes>,
+          add_parts<Scalar>,
           pack_columns<Scalar>,
           mlp_packed_in<Scalar>,
           mlp_packed_out<Scalar>,

@@ -79,6 +79,18 @@ Tensor project_in(const LayerPtr& layer, const std::string& part, const Tensor& 
   return out;
 }
 
+// The sum over the first dimension of contiguous parts; see sums.h.
+Tensor add_up(const Tensor& parts_PX) {
+  TORCH_CHECK(parts_PX.dim() > 0 && parts_PX.size(0) > 0 && parts_PX.is_contiguous(),
+              "expected contiguous parts, at least one");
+  const Tensor out = at::empty(parts_PX.sizes().slice(1), parts_PX.options());
+  const AddParts work = {parts_PX.data_ptr(), parts_PX.size(0), out.numel(), out.data_ptr()};
+  const auto run = kernels_for(parts_PX.scalar_type()).add_parts;
+  at::parallel_for(0, work.size, 1 << 14,
+                   [&](int64_t begin, int64_t end) { run(work, begin, end); });
+  return out;
+}
+
 // See `rotated`.
 Tensor rotate(const LayerPtr& layer, const Tensor& x_TH, bool back) {
   return rotated(*layer, x_TH, back);
@@ -155,6 +167,7 @@ TORCH_LIBRARY(resmoe, library) {
   library.def(
       "project_out(__torch__.torch.classes.resmoe.Layer layer, str part, Tensor h, Tensor token, "
       "Tensor offsets, int first_row, int num_tokens) -> Tensor");
+  library.def("add_up(Tensor parts) -> Tensor");
   library.def(
       "rotate(__torch__.torch.classes.resmoe.Layer layer, Tensor x, bool back) -> Tensor");
   library.def(
@@ -168,6 +181,7 @@ TORCH_LIBRARY_IMPL(resmoe, CPU, library) {
   library.impl("project_in", project_in);
   library.impl("project_out", project_out);
   library.impl("rotate", rotate);
+  library.impl("add_up", add_up);
   library.impl("mlp", fused_mlp);
 }
 

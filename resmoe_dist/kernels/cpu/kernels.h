@@ -140,6 +140,14 @@ struct ToLevels {
   LevelVector* levels_T;
 };
 
+// Parts of the same numbers, at least one, that are added up: num_parts of `size` entries each.
+struct AddParts {
+  const void* parts;
+  int64_t num_parts;
+  int64_t size;
+  void* out;
+};
+
 // How a product takes copies as lanes of vectors.
 struct LaneLayout {
   int64_t vector_lanes;  // lanes of one vector
@@ -198,7 +206,7 @@ struct PackedMlp {
 };
 
 // restore, project_in, mlp and quantized_mlp work on rows [begin, end) of the weights; rotate and
-// to_levels on tokens [begin, end). mlp, quantized_mlp and project_out add to y.
+// to_levels on tokens [begin, end); add_parts on entries. mlp, quantized_mlp and project_out add to y.
 // The packed kernels run in this order, and divide columns of x, rows of the block, columns of y, and
 // columns of y; see packed_mlp.h.
 struct Kernels {
@@ -209,6 +217,7 @@ struct Kernels {
   void (*quantized_mlp)(const QuantizedMlp&, int64_t begin, int64_t end, float* y_TH);
   void (*rotate)(const Rotate&, int64_t begin, int64_t end);
   void (*to_levels)(const ToLevels&, int64_t begin, int64_t end);
+  void (*add_parts)(const AddParts&, int64_t begin, int64_t end);
   void (*pack)(const PackedMlp&, int64_t begin, int64_t end);
   void (*mlp_packed_in)(const PackedMlp&, int64_t begin, int64_t end);
   void (*mlp_packed_out)(const PackedMlp&, int64_t begin, int64_t end);

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from resmoe_dist.parallel.collectives import add_up, exchange, gather
+from resmoe_dist.kernels.sums import add_up
+from resmoe_dist.parallel.collectives import exchange, gather
 from resmoe_dist.parallel.dispatch.base import Dispatcher
 from resmoe_dist.parallel.dispatch.messages import pack, unpack
 from resmoe_dist.routing import RoutedTokens

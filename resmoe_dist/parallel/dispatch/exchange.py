@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resmoe_dist.design_matrix import row_range
-from resmoe_dist.parallel.collectives import add_up, exchange, exchange_ragged, gather
+from resmoe_dist.kernels.sums import add_up
+from resmoe_dist.parallel.collectives import exchange, exchange_ragged, gather
 from resmoe_dist.parallel.dispatch.base import Dispatcher
 from resmoe_dist.parallel.dispatch.messages import pack, unpack
 from resmoe_dist.routing import NO_EXPERT, RoutedTokens
