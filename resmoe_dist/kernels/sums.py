@@ -25,7 +25,7 @@ def add_up(parts_P: Tensor) -> Tensor:
 def add_up_reference(parts_P: Tensor) -> Tensor:
     """The same, one part after the other."""
     first, *others = parts_P
-    total = first.float() if first.dtype != torch.float32 else first.clone()
+    total = first.to(torch.float32, copy=True)
     for part in others:
         total += part
     return total.to(parts_P.dtype)
